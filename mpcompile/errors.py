@@ -1,0 +1,84 @@
+"""One family of errors, with a code by room.
+
+A message says what happened, where, why, and what to try.  The long form of each code is a page that
+``mpcompile explain CODE`` prints and the reference is generated from (`PAGES`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+class MPCompileError(Exception):
+    """What went wrong, where in the user's own file, why, and what to try.
+
+    >>> print(MPCompileError("MP203", "the pattern 'decodr.*' matches nothing", try_="decoder.*"))
+    MP203: the pattern 'decodr.*' matches nothing
+      try:   decoder.*
+    """
+
+    def __init__(self, code: str, what: str, *, where: str = "", why: str = "", try_: str = "") -> None:
+        self.code, self.what, self.where, self.why, self.try_ = code, what, where, why, try_
+        lines = [f"{code}: {what}"]
+        lines += [f"  {label}{text}" for label, text in (("where: ", where), ("why:   ", why), ("try:   ", try_)) if text]
+        super().__init__("\n".join(lines))
+
+
+class CaptureError(MPCompileError):
+    """MP1xx: the model could not be read as a graph."""
+
+
+class RuleError(MPCompileError):
+    """MP2xx: policies, rules and overrides."""
+
+
+class AssignError(MPCompileError):
+    """MP3xx: no assignment satisfies the constraints."""
+
+
+class LawError(MPCompileError):
+    """MP4xx: a pass left a graph that breaks a law."""
+
+
+class TrainingError(MPCompileError):
+    """MP5xx: the training step, its optimizer, its state."""
+
+
+class OnnxError(MPCompileError):
+    """MP6xx: ONNX models in and out."""
+
+
+class RuntimeFailure(MPCompileError):
+    """MP7xx: a compiled graph could not be run."""
+
+
+class UsageError(MPCompileError):
+    """MP8xx: the command line."""
+
+
+@dataclass(frozen=True)
+class Page:
+    """The reference page of one code."""
+
+    code: str
+    title: str
+    cause: str
+    remedy: str
+
+
+PAGES: dict[str, Page] = {}
+
+
+def page(code: str, title: str, cause: str, remedy: str) -> None:
+    """Register the reference page of `code`; a code has one page."""
+    if code in PAGES:
+        raise ValueError(f"{code} has a page already: {PAGES[code].title}")
+    PAGES[code] = Page(code, title, cause, remedy)
+
+
+def suggest(word: str, known: Iterable[str], count: int = 3) -> str:
+    """Near names of `word`, for a message: "'a', 'b'", or "" when nothing is near."""
+    near = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
+    return ", ".join(repr(name) for name in near)

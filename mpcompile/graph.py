@@ -1,0 +1,228 @@
+"""The precision graph: what every pass reads and writes.
+
+One flat, topologically ordered graph of `Node`s and named `Value`s.  Front ends build it and write it back; the
+passes decide on it; the report and the text form are views of it.  This room knows neither torch nor ONNX.
+
+Nested graphs (an ONNX ``Loop`` body, the body of a higher-order op) are flattened: an inner node carries the path
+of its region in ``scope``, and stands before the control node that owns the region.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import networkx as nx
+
+Verdict = Literal["low", "fp32", "propagate"]
+Precision = Literal["fp16", "bf16", "fp32", "keep"]
+DecidedBy = Literal["rule", "override", "hazard", "cost", "unknown", "user-cast", "autocast-region"]
+Phase = Literal["forward", "backward", "optimizer"]
+Role = Literal["input", "parameter", "buffer", "constant", "activation"]
+CastOrigin = Literal["inserted", "existing", "shadow"]
+
+CAST_OP = "mp.cast"
+LOW: frozenset[str] = frozenset({"fp16", "bf16"})
+CASTABLE: frozenset[str] = frozenset({"fp16", "bf16", "fp32"})
+ITEMSIZE: Mapping[str, int] = {
+    "fp64": 8, "complex128": 16, "complex64": 8, "complex32": 4, "fp32": 4, "fp16": 2, "bf16": 2,
+    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "uint16": 2, "uint32": 4, "uint64": 8, "bool": 1,
+}  # fmt: skip
+
+
+@dataclass(slots=True)
+class Value:
+    """One tensor of the graph.
+
+    ``dtype`` is the dtype in the graph *as it stands*: the original program's before ``assign``, the plan's after.
+    ``shape`` holds ints, or strings for symbolic dimensions; ``numel`` is the element count (a hint where symbolic).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...] = ()
+    numel: int = 1
+    producer: str = ""  # node id; "" for a graph input
+    role: Role = "activation"
+    # Known range of the elements, for constants: (min, max). None: unknown.
+    range: tuple[float, float] | None = None
+    # Values that share storage which someone mutates: they must keep one precision. "": not shared.
+    alias: str = ""
+    # Region path ("" = top level), as on nodes.
+    scope: str = ""
+
+    @property
+    def castable(self) -> bool:
+        """True for fp32/fp16/bf16; integers, bools, fp64 and complex are never cast (law 2)."""
+        return self.dtype in CASTABLE
+
+    def bytes_at(self, precision: str) -> int:
+        """Bytes of the value stored at `precision` (its own dtype for "keep")."""
+        dtype = precision if self.castable and precision != "keep" else self.dtype
+        return self.numel * ITEMSIZE.get(dtype, 8)
+
+    @property
+    def bytes(self) -> int:
+        return self.bytes_at(self.dtype)
+
+
+@dataclass(slots=True)
+class Node:
+    """One operation.
+
+    ``inputs[i]`` is the name of the value read at operand slot ``slots[i]`` (the position of the argument in the
+    op's schema; the tensors of a list argument share its slot).  ``attrs`` holds every non-tensor argument.
+    The last block is written by passes.
+    """
+
+    id: str
+    op: str
+    inputs: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    slots: list[int] = field(default_factory=list)
+    attrs: dict[str, Any] = field(default_factory=dict)
+    module: str = ""
+    source: str = ""
+    phase: Phase = "forward"
+    scope: str = ""
+    flops: int = 0
+    # The user's own autocast region around the node: None, "off" or a precision.
+    region: str | None = None
+    # dtype the op is told to produce (an explicit dtype argument, a user's cast): "" when it follows its inputs.
+    out_dtype: str = ""
+    # Nodes of one group run in one precision (loop carries, in-place chains); "": none.
+    group: str = ""
+
+    kind: str = ""
+    verdict: Verdict | Literal[""] = ""
+    precision: Precision | Literal[""] = ""
+    reason: str = ""
+    decided_by: DecidedBy = "rule"
+    # Operand slot -> "fp32" (stays FP32 whatever the node's precision) or "any" (read as it comes).
+    operands: dict[int, str] = field(default_factory=dict)
+    # Output index -> "fp32" (statistics such as mean and rstd).
+    results: dict[int, str] = field(default_factory=dict)
+    # Casts only (op == CAST_OP, attrs["to"]).
+    origin: CastOrigin | Literal[""] = ""
+
+    def __post_init__(self) -> None:
+        if len(self.slots) != len(self.inputs):
+            self.slots = list(range(len(self.inputs)))
+
+    @property
+    def is_cast(self) -> bool:
+        return self.op == CAST_OP
+
+    def reads_at(self, operand: int) -> str:
+        """Precision in which operand number `operand` is read: fp16 | bf16 | fp32, or "any" (as it comes)."""
+        if self.is_cast or self.precision in ("", "keep"):
+            return self.operands.get(self.slots[operand], "any")
+        return self.operands.get(self.slots[operand], self.precision)
+
+    def gives_at(self, output: int) -> str:
+        """Precision of castable output number `output`, or "keep" where the node has no say."""
+        if self.is_cast:
+            return str(self.attrs["to"])
+        if self.out_dtype:
+            return self.out_dtype
+        return self.results.get(output, self.precision or "keep")
+
+
+@dataclass(slots=True)
+class PrecisionGraph:
+    """Nodes in topological order, values by name, and the graph's own inputs and outputs (names, in order).
+
+    `header` carries facts that travel with the text form: source ("fx" | "onnx"), device, policy line.
+    """
+
+    nodes: dict[str, Node] = field(default_factory=dict)
+    values: dict[str, Value] = field(default_factory=dict)
+    inputs: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
+    header: dict[str, str] = field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Node]:
+        return iter(self.nodes.values())
+
+    def __len__(self) -> int:
+        return len(self.nodes)
+
+    def add_input(self, value: Value) -> Value:
+        """Append a graph input."""
+        self.values[value.name] = value
+        self.inputs.append(value.name)
+        return value
+
+    def add(self, node: Node, outputs: Iterable[Value] = ()) -> Node:
+        """Append `node` (its inputs must exist) with its output values."""
+        for value in outputs:
+            value.producer = node.id
+            value.scope = node.scope
+            self.values[value.name] = value
+            node.outputs.append(value.name)
+        self.nodes[node.id] = node
+        return node
+
+    def producer(self, value: str) -> Node | None:
+        """The node that makes `value`; None for a graph input."""
+        return self.nodes.get(self.values[value].producer)
+
+    def uses(self) -> dict[str, list[tuple[str, int]]]:
+        """Value name -> [(reader id, operand index)], in node order. Built afresh: O(edges)."""
+        table: dict[str, list[tuple[str, int]]] = {name: [] for name in self.values}
+        for node in self.nodes.values():
+            for operand, name in enumerate(node.inputs):
+                table[name].append((node.id, operand))
+        return table
+
+    def copy(self) -> PrecisionGraph:
+        """A graph that shares nothing mutable with this one."""
+        return PrecisionGraph(
+            {k: _copy_node(n) for k, n in self.nodes.items()},
+            {k: copy.copy(v) for k, v in self.values.items()},
+            list(self.inputs),
+            list(self.outputs),
+            dict(self.header),
+        )
+
+    def casts(self) -> list[Node]:
+        return [node for node in self.nodes.values() if node.is_cast]
+
+    def to_networkx(self) -> nx.DiGraph:
+        """Node ids as vertices, one edge per (producer, reader), with the values on it."""
+        graph = nx.DiGraph()
+        graph.add_nodes_from(self.nodes)
+        for node in self.nodes.values():
+            for name in node.inputs:
+                source = self.values[name].producer
+                if source:
+                    values = graph.get_edge_data(source, node.id, {"values": ()})["values"]
+                    graph.add_edge(source, node.id, values=(*values, name))
+        return graph
+
+    def fresh_name(self, stem: str) -> str:
+        """`stem`, or `stem_2`, `stem_3`… : free both as a node id and as a value name."""
+        if stem not in self.nodes and stem not in self.values:
+            return stem
+        number = 2
+        while f"{stem}_{number}" in self.nodes or f"{stem}_{number}" in self.values:
+            number += 1
+        return f"{stem}_{number}"
+
+    def rebuild_order(self, ordered: Iterable[Node]) -> None:
+        """Replace the node table by `ordered` (a pass that inserted or removed nodes)."""
+        self.nodes = {node.id: node for node in ordered}
+
+
+def _copy_node(node: Node) -> Node:
+    twin = copy.copy(node)
+    twin.inputs, twin.outputs, twin.slots = list(node.inputs), list(node.outputs), list(node.slots)
+    twin.attrs, twin.operands, twin.results = dict(node.attrs), dict(node.operands), dict(node.results)
+    return twin
+
+
+def numel_of(shape: Iterable[int]) -> int:
+    return math.prod(shape)

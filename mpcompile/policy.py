@@ -1,0 +1,89 @@
+"""The policy: which low type, which plan, and what comes out; a value that prints as one line."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import get_args, get_type_hints
+
+from mpcompile.errors import RuleError, page, suggest
+
+from typing import Literal
+
+page(
+    "MP201",
+    "A policy that does not parse",
+    "The policy string has a field, or a value of a field, that does not exist.",
+    "Write 'fp16', 'bf16', 'fp32', 'auto', or fields as in 'low=fp16,plan=global,output=fp32,grads=low'.",
+)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What "mixed precision" means for one model.
+
+    Fields:
+      low: the low type. "auto" is settled by the device (see `mpcompile.api`); "fp32" turns the compiler off.
+      plan: "global" is the cost-based plan; "autocast" takes torch.autocast's op-by-op decisions on CUDA.
+      output: dtype of floating outputs: "fp32", "low", or "keep" (as the last node gives it).
+      grads: precision of gradient buffers between microbatches of a training step.
+      fp32_matmul: how matmuls that stay FP32 may round inside (torch.set_float32_matmul_precision's three names).
+
+    >>> str(Policy("fp16"))
+    'low=fp16,plan=global,output=fp32,grads=fp32'
+    >>> Policy.parse("bf16") == Policy(low="bf16")
+    True
+    """
+
+    low: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
+    plan: Literal["global", "autocast"] = "global"
+    output: Literal["fp32", "low", "keep"] = "fp32"
+    grads: Literal["fp32", "low"] = "fp32"
+    fp32_matmul: Literal["highest", "high", "medium"] = "highest"
+
+    def __post_init__(self) -> None:
+        for name, allowed in _allowed().items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise _bad(f"{name}={value!r} is not a policy", f"{name} is one of {', '.join(allowed)}", value, allowed)
+
+    def __str__(self) -> str:
+        """The one-line form; `fp32_matmul` is printed only when it is not the default."""
+        shown = [f for f in fields(self) if f.name != "fp32_matmul" or self.fp32_matmul != "highest"]
+        return ",".join(f"{f.name}={getattr(self, f.name)}" for f in shown)
+
+    @classmethod
+    def parse(cls, text: str | Policy) -> Policy:
+        """Read the one-line form; missing fields take their defaults, a bare word is `low`.
+
+        Raises:
+          RuleError: MP201, naming the allowed words.
+        """
+        if isinstance(text, Policy):
+            return text
+        if not isinstance(text, str):
+            raise _bad(f"a policy is a string or a Policy, not {type(text).__name__}", "", "", ())
+        given: dict[str, str] = {}
+        for part in text.replace(" ", "").split(","):
+            name, eq, value = part.partition("=")
+            if not eq:
+                name, value = "low", name
+            if name not in _allowed():
+                raise _bad(f"{text!r} has no policy field {name!r}", f"the fields are {', '.join(_allowed())}", name, _allowed())
+            if name in given:
+                raise _bad(f"{text!r} gives {name} twice", "", "", ())
+            given[name] = value
+        return cls(**given)  # type: ignore[arg-type]  # __post_init__ checks the words
+
+    def with_low(self, low: str) -> Policy:
+        return replace(self, low=low)  # type: ignore[arg-type]
+
+
+def _allowed() -> dict[str, tuple[str, ...]]:
+    hints = get_type_hints(Policy)
+    return {f.name: get_args(hints[f.name]) for f in fields(Policy)}
+
+
+def _bad(what: str, why: str, word: str, known: object) -> RuleError:
+    near = suggest(str(word), [str(k) for k in known]) if word else ""  # type: ignore[attr-defined]
+    hint = f"did you mean {near}?" if near else "'fp16', 'bf16', or fields such as 'low=fp16,output=low'"
+    return RuleError("MP201", what, why=why, try_=hint)
