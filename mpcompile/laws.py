@@ -1,0 +1,266 @@
+"""The laws of a precision graph, one small function each, and the verifier that runs them.
+
+Laws 7 (running the pipeline twice changes nothing), 8 (a failed pass leaves the caller's graph alone) and 9 (same
+bytes whatever the node order) speak of runs, not of one graph: the property tests hold them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from mpcompile.errors import LawError, page
+from mpcompile.graph import CASTABLE, LOW, Node, PrecisionGraph
+from mpcompile.text import print_node
+
+for _code, _title, _cause, _remedy in (
+    ("MP401", "A value is read or given in the wrong precision",
+     "Law 1: a node that runs in fp32 reads and gives fp32, a low node the low type, unless its rule names the operand.",
+     "A pass forgot a cast, or changed a precision after the casts were inserted: run with verify='each' to see which."),
+    ("MP402", "A cast on something that is never cast",
+     "Law 2: integers, bools, fp64, complex and random-generator state keep their type.",
+     "Mark the operand 'any' in the operation's rule."),
+    ("MP403", "A cast that does nothing, or stands twice",
+     "Law 3: there is at most one cast of a value to a target, and all its readers share it.",
+     "Run simplify-casts after the pass that added the cast."),
+    ("MP404", "A cast of a cast, or a cast of yours that is gone",
+     "Law 4: the compiler never casts what it has just cast, and it keeps each cast that the model's author wrote.",
+     "Run simplify-casts; a pass must not remove a node of kind 'cast' that it did not insert."),
+    ("MP405", "Graph inputs or outputs changed",
+     "Law 5: inputs and outputs keep their names, their order and the dtype of the policy.",
+     "Cast an output with a cast node instead of replacing it."),
+    ("MP406", "Arithmetic that must be FP32 is not",
+     "Law 6: the optimizer's arithmetic, unscaling, clipping, the finite check and the loss are FP32.",
+     "Give the operation the verdict fp32."),
+    ("MP408", "A pass failed",
+     "Law 8: the pass raised an error; the graph it was given is untouched.",
+     "Read the error above it; report it with the text of the graph before the pass (`mpcompile inspect --after`)."),
+    ("MP410", "The graph is not well formed",
+     "A value is read before it is made, a name is missing, or a value does not know who makes it.",
+     "This is a bug of the pass or front end that ran last."),
+    ("MP411", "Values that share storage differ in precision",
+     "Values of one alias group, and nodes of one group, must end in one precision.",
+     "Give the group's members one verdict; fp32 wins."),
+):  # fmt: skip
+    page(_code, _title, _cause, _remedy)
+
+
+@dataclass(frozen=True, slots=True)
+class Breach:
+    """One broken law: its code, what is wrong, and the node that breaks it ("" for the graph as a whole)."""
+
+    code: str
+    what: str
+    node: str = ""
+    try_: str = ""
+
+
+def writes(graph: PrecisionGraph, node: Node) -> set[str]:
+    """Alias groups whose storage `node` may change.
+
+    In-place operations are named with a trailing underscore ("aten.add_.Tensor"), or return a value of the group that
+    is no view of it; normalizations update the running statistics that they are given.
+    """
+    touched = {graph.values[name].alias for name in node.inputs} - {""}
+    if not touched or node.kind == "view" or node.is_cast:
+        return set()
+    if "_." in node.op or node.op.endswith(("_", ".out", "_out")) or "batch_norm" in node.op:
+        return touched
+    return touched & {graph.values[name].alias for name in node.outputs}
+
+
+def structure(graph: PrecisionGraph) -> Iterator[Breach]:
+    """Names exist and are unique, producers are right, and every value is made before it is read."""
+    made = {name for name, value in graph.values.items() if not value.producer}
+    for name in graph.inputs:
+        if name not in made:
+            yield Breach("MP410", f"graph input {name!r} is no value, or has a producer")
+    for key, node in graph.nodes.items():
+        if key != node.id:
+            yield Breach("MP410", f"node {node.id!r} is filed under {key!r}", node.id)
+        if len(node.slots) != len(node.inputs):
+            yield Breach("MP410", f"node {node.id!r} has {len(node.inputs)} operands and {len(node.slots)} slots", node.id)
+        for name in node.inputs:
+            if name not in made:
+                yield Breach("MP410", f"node {node.id!r} reads {name!r} before it is made", node.id)
+        for name in node.outputs:
+            if name in made or name not in graph.values or graph.values[name].producer != node.id:
+                yield Breach("MP410", f"value {name!r} of node {node.id!r} is missing, made twice, or not its own", node.id)
+            made.add(name)
+    for name in [*graph.outputs, *graph.values]:
+        if name not in made:
+            yield Breach("MP410", f"nothing makes the value {name!r}")
+
+
+def precision(graph: PrecisionGraph) -> Iterator[Breach]:
+    """Law 1: what a node reads and gives is in the precision that it was given."""
+    values = graph.values
+    for node in graph.nodes.values():
+        if not node.precision and not node.is_cast:
+            yield Breach("MP401", f"node {node.id!r} has no precision", node.id, "run assign first")
+            continue
+        for operand, name in enumerate(node.inputs):
+            want, dtype = reads(node, operand), values[name].dtype
+            if want != "any" and dtype in CASTABLE and dtype != want:
+                yield Breach("MP401", f"node {node.id!r} reads {name!r} as {dtype}, but needs {want}", node.id)
+        for output, name in enumerate(node.outputs):
+            gives, dtype = node.gives_at(output), values[name].dtype
+            if gives != "keep" and dtype in CASTABLE and dtype != gives:
+                yield Breach("MP401", f"node {node.id!r} gives {name!r} as {dtype}, but should give {gives}", node.id)
+
+
+def reads(node: Node, operand: int) -> str:
+    """`Node.reads_at`, and "any" for the user's own casts: a cast reads what there is."""
+    return "any" if node.kind == "cast" else node.reads_at(operand)
+
+
+def never_cast(graph: PrecisionGraph) -> Iterator[Breach]:
+    """Law 2: our casts go from one of fp32, fp16, bf16 to another one."""
+    for cast in graph.casts():
+        source, to = graph.values[cast.inputs[0]], cast.attrs.get("to")
+        if not source.castable or to not in CASTABLE:
+            yield Breach("MP402", f"cast {cast.id!r} turns {source.name!r} from {source.dtype} into {to}", cast.id)
+
+
+def one_cast(graph: PrecisionGraph) -> Iterator[Breach]:
+    """Law 3: one cast per value and target; storage that is written in between counts as a new value."""
+    seen: dict[tuple[str, str, str, int], str] = {}
+    written: dict[str, int] = {}
+    for node in graph.nodes.values():
+        for alias in writes(graph, node):
+            written[alias] = written.get(alias, 0) + 1
+        if not node.is_cast:
+            continue
+        source, to = graph.values[node.inputs[0]], str(node.attrs["to"])
+        first = seen.setdefault((source.name, to, node.scope, written.get(source.alias, 0)), node.id)
+        if first != node.id:
+            yield Breach("MP403", f"casts {first!r} and {node.id!r} both turn {source.name!r} into {to}", node.id)
+        if source.dtype == to:
+            yield Breach("MP403", f"cast {node.id!r} turns {to} into {to}", node.id)
+
+
+def no_pairs(graph: PrecisionGraph) -> Iterator[Breach]:
+    """Law 4: a cast of ours never reads a cast of ours."""
+    for cast in graph.casts():
+        before = graph.producer(cast.inputs[0])
+        if before is not None and before.is_cast:
+            yield Breach("MP404", f"cast {cast.id!r} reads the cast {before.id!r}", cast.id)
+
+
+def kept_casts(graph: PrecisionGraph, original: PrecisionGraph) -> Iterator[Breach]:
+    """Law 4: a cast that the user wrote is still there, with its rounding."""
+    for node in original.nodes.values():
+        if node.is_cast or not node.out_dtype:
+            continue
+        now = graph.nodes.get(node.id)
+        if now is None or now.out_dtype != node.out_dtype:
+            yield Breach("MP404", f"the user's cast {node.id!r} to {node.out_dtype} is gone")
+
+
+def same_ends(graph: PrecisionGraph, original: PrecisionGraph) -> Iterator[Breach]:
+    """Law 5: the same inputs and outputs in the same order; an output may be a cast of the original one."""
+    before = [(name, original.values[name].dtype) for name in original.inputs]
+    now = [(name, graph.values[name].dtype) for name in graph.inputs]
+    if before != now:
+        yield Breach("MP405", f"the inputs were {before} and are {now}")
+    old, new = [uncast(original, n) for n in original.outputs], [uncast(graph, n) for n in graph.outputs]
+    if old != new:
+        yield Breach("MP405", f"the outputs were {old} and are {new}")
+
+
+def output_dtypes(graph: PrecisionGraph, output: str) -> Iterator[Breach]:
+    """Law 5: computed floating outputs have dtype `output`, unless the user wrote a cast there."""
+    for name in graph.outputs:
+        value, node = graph.values[name], graph.producer(name)
+        if node is None or not value.castable or value.dtype == output or node.out_dtype:
+            continue
+        yield Breach("MP405", f"output {name!r} is {value.dtype}; the policy says {output}", node.id)
+
+
+def fp32_arithmetic(graph: PrecisionGraph) -> Iterator[Breach]:
+    """Law 6: optimizer nodes are never low; a scalar loss is FP32 unless an override said otherwise."""
+    for node in graph.nodes.values():
+        low = node.precision in LOW and not node.is_cast
+        if low and node.phase == "optimizer":
+            yield Breach("MP406", f"optimizer node {node.id!r} runs in {node.precision}", node.id)
+        if low and node.kind == "loss" and node.decided_by != "override":
+            yield Breach("MP406", f"loss {node.id!r} runs in {node.precision}", node.id)
+
+
+def one_precision(graph: PrecisionGraph) -> Iterator[Breach]:
+    """Values that share written storage, and nodes of a group, are in one precision."""
+    storage: dict[str, str] = {}
+    for value in graph.values.values():
+        if value.alias and value.castable and storage.setdefault(value.alias, value.dtype) != value.dtype:
+            yield Breach("MP411", f"{value.name!r} is {value.dtype}, its storage {value.alias!r} "
+                                  f"is {storage[value.alias]}", value.producer)  # fmt: skip
+    groups: dict[str, str] = {}
+    for node in graph.nodes.values():
+        if node.group and node.precision != "keep" and groups.setdefault(node.group, node.precision) != node.precision:
+            yield Breach("MP411", f"node {node.id!r} runs in {node.precision}, its group {node.group!r} "
+                                  f"in {groups[node.group]}", node.id)  # fmt: skip
+
+
+def uncast(graph: PrecisionGraph, name: str) -> str:
+    """The value that our casts above `name` read."""
+    node = graph.producer(name)
+    while node is not None and node.is_cast:
+        name = node.inputs[0]
+        node = graph.producer(name)
+    return name
+
+
+# What can hold from which stage on.  A stage has its own laws and those before it.
+STAGES: dict[str, tuple[Callable[[PrecisionGraph], Iterator[Breach]], ...]] = {
+    "structure": (structure,),
+    "assigned": (fp32_arithmetic, one_precision),
+    "cast": (precision, never_cast, no_pairs),
+    "simplified": (one_cast,),
+}
+
+
+def breaches(graph: PrecisionGraph, original: PrecisionGraph | None = None, *,
+             stage: str = "simplified", output: str = "keep") -> Iterator[Breach]:  # fmt: skip
+    """Every broken law, lazily.  Nothing further is looked at in a graph that is not well formed.
+
+    Args:
+      original: the graph before the pipeline, for the laws that compare.
+      stage: "structure", "assigned", "cast" or "simplified": how far the pipeline has come.
+      output: dtype of floating outputs ("fp32", "fp16", "bf16", or "keep").
+    """
+    for name, laws in STAGES.items():
+        found = False
+        for law in laws:
+            for breach in law(graph):
+                found = True
+                yield breach
+        if name == stage or (found and name == "structure"):
+            break
+    if original is not None and not found:
+        yield from kept_casts(graph, original)
+        yield from same_ends(graph, original)
+    if output != "keep" and stage in ("cast", "simplified") and not found:
+        yield from output_dtypes(graph, output)
+
+
+def verify(graph: PrecisionGraph, original: PrecisionGraph | None = None, *,
+           stage: str = "simplified", output: str = "keep") -> None:  # fmt: skip
+    """Check the laws (see `breaches`); linear in the size of the graph.
+
+    Raises:
+      LawError: MP4xx, for the first broken law, with the line of the node in the text form.
+    """
+    first = next(breaches(graph, original, stage=stage, output=output), None)
+    if first is None:
+        return
+    node = graph.nodes.get(first.node)
+    error = LawError(first.code, first.what, where=_where(node), try_=first.try_)
+    if node is not None:
+        error.add_note(f"  {print_node(graph, node)}\n  ^ {first.what}")
+    raise error
+
+
+def _where(node: Node | None) -> str:
+    if node is None:
+        return ""
+    return ", ".join(part for part in (f"node {node.id}", node.module and f"module {node.module}", node.source) if part)

@@ -1,0 +1,25 @@
+"""The plan of the policy "fp32": nothing is lowered and nothing is cast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mpcompile.graph import PrecisionGraph
+from mpcompile.passes.base import PassResult
+
+
+@dataclass(frozen=True)
+class AllFp32:
+    """Every node runs as the user wrote it: `fp32`, or `keep` where it touches no FP32 tensor."""
+
+    name: ClassVar[str] = "all-fp32"
+
+    def apply(self, graph: PrecisionGraph) -> PassResult:
+        changed = False
+        for node in graph.nodes.values():
+            dtypes = {graph.values[name].dtype for name in (*node.inputs, *node.outputs)}
+            precision = "fp32" if "fp32" in dtypes and not dtypes & {"fp16", "bf16"} else "keep"
+            if node.precision != precision or node.verdict != "fp32":
+                node.verdict, node.precision, node.reason, changed = "fp32", precision, "the policy is fp32", True  # type: ignore[assignment]  # fmt: skip
+        return PassResult(changed)

@@ -1,0 +1,117 @@
+"""Write the plan into the graph: one shared cast per value and target, right after the value is made.
+
+Every operand says in which precision it is read (`Node.reads_at`).  Where the value has another one, its reader is
+redirected to a cast.  A cast of a parameter is its *shadow*: the runtime refreshes it when the master changes.
+
+Storage that someone writes to is the one exception to "right after": the readers before and after a write see
+different numbers, so a cast of such a value stands in front of its first reader and is shared up to the next write.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from mpcompile import laws
+from mpcompile.graph import CAST_OP, CASTABLE, Node, PrecisionGraph, Value
+from mpcompile.passes.base import PassResult
+
+
+@dataclass(frozen=True)
+class InsertCasts:
+    """Fields:
+    low: the low type of the policy.
+    output: dtype of computed floating outputs: "fp32", "low", or "keep" (as the last node gives it).
+    """
+
+    low: str
+    output: str = "fp32"
+
+    name: ClassVar[str] = "insert-casts"
+
+    def apply(self, graph: PrecisionGraph) -> PassResult:
+        writer = _Writer(graph)
+        for node in graph.nodes.values():
+            writer.redirect(node)
+        writer.outputs({"fp32": "fp32", "low": self.low}.get(self.output, "keep"))
+        made = writer.finish()
+        shadows = sum(cast.origin == "shadow" for cast in made)
+        notes = (f"{len(made)} casts inserted, {shadows} of them shadows of parameters",) if made else ()
+        return PassResult(bool(made), notes)
+
+
+@dataclass
+class _Writer:
+    """The casts made so far, by (value, target, how often its storage was written), and where each will stand."""
+
+    graph: PrecisionGraph
+    casts: dict[tuple[str, str, int], Node] = field(default_factory=dict)
+    first: list[Node] = field(default_factory=list)
+    before: dict[str, list[Node]] = field(default_factory=dict)
+    after: dict[str, list[Node]] = field(default_factory=dict)
+    written: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # A graph that has casts already (the pipeline's own output) shares them.
+        for cast in self.graph.casts():
+            if not self.graph.values[cast.inputs[0]].alias:
+                self.casts[cast.inputs[0], str(cast.attrs["to"]), 0] = cast
+
+    def redirect(self, node: Node) -> None:
+        """Let `node` read each operand in the precision that it wants."""
+        for operand, name in enumerate(node.inputs):
+            want, dtype = laws.reads(node, operand), self.graph.values[name].dtype
+            if want in CASTABLE and dtype in CASTABLE and dtype != want:
+                node.inputs[operand] = self.cast(name, want, node.id)
+        for alias in laws.writes(self.graph, node):
+            self.written[alias] = self.written.get(alias, 0) + 1
+
+    def outputs(self, want: str) -> None:
+        """Give computed floating outputs the dtype `want`; what the user cast himself stays as he wrote it."""
+        graph = self.graph
+        for index, name in enumerate(graph.outputs if want != "keep" else ()):
+            value, node = graph.values[name], graph.producer(name)
+            if node is None or not value.castable or value.dtype == want or node.out_dtype:
+                continue
+            graph.outputs[index] = self.cast(name, want, "")
+
+    def cast(self, name: str, to: str, reader: str) -> str:
+        """The name of `name` cast `to`, for `reader` ("" for the end of the graph)."""
+        source = self.graph.values[name]
+        key = (name, to, self.written.get(source.alias, 0))
+        if key not in self.casts:
+            self.casts[key] = made = self._make(source, to)
+            self._place(made, source, reader)
+        return self.casts[key].outputs[0]
+
+    def _make(self, source: Value, to: str) -> Node:
+        graph = self.graph
+        name = graph.fresh_name(f"{source.name}_{to}")
+        maker = graph.nodes.get(source.producer)
+        origin = "shadow" if source.role == "parameter" else "inserted"
+        cast = Node(name, CAST_OP, [source.name], [name], attrs={"to": to}, kind="cast", origin=origin,
+                    scope=source.scope, phase=maker.phase if maker else "forward",
+                    module=maker.module if maker else "", source=maker.source if maker else "",
+                    precision=to, verdict="propagate", reason=f"{source.dtype} is needed as {to}")  # type: ignore[arg-type]  # fmt: skip
+        graph.values[name] = Value(name, to, source.shape, source.numel, name, scope=source.scope)
+        return cast
+
+    def _place(self, cast: Node, source: Value, reader: str) -> None:
+        wait = reader and (source.alias or (not source.producer and source.scope))
+        if wait:
+            self.before.setdefault(reader, []).append(cast)
+        elif source.alias and source.producer:  # for the end of the graph, after every write
+            self.after.setdefault(next(reversed(self.graph.nodes)), []).append(cast)
+        elif source.producer:
+            self.after.setdefault(source.producer, []).append(cast)
+        else:
+            self.first.append(cast)
+
+    def finish(self) -> list[Node]:
+        """Put the casts in place; the casts that were made, in order."""
+        order = list(self.first)
+        for node in self.graph.nodes.values():
+            order += [*self.before.get(node.id, ()), node, *self.after.get(node.id, ())]
+        made = {id(cast) for cast in self.casts.values()} - {id(node) for node in self.graph.nodes.values()}
+        self.graph.rebuild_order(order)
+        return [node for node in order if id(node) in made]
