@@ -1,0 +1,221 @@
+"""`mpcompile(model, policy, …)`: choose the policy, run the pipeline, return the module."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from mpcompile.errors import CaptureError, RuleError, page
+from mpcompile.frontends.capture import export
+from mpcompile.frontends.exported import inline_regions
+from mpcompile.frontends.fx_write import write
+from mpcompile.policy import Policy
+from mpcompile.runtime.dynamo import Compiler, Plan, Settings, decide, log_plan, settings_of
+from mpcompile.runtime.device import emulated_kinds
+from mpcompile.training.shadows import SHADOWS
+
+page(
+    "MP102",
+    "A model without floating-point parameters",
+    "There is nothing to hold a low-precision copy of, and nothing to train.",
+    "Pass the module that owns the weights.",
+)
+page(
+    "MP103",
+    "Trainable parameters already in half precision",
+    "The user's FP32 parameters are the masters; a half-precision parameter has lost the bits that updates need.",
+    "Call model.float() first, or freeze them (requires_grad_(False)): frozen half parameters are used as they are.",
+)
+page(
+    "MP104",
+    "Parameters on the meta device",
+    "A meta tensor has a shape and no data.",
+    "Give the model its weights first: model.to_empty(device=...), then load or initialise.",
+)
+page(
+    "MP105",
+    "A kind of model that mpcompile does not read",
+    "The model is neither an nn.Module, an ExportedProgram, an onnx.ModelProto, nor the path of an .onnx file.",
+    "See the README for what can be passed.",
+)
+page("MP204", "A backend that does not exist", "The backend argument has an unknown name.", "'inductor', 'eager' or 'onnxruntime'.")
+
+BACKENDS = ("inductor", "eager", "onnxruntime")
+
+
+def mpcompile(
+    model: Any,
+    policy: str | Policy = "auto",
+    *,
+    keep_fp32: Any = (),
+    low: Any = (),
+    backend: str = "inductor",
+    dynamic: bool | None = None,
+    strict: bool = False,
+    example_inputs: Sequence[Any] | None = None,
+    **onnx_options: Any,
+) -> Any:
+    """A model in mixed precision, called the same way as the one given.
+
+    The model's FP32 parameters stay the masters: the same `Parameter` objects under the same names, so state dicts,
+    optimizers, schedulers and checkpoints go on working. The model itself is not changed.
+
+    Args:
+      model: an `nn.Module`, a `torch.export.ExportedProgram`, an `onnx.ModelProto` or the path of an ``.onnx`` file
+        (for ONNX the result is an `OnnxMixedPrecision`, and `onnx_options` are those of `mpcompile.onnx_api.convert`).
+      policy: "auto", "bf16", "fp16", "fp32", fields such as "low=fp16,output=low", or a `Policy`.
+      keep_fp32, low: globs on module path, op name or node name, or callables of a `Node`; one or several.
+      backend: "inductor" (compiled), "eager" (the rewritten graph op by op), or "onnxruntime" (training step, inference).
+      dynamic: as in `torch.compile`.
+      strict: an op without a rule is an error instead of FP32.
+      example_inputs: compile now, for these positional arguments, instead of at the first call.
+
+    Returns:
+      A `MixedPrecisionModule`, or an `OnnxMixedPrecision`.
+
+    Raises:
+      MPCompileError: a policy, override, model or ONNX file that will not do; the model is untouched.
+    """
+    if _is_onnx(model):
+        from mpcompile.onnx_api import convert
+
+        return convert(model, policy, keep_fp32=keep_fp32, low=low, strict=strict, **onnx_options)
+    if onnx_options:
+        raise TypeError(f"mpcompile() got arguments that only ONNX models take: {', '.join(onnx_options)}")
+    if backend not in BACKENDS:
+        raise RuleError("MP204", f"there is no backend {backend!r}", try_=" or ".join(map(repr, BACKENDS)))
+    if isinstance(model, torch.export.ExportedProgram):
+        model = model.module()
+    _check(model)
+    inner = "inductor" if backend == "onnxruntime" else backend
+    settings = settings_of(policy, keep_fp32, low, strict, inner)
+    wrapped = MixedPrecisionModule(model, settings, dynamic=dynamic, backend=backend)
+    if example_inputs is not None:
+        with torch.no_grad():
+            wrapped(*example_inputs)
+    return wrapped
+
+
+def _is_onnx(model: Any) -> bool:
+    return isinstance(model, (str, os.PathLike)) or type(model).__module__.startswith("onnx")
+
+
+def _check(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise CaptureError("MP105", f"mpcompile() was given a {type(model).__name__}", try_="an nn.Module, an "
+                           "ExportedProgram, an onnx.ModelProto, or the path of an .onnx file")  # fmt: skip
+    named = [(n, p) for n, p in model.named_parameters() if p.is_floating_point()]
+    if not named:
+        raise CaptureError("MP102", f"{type(model).__name__} has no floating-point parameters",
+                           try_="pass the module that owns the weights")  # fmt: skip
+    for name, parameter in named:
+        if parameter.is_meta:
+            raise CaptureError("MP104", "a parameter is on the meta device", where=name,
+                               try_="model.to_empty(device='cpu'), then load or initialise")  # fmt: skip
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            raise CaptureError("MP103", f"a trainable parameter is {str(parameter.dtype).removeprefix('torch.')}",
+                               where=name, why="FP32 parameters are the masters that updates are added to",
+                               try_="model.float(), or parameter.requires_grad_(False) to use it as it is")  # fmt: skip
+
+
+class MixedPrecisionModule(nn.Module):
+    """The model in mixed precision. Shares the model's parameters, buffers, submodules and names."""
+
+    def __init__(self, model: nn.Module, settings: Settings, *, dynamic: bool | None, backend: str) -> None:
+        super().__init__()
+        # The very tables of the model: what is registered, replaced or renamed on one is so on the other.
+        self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
+        self._non_persistent_buffers_set = model._non_persistent_buffers_set
+        hidden = self.__dict__
+        hidden["_model"], hidden["settings"], hidden["backend"] = model, settings, backend
+        hidden["dynamic"] = dynamic
+        hidden["_compiler"] = Compiler(settings, log_plan)
+        hidden["_call"] = None
+        self.training = model.training
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that was given."""
+        return self.__dict__["_model"]  # type: ignore[no-any-return]
+
+    @property
+    def policy(self) -> Policy:
+        return self.settings.policy
+
+    @property
+    def plans(self) -> list[Plan]:
+        """What was decided for each graph compiled so far."""
+        return self._compiler.plans
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._call is None:
+            # Dynamo may have compiled this code for another precision already: each wrapper has its own cache.
+            self.__dict__["_call"] = torch.compile(self.model, backend=self._compiler, dynamic=self.dynamic)
+        return self._call(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_model"], name)
+
+    def train(self, mode: bool = True) -> MixedPrecisionModule:
+        self.model.train(mode)
+        self.training = mode
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model.load_state_dict(*args, **kwargs)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MixedPrecisionModule:
+        self.model._apply(fn, recurse)
+        return self
+
+    def refresh(self) -> None:
+        """Cast the shadows again now: needed on a GPU after edits through ``parameter.data`` outside training."""
+        SHADOWS.refresh(self.parameters())
+
+    def plan(self, *args: Any, **kwargs: Any) -> Plan:
+        """Decide on the whole model as one graph, for these example arguments (their shapes; nothing is run).
+
+        Raises:
+          CaptureError: MP101, when torch.export cannot read the model as one graph.
+        """
+        module = export(self.model, args, kwargs).module()
+        inline_regions(module)
+        device = next((p.device.type for p in self.parameters()), "cpu")
+        return decide(module, self.settings, "cuda" if device == "cuda" else "cpu")
+
+    def graph(self, *args: Any, **kwargs: Any) -> fx.GraphModule:
+        """The rewritten graph, callable with the example's own arguments; it shares the model's parameters."""
+        plan = self.plan(*args, **kwargs)
+        return write(plan.capture, plan.graph, emulate=emulated_kinds(plan.device)).module
+
+    def report(self, *args: Any, **kwargs: Any) -> Any:
+        """What was decided for each node, and why. See `mpcompile.report.model.Report`."""
+        from mpcompile.report.model import build_report
+
+        plan = self.plan(*args, **kwargs)
+        return build_report(plan.graph, plan.policy, plan.device, steps=plan.steps)
+
+    def train_step(self, optimizer: torch.optim.Optimizer, loss_fn: Callable[..., Any] | None = None, **options: Any) -> Any:
+        """The training step as one emitted graph. See `mpcompile.training.step.TrainStep` for the options."""
+        from mpcompile.training.step import TrainStep
+
+        return TrainStep(self, optimizer, loss_fn, **options)
+
+    def export_onnx(self, path: str | os.PathLike[str], *args: Any, **options: Any) -> Any:
+        """Write the rewritten forward as an ONNX model whose nodes carry their verdicts and reasons."""
+        from mpcompile.frontends.onnx_export import export_onnx
+
+        return export_onnx(self, path, *args, **options)
+
+
+__all__ = ["BACKENDS", "MixedPrecisionModule", "mpcompile"]

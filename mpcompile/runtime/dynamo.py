@@ -1,0 +1,214 @@
+"""The Dynamo backend: each graph that Dynamo finds is re-traced to ATen, rewritten, compiled, and given its shadows.
+
+Registered as ``torch.compile(model, backend="mpcompile", options={"policy": "fp16"})``; `mpcompile.mpcompile` uses
+the same function with a `Compiler` of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from torch import fx
+
+from mpcompile.errors import MPCompileError, RuleError, RuntimeFailure, page, suggest
+from mpcompile.frontends.capture import trace_dynamo
+from mpcompile.frontends.facts import TORCH_DTYPES
+from mpcompile.frontends.fx import FxCapture, read
+from mpcompile.frontends.fx_write import has_user_low_cast, write
+from mpcompile.graph import PrecisionGraph
+from mpcompile.pipeline import StepRecord, default_passes, run
+from mpcompile.policy import Policy
+from mpcompile.runtime.device import emulated_kinds, settle_policy
+from mpcompile.runtime.inductor import compile_inductor, run_eagerly
+from mpcompile.training.shadows import SHADOWS, use_shadow
+
+log = logging.getLogger("mpcompile")
+
+page(
+    "MP701",
+    "A derivative of a derivative through a compiled graph",
+    "AOTAutograd, which compiles the backward, has no double backward; a gradient penalty needs one.",
+    "Use backend='eager' for the part of the model whose gradient you differentiate.",
+)
+page(
+    "MP702",
+    "An option that the backend does not have",
+    "torch.compile(backend='mpcompile', options={...}) was given an unknown option.",
+    "The options are policy, keep_fp32, low, strict and inner ('inductor' or 'eager').",
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one model is compiled.
+
+    Fields:
+      policy: the policy, "auto" not yet settled.
+      keep_fp32, low: overrides: globs on module path, op name or node name, or callables of a `Node`.
+      strict: an op without a rule is an error.
+      inner: "inductor" or "eager".
+    """
+
+    policy: Policy = field(default_factory=Policy)
+    keep_fp32: tuple[Any, ...] = ()
+    low: tuple[Any, ...] = ()
+    strict: bool = False
+    inner: str = "inductor"
+
+
+@dataclass
+class Plan:
+    """A graph and what was decided of it."""
+
+    capture: FxCapture
+    graph: PrecisionGraph
+    steps: list[StepRecord]
+    policy: Policy
+    device: str
+    seconds: float
+
+
+def decide(module: fx.GraphModule, settings: Settings, device: str, *, text: bool = False) -> Plan:
+    """Read an ATen graph and run the passes over it."""
+    start = time.perf_counter()
+    policy = settle_policy(settings.policy, device)
+    capture = read(module, {"device": device, "policy": str(policy)})
+    passes = default_passes(
+        policy,
+        device,
+        source="aten",
+        keep_fp32=settings.keep_fp32,
+        force_low=settings.low,
+        strict=settings.strict,
+        fused=settings.inner == "inductor",
+    )
+    graph, steps = run(capture.graph, passes)
+    return Plan(capture, graph, steps, policy, device, time.perf_counter() - start)
+
+
+class Compiler:
+    """Dynamo's backend for one model: keeps the plan of every graph that it compiled."""
+
+    def __init__(self, settings: Settings, on_plan: Callable[[Plan], None] | None = None) -> None:
+        self.settings, self.on_plan = settings, on_plan
+        self.plans: list[Plan] = []
+
+    def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+        fakes = [n.meta.get("example_value", given) for n, given in zip(placeholders, inputs, strict=True)]
+        plan = decide(trace_dynamo(module, fakes), self.settings, device_of(fakes))
+        self.plans.append(plan)
+        if self.on_plan is not None:
+            self.on_plan(plan)
+        return self._emit(plan, fakes)
+
+    def _emit(self, plan: Plan, fakes: list[Any]) -> Callable[..., Any]:
+        written = write(plan.capture, plan.graph, use_shadow=use_shadow, emulate=emulated_kinds(plan.device))
+        places = {name: i for i, name in enumerate(plan.capture.graph.inputs)}
+        order = _argument_places(plan.capture)
+        shadows = [(order[places[name]], TORCH_DTYPES[low]) for name, low in written.shadows]
+        if self.settings.inner == "eager":
+            return CompiledGraph(run_eagerly(written.module), shadows, differentiable_twice=True)
+        extended = [*fakes, *(_fake_shadow(fakes[i], dtype) for i, dtype in shadows)]
+        inner = compile_inductor(written.module, extended, keep_rounding=has_user_low_cast(plan.graph))
+        return CompiledGraph(inner, shadows, differentiable_twice=False)
+
+
+def _argument_places(capture: FxCapture) -> list[int]:
+    """Position among the call's arguments of each graph input of the reading (constants have -1)."""
+    placeholders = [n for n in capture.module.graph.nodes if n.op == "placeholder"]
+    place = {node: i for i, node in enumerate(placeholders)}
+    return [place.get(capture.origin[name][0], -1) for name in capture.graph.inputs]
+
+
+def _fake_shadow(master: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    with master.fake_mode:  # type: ignore[attr-defined]
+        return torch.empty_like(master, dtype=dtype, requires_grad=False)
+
+
+def device_of(tensors: Sequence[Any]) -> str:
+    """ "cuda" when any tensor is there, else "cpu"."""
+    kinds = {t.device.type for t in tensors if isinstance(t, torch.Tensor)}
+    return "cuda" if "cuda" in kinds else "cpu"
+
+
+class CompiledGraph:
+    """What Dynamo's bytecode calls: the inner graph, with its shadows brought up to date first."""
+
+    def __init__(self, inner: Callable[..., Any], shadows: list[tuple[int, torch.dtype]], *, differentiable_twice: bool):
+        self.inner, self.shadows, self.differentiable_twice = inner, shadows, differentiable_twice
+
+    def __call__(self, *args: Any) -> Any:
+        outputs = self.inner(*args, *[SHADOWS.get(args[i], dtype) for i, dtype in self.shadows])
+        if not self.differentiable_twice and torch.is_grad_enabled():
+            _refuse_double_backward(outputs)
+        return outputs
+
+
+def _refuse_double_backward(outputs: Any) -> None:
+    """Say clearly, when a backward is asked to build a graph, that the compiled one cannot."""
+    for output in outputs if isinstance(outputs, (list, tuple)) else (outputs,):
+        if isinstance(output, torch.Tensor) and output.grad_fn is not None:
+            output.grad_fn.register_prehook(_check_no_graph)
+            return
+
+
+def _check_no_graph(grads: Any) -> None:
+    # The engine runs hooks in the grad mode of the backward: enabled means create_graph=True.
+    if torch.is_grad_enabled():
+        raise RuntimeFailure(
+            "MP701",
+            "double backward (create_graph=True) through a compiled graph",
+            why="AOTAutograd, which made the compiled backward, has no double backward",
+            try_='mpcompile(model, ..., backend="eager")',
+        )
+
+
+def backend(module: fx.GraphModule, inputs: Sequence[Any], **given: Any) -> Callable[..., Any]:
+    """The registered backend: ``options`` are `policy`, `keep_fp32`, `low`, `strict` and `inner`.
+
+    Raises:
+      RuntimeFailure: MP702, for an unknown option.
+    """
+    options = dict(given.pop("options", None) or {})
+    options.update(given)
+    options.pop("mode", None)
+    known = [f.name for f in fields(Settings)]
+    for name in options:
+        if name not in known:
+            near = suggest(name, known)
+            raise RuntimeFailure("MP702", f"the mpcompile backend has no option {name!r}",
+                                 try_=f"did you mean {near}?" if near else f"the options are {', '.join(known)}")  # fmt: skip
+    return Compiler(settings_of(**options), log_plan)(module, inputs)
+
+
+def settings_of(
+    policy: str | Policy = "auto",
+    keep_fp32: Any = (),
+    low: Any = (),
+    strict: bool = False,
+    inner: str = "inductor",
+) -> Settings:
+    """Settings from what a caller may write (a policy string, one glob or several)."""
+    if inner not in ("inductor", "eager"):
+        raise RuleError("MP204", f"there is no backend {inner!r}", try_="'inductor', 'eager' or 'onnxruntime'")
+    return Settings(Policy.parse(policy), _several(keep_fp32), _several(low), strict, inner)
+
+
+def _several(given: Any) -> tuple[Any, ...]:
+    return (given,) if isinstance(given, str) or callable(given) else tuple(given)
+
+
+def log_plan(plan: Plan) -> None:
+    """The one line after compilation."""
+    from mpcompile.report.model import summary_line
+
+    log.info("%s", summary_line(plan.graph, plan.policy, plan.seconds))
+
+
+__all__ = ["Compiler", "MPCompileError", "Plan", "Settings", "backend", "decide", "device_of", "log_plan", "settings_of"]
