@@ -23,19 +23,12 @@ from dataclasses import MISSING, dataclass, fields
 from itertools import groupby
 from typing import Any
 
-from mpcompile.errors import MPCompileError, page
 from mpcompile.graph import Node, PrecisionGraph, Value
 
-page(
-    "MP412",
-    "Text that is no graph",
-    "A line of the text form of a precision graph does not parse.",
-    "See the line and column in the message; `print_graph` writes the form that is read.",
-)
-
-_BARE = re.compile(r"[A-Za-z_/$%.][\w./$%-]*(?:::[\w./$-]+)*\Z")
-_NODE_BLOCK = {"verdict", "precision", "kind", "decided_by", "reason", "module", "source"}
-_NODE_LINE = {"id", "op", "inputs", "outputs", "slots", "attrs"}
+WORD = r"[A-Za-z_/$%.][\w./$%-]*(?:::[\w./$-]+)*"
+_BARE = re.compile(WORD + r"\Z")
+_NODE_LINE = {"id", "op", "inputs", "outputs", "slots", "attrs", "verdict", "precision", "kind", "decided_by", "reason",
+              "module", "source"}  # fmt: skip
 _VALUE_LINE = {"name", "dtype", "shape"}
 
 
@@ -47,9 +40,6 @@ class Opaque:
 
     def __repr__(self) -> str:
         return self.text
-
-
-# ---------------------------------------------------------------------------------------------------------- printing
 
 
 def print_graph(graph: PrecisionGraph, *, title: str = "", detail: str = "full", fold: int = 0) -> str:
@@ -85,10 +75,10 @@ def print_node(graph: PrecisionGraph, node: Node, *, detail: str = "full") -> st
     if node.attrs and not short:
         line += f" {literal(node.attrs)}"
     if node.verdict or node.precision or node.kind or node.reason or node.decided_by != "rule":
-        words = [_name(w or "?") for w in (node.verdict, node.precision, node.kind, node.decided_by)]
+        words = [_word(w) for w in (node.verdict, node.precision, node.kind, node.decided_by)]
         line += f" | {' '.join(words)}" + (f" {node.reason!r}" if node.reason and not short else "")
     if node.module or node.source:
-        line += f" @ {_name(node.module or '?')}" + (f" {node.source!r}" if node.source else "")
+        line += f" @ {_word(node.module)}" + (f" {node.source!r}" if node.source else "")
     return line if short else line + "".join(f" {k}={literal(v)}" for k, v in _rare(node))
 
 
@@ -97,7 +87,7 @@ def _rare(node: Node) -> Iterator[tuple[str, Any]]:
     if not node.outputs or node.id != node.outputs[0]:
         yield "id", node.id
     for spec in fields(Node):
-        if spec.name in _NODE_BLOCK | _NODE_LINE:
+        if spec.name in _NODE_LINE:
             continue
         value = getattr(node, spec.name)
         usual = spec.default_factory() if spec.default_factory is not MISSING else spec.default
@@ -115,13 +105,13 @@ def _value(graph: PrecisionGraph, name: str, node: Node | None = None) -> str:
 
 
 def _rare_value(value: Value, node: Node | None) -> Iterator[tuple[str, Any]]:
-    usual = _usual(value.shape, node)
+    usual = usual_fields(value.shape, node)
     for spec in fields(Value):
         if spec.name not in _VALUE_LINE and getattr(value, spec.name) != usual[spec.name]:
             yield spec.name, getattr(value, spec.name)
 
 
-def _usual(shape: tuple[int | str, ...], node: Node | None) -> dict[str, Any]:
+def usual_fields(shape: tuple[int | str, ...], node: Node | None) -> dict[str, Any]:
     """What the fields of a value are when its line does not say."""
     usual = {spec.name: spec.default for spec in fields(Value)}
     sizes = [d for d in shape if isinstance(d, int)]
@@ -142,7 +132,11 @@ def _folded(graph: PrecisionGraph, depth: int) -> Iterator[str]:
 
 def _name(word: str) -> str:
     """`word` as it stands in the text: quoted where the parser would not read it as one word."""
-    return word if word == "?" or _BARE.match(word) else repr(word)
+    return word if _BARE.match(word) else repr(word)
+
+
+def _word(word: str) -> str:
+    return _name(word) if word else "?"
 
 
 def literal(value: Any) -> str:
@@ -159,6 +153,17 @@ def literal(value: Any) -> str:
         return f"obj({str(value)!r})"
     except Exception:  # a third party's __str__: printing never fails
         return f"obj({type(value).__name__!r})"
+
+
+def parse_graph(text: str) -> PrecisionGraph:
+    """The graph that `print_graph` printed (in full detail, not folded).
+
+    Raises:
+      LawError: MP412, with the line and column that does not parse.
+    """
+    from mpcompile.parse import read
+
+    return read(text)
 
 
 def diff(before: str, after: str, names: tuple[str, str] = ("before", "after")) -> str:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from mpcompile import laws
-from mpcompile.graph import CAST_OP, CASTABLE, Node, PrecisionGraph, Value
+from mpcompile.graph import CAST_OP, CASTABLE, CastOrigin, Node, PrecisionGraph, Value
 from mpcompile.passes.base import PassResult
 
 
@@ -42,17 +42,17 @@ class InsertCasts:
 
 @dataclass
 class _Writer:
-    """The casts made so far, by (value, target, how often its storage was written), and where each will stand."""
+    """The casts made so far, by (value, target, how often its storage was written)."""
 
     graph: PrecisionGraph
     casts: dict[tuple[str, str, int], Node] = field(default_factory=dict)
-    first: list[Node] = field(default_factory=list)
+    made: list[Node] = field(default_factory=list)
+    # Reader -> the casts that must stand right before it, because of writes to storage.
     before: dict[str, list[Node]] = field(default_factory=dict)
-    after: dict[str, list[Node]] = field(default_factory=dict)
     written: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # A graph that has casts already (the pipeline's own output) shares them.
+        # A graph that has casts already shares them.
         for cast in self.graph.casts():
             if not self.graph.values[cast.inputs[0]].alias:
                 self.casts[cast.inputs[0], str(cast.attrs["to"]), 0] = cast
@@ -80,38 +80,50 @@ class _Writer:
         source = self.graph.values[name]
         key = (name, to, self.written.get(source.alias, 0))
         if key not in self.casts:
-            self.casts[key] = made = self._make(source, to)
-            self._place(made, source, reader)
+            self.casts[key] = made = make_cast(self.graph, source, to)
+            self.made.append(made)
+            if source.alias:
+                self.before.setdefault(reader, []).append(made)
         return self.casts[key].outputs[0]
 
-    def _make(self, source: Value, to: str) -> Node:
-        graph = self.graph
-        name = graph.fresh_name(f"{source.name}_{to}")
-        maker = graph.nodes.get(source.producer)
-        origin = "shadow" if source.role == "parameter" else "inserted"
-        cast = Node(name, CAST_OP, [source.name], [name], attrs={"to": to}, kind="cast", origin=origin,
-                    scope=source.scope, phase=maker.phase if maker else "forward",
-                    module=maker.module if maker else "", source=maker.source if maker else "",
-                    precision=to, verdict="propagate", reason=f"{source.dtype} is needed as {to}")  # type: ignore[arg-type]  # fmt: skip
-        graph.values[name] = Value(name, to, source.shape, source.numel, name, scope=source.scope)
-        return cast
-
-    def _place(self, cast: Node, source: Value, reader: str) -> None:
-        wait = reader and (source.alias or (not source.producer and source.scope))
-        if wait:
-            self.before.setdefault(reader, []).append(cast)
-        elif source.alias and source.producer:  # for the end of the graph, after every write
-            self.after.setdefault(next(reversed(self.graph.nodes)), []).append(cast)
-        elif source.producer:
-            self.after.setdefault(source.producer, []).append(cast)
-        else:
-            self.first.append(cast)
-
     def finish(self) -> list[Node]:
-        """Put the casts in place; the casts that were made, in order."""
-        order = list(self.first)
+        """Put the casts in place; the casts that were made."""
+        order: list[Node] = []
         for node in self.graph.nodes.values():
-            order += [*self.before.get(node.id, ()), node, *self.after.get(node.id, ())]
-        made = {id(cast) for cast in self.casts.values()} - {id(node) for node in self.graph.nodes.values()}
-        self.graph.rebuild_order(order)
-        return [node for node in order if id(node) in made]
+            order += [*self.before.get(node.id, ()), node]
+        order += self.before.get("", ())
+        placed = {cast.id for casts in self.before.values() for cast in casts}
+        place(self.graph, order, [cast for cast in self.made if cast.id not in placed])
+        return self.made
+
+
+def make_cast(graph: PrecisionGraph, source: Value, to: str) -> Node:
+    """A new cast of `source`, with its value, that stands nowhere yet."""
+    name = graph.fresh_name(f"{source.name}_{to}")
+    maker = graph.nodes.get(source.producer) or Node("", "")
+    origin: CastOrigin = "shadow" if source.role == "parameter" else "inserted"
+    cast = Node(name, CAST_OP, [source.name], [name], attrs={"to": to}, kind="cast", origin=origin, scope=source.scope,
+                phase=maker.phase, module=maker.module, source=maker.source, verdict="propagate",
+                precision=to, reason=f"{source.dtype} is needed as {to}")  # type: ignore[arg-type]  # fmt: skip
+    graph.values[name] = Value(name, to, source.shape, source.numel, name, scope=source.scope)
+    return cast
+
+
+def place(graph: PrecisionGraph, order: list[Node], casts: list[Node]) -> None:
+    """Rebuild the node table: `order`, with each of `casts` right after its source is made.
+
+    Casts of graph inputs stand at the beginning; those of the inputs of an inner region before their first reader.
+    """
+    after: dict[str, list[Node]] = {}
+    waiting: dict[str, Node] = {}
+    for cast in casts:
+        source = graph.values[cast.inputs[0]]
+        if source.scope and not source.producer:
+            waiting[cast.outputs[0]] = cast
+        else:
+            after.setdefault(source.producer, []).append(cast)
+    placed = list(after.get("", ()))
+    for node in order:
+        placed += [waiting.pop(name) for name in node.inputs if name in waiting]
+        placed += [node, *after.get(node.id, ())]
+    graph.rebuild_order([*placed, *waiting.values()])

@@ -1,0 +1,210 @@
+"""Remove casts that buy nothing, and move casts across views to where there is less to cast.
+
+Never costs more: each step removes a cast, or leaves fewer bytes to read and write.  The user's own casts stay, with
+their rounding; a cast of ours may be replaced by one of his.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mpcompile.graph import ITEMSIZE, LOW, Node, PrecisionGraph, Value
+from mpcompile.passes.base import PassResult
+from mpcompile.passes.insert_casts import make_cast, place
+from mpcompile.rules.table import load_kinds
+
+
+@dataclass(frozen=True)
+class SimplifyCasts:
+    """No options."""
+
+    name: ClassVar[str] = "simplify-casts"
+
+    def apply(self, graph: PrecisionGraph) -> PassResult:
+        before, casts = cast_bytes(graph), len(graph.casts())
+        editor = _Editor(graph)
+        while editor.round():
+            pass
+        if not editor.changed:
+            return PassResult(False)
+        editor.finish()
+        saved = f"{casts} casts became {len(graph.casts())}, {before - cast_bytes(graph)} bytes less to cast"
+        return PassResult(True, (saved,))
+
+
+def cast_bytes(graph: PrecisionGraph) -> int:
+    """Bytes that our casts read and write."""
+    return sum(_bytes(graph, cast) for cast in graph.casts())
+
+
+def _bytes(graph: PrecisionGraph, cast: Node) -> int:
+    source = graph.values[cast.inputs[0]]
+    return source.numel * (ITEMSIZE[source.dtype] + ITEMSIZE[str(cast.attrs["to"])])
+
+
+class _Editor:
+    """The graph, who reads what, and the rewrites; each rewrite says whether it applied."""
+
+    def __init__(self, graph: PrecisionGraph) -> None:
+        self.graph, self.changed = graph, False
+        self.views = {name for name, kind in load_kinds().items() if kind.fusion == "view"}
+        self.position = {node.id: at for at, node in enumerate(graph.nodes.values())}
+        self.readers: dict[str, list[Node]] = {name: [] for name in graph.values}
+        for node in graph.nodes.values():
+            for name in node.inputs:
+                self.readers[name].append(node)
+        self.returned: dict[str, list[int]] = {}
+        for index, name in enumerate(graph.outputs):
+            self.returned.setdefault(name, []).append(index)
+
+    def round(self) -> bool:
+        """One look at every cast; True when something was found."""
+        steps = (self.drop, self.shorten, self.share, self.hoist, self.sink)
+        found = False
+        for cast in self.graph.casts():
+            found |= cast.id in self.graph.nodes and any(step(cast) for step in steps)
+        self.changed |= found
+        return found
+
+    def finish(self) -> None:
+        """Put every cast right after its source; those of written storage stay where they are."""
+        values, nodes = self.graph.values, self.graph.nodes.values()
+        loose = {node.id for node in nodes if node.is_cast and not values[node.inputs[0]].alias}
+        place(self.graph, [n for n in nodes if n.id not in loose], [n for n in nodes if n.id in loose])
+
+    # Each of the next five is one rewrite.
+
+    def drop(self, cast: Node) -> bool:
+        """Nobody reads it."""
+        name = cast.outputs[0]
+        if self.readers[name] or name in self.returned:
+            return False
+        self.remove(cast)
+        return True
+
+    def shorten(self, cast: Node) -> bool:
+        """It reads a cast of ours, or the user's exact widening of what it gives, or has nothing to do."""
+        source = self.graph.values[cast.inputs[0]]
+        root, to = self.root(source), cast.attrs["to"]
+        if root.dtype == to:
+            return self.replace(cast, root.name)
+        if root is source:
+            return False
+        self.reread(cast, 0, root.name)
+        cast.origin = "shadow" if root.role == "parameter" else "inserted"
+        return True
+
+    def share(self, cast: Node) -> bool:
+        """Another cast gives the same, early enough for all readers."""
+        name, to = cast.inputs[0], cast.attrs["to"]
+        if self.graph.values[name].alias:
+            return False
+        for twin in self.readers[name]:
+            if twin is cast or twin.kind != "cast" or len(twin.outputs) != 1:
+                continue
+            given = self.graph.values[twin.outputs[0]]
+            if given.dtype == to and not given.alias and given.scope == cast.scope and self.ready(twin, cast):
+                return self.replace(cast, given.name)
+        return False
+
+    def hoist(self, cast: Node) -> bool:
+        """``cast(view(x))`` is ``view(cast(x))``: better where x is smaller, or cast already."""
+        given, to = self.graph.values[cast.inputs[0]], str(cast.attrs["to"])
+        view = self.graph.nodes.get(given.producer)
+        if view is None or self.readers[given.name] != [cast] or given.name in self.returned:
+            return False
+        operand = self.through(view)
+        if operand is None:
+            return False
+        root = self.root(self.graph.values[view.inputs[operand]])
+        twin = next((n for n in self.readers[root.name] if n.is_cast and n.attrs["to"] == to), None)
+        free = twin is not None or root.dtype == to
+        cost = 0 if free else root.numel * (ITEMSIZE[root.dtype] + ITEMSIZE[to])
+        # A shadow of the whole parameter is refreshed once per step: worth it at equal bytes.
+        if cost > _bytes(self.graph, cast) - (root.role != "parameter"):
+            return False
+        name = root.name if root.dtype == to else (twin or self.new_cast(root, to)).outputs[0]
+        self.retype(view, operand, name, to)
+        return self.replace(cast, given.name)
+
+    def sink(self, cast: Node) -> bool:
+        """``view(cast(x))`` is ``cast(view(x))``: better where the view is smaller."""
+        name, source = cast.outputs[0], self.graph.values[cast.inputs[0]]
+        if len(self.readers[name]) != 1 or name in self.returned or source.alias or source.role == "parameter":
+            return False
+        view = self.readers[name][0]
+        operand = self.through(view)
+        if operand is None:
+            return False
+        given, to = self.graph.values[view.outputs[0]], str(cast.attrs["to"])
+        if given.numel >= source.numel or any(reader.is_cast for reader in self.readers[given.name]):
+            return False
+        self.retype(view, operand, source.name, source.dtype)
+        self.remove(cast)
+        self.redirect(given.name, self.new_cast(given, to).outputs[0])
+        return True
+
+    # What the rewrites are made of.
+
+    def root(self, value: Value) -> Value:
+        """What `value` was before our casts, and before the user's widening of a low value, which is exact."""
+        while (node := self.graph.nodes.get(value.producer)) is not None and node.kind == "cast":
+            before = self.graph.values[node.inputs[0]]
+            exact = node.is_cast or (before.dtype in LOW and value.dtype == "fp32")
+            if not exact or before.alias or value.alias or before.scope != value.scope:
+                break
+            value = before
+        return value
+
+    def through(self, view: Node) -> int | None:
+        """The operand that `view` shows, when its precision is free to change; else None."""
+        values = self.graph.values
+        floats = [operand for operand, name in enumerate(view.inputs) if values[name].castable]
+        fixed = view.verdict != "propagate" or view.group or view.out_dtype or view.results or view.region
+        if view.kind not in self.views or fixed or view.phase == "optimizer" or len(floats) != 1 or len(view.outputs) != 1:
+            return None
+        shares = values[view.outputs[0]].alias or values[view.inputs[floats[0]]].alias
+        return None if shares or view.slots[floats[0]] in view.operands else floats[0]
+
+    def ready(self, twin: Node, cast: Node) -> bool:
+        """True when `twin` stands before every reader of `cast`; a cast of ours can always be moved there."""
+        at = self.position.get(twin.id, -1)
+        return twin.is_cast or all(at < self.position.get(r.id, -1) for r in self.readers[cast.outputs[0]])
+
+    def new_cast(self, source: Value, to: str) -> Node:
+        cast = make_cast(self.graph, source, to)
+        self.graph.nodes[cast.id] = cast
+        self.readers[cast.outputs[0]] = []
+        self.readers[source.name].append(cast)
+        return cast
+
+    def retype(self, view: Node, operand: int, name: str, precision: str) -> None:
+        """Let `view` read `name`, in another precision than before."""
+        self.reread(view, operand, name)
+        self.graph.values[view.outputs[0]].dtype = precision
+        view.precision = precision  # type: ignore[assignment]
+        view.decided_by, view.reason = "cost", f"{precision}, so that fewer bytes are cast"
+
+    def reread(self, reader: Node, operand: int, name: str) -> None:
+        self.readers[reader.inputs[operand]].remove(reader)
+        self.readers[name].append(reader)
+        reader.inputs[operand] = name
+
+    def redirect(self, old: str, new: str) -> None:
+        """All who read `old` read `new`, except the node that makes `new`."""
+        maker = self.graph.values[new].producer
+        for reader in [r for r in self.readers[old] if r.id != maker]:
+            self.reread(reader, reader.inputs.index(old), new)
+        for index in self.returned.pop(old, ()):
+            self.graph.outputs[index] = new
+            self.returned.setdefault(new, []).append(index)
+
+    def replace(self, cast: Node, name: str) -> bool:
+        self.redirect(cast.outputs[0], name)
+        self.remove(cast)
+        return True
+
+    def remove(self, cast: Node) -> None:
+        self.readers[cast.inputs[0]].remove(cast)
+        del self.graph.nodes[cast.id], self.graph.values[cast.outputs[0]], self.readers[cast.outputs[0]]
