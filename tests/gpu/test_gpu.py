@@ -1,0 +1,166 @@
+"""On a CUDA device: correctness of the drop-in and of the whole step, no host syncs, fused attention, CUDA graphs."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mpcompile import LossScale, mpcompile
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def gpt2() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_layer=2, n_embd=256, n_head=4, vocab_size=2048, n_positions=128, use_cache=False,
+                        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0)  # fmt: skip
+    ids = torch.randint(0, 2048, (4, 128))
+    return GPT2LMHeadModel(config), {"input_ids": ids, "labels": ids}
+
+
+def bert() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(num_hidden_layers=2, hidden_size=256, num_attention_heads=4, intermediate_size=512, vocab_size=2048,
+                        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)  # fmt: skip
+    ids = torch.randint(0, 2048, (4, 128))
+    return BertForMaskedLM(config), {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def resnet50() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    model = ResNetForImageClassification(ResNetConfig(num_labels=10))
+    return model, {"pixel_values": torch.randn(8, 3, 64, 64), "labels": torch.randint(0, 10, (8,))}
+
+
+def llama() -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(num_hidden_layers=2, hidden_size=256, num_attention_heads=4, num_key_value_heads=2,
+                         intermediate_size=512, vocab_size=2048, use_cache=False)  # fmt: skip
+    ids = torch.randint(0, 2048, (4, 128))
+    return LlamaForCausalLM(config), {"input_ids": ids, "labels": ids}
+
+
+MODELS: dict[str, Callable[[], tuple[nn.Module, dict[str, torch.Tensor]]]] = {
+    "gpt2": gpt2,
+    "bert": bert,
+    "resnet50": resnet50,
+    "llama": llama,
+}
+
+
+def make(name: str) -> tuple[nn.Module, dict[str, torch.Tensor], nn.Module, dict[str, torch.Tensor]]:
+    """(model on the GPU, its batch, the same model in FP64 on the CPU, its batch)."""
+    torch.manual_seed(0)
+    model, batch = MODELS[name]()
+    reference = copy.deepcopy(model).double()
+    exact = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
+    return model.cuda(), {k: v.cuda() for k, v in batch.items()}, reference, exact
+
+
+@pytest.mark.parametrize("policy", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_dropin_agrees_with_fp64_on_the_cpu(name: str, policy: str) -> None:
+    model, batch, reference, exact = make(name)
+    mp = mpcompile(model, policy)
+    loss, expected = mp(**batch).loss, reference(**exact).loss
+    scale = 1024.0 if policy == "fp16" else 1.0
+    (loss * scale).backward()
+    expected.backward()
+    assert abs(loss.item() - expected.item()) < 2e-2 * abs(expected.item())
+    for (key, got), want in zip(model.named_parameters(), reference.parameters(), strict=True):
+        if want.grad is None or want.grad.norm() < 1e-6:
+            continue
+        assert got.grad is not None
+        assert got.grad.dtype == torch.float32
+        cosine = F.cosine_similarity((got.grad.cpu().double() / scale).flatten(), want.grad.flatten(), dim=0)
+        assert cosine > 0.95, f"{key}: cosine {cosine:.4f}"
+
+
+@pytest.mark.parametrize("policy", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", MODELS)
+def test_step_follows_the_fp32_curve(name: str, policy: str) -> None:
+    model, batch, _, _ = make(name)
+    plain = copy.deepcopy(model)
+    step = mpcompile(model, policy).train_step(torch.optim.AdamW(model.parameters(), lr=1e-3))
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-3)
+    got, expected = [], []
+    for _ in range(10):
+        got.append(step(**batch).loss)
+        loss = plain(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        expected.append(loss.detach())
+    difference = (torch.stack(got) - torch.stack(expected)).abs().max().item()
+    assert difference < 0.08 * expected[0].item(), f"losses differ by {difference:.4f}"
+    assert got[-1] < got[0]
+
+
+def _step(policy: str, **options: Any) -> tuple[Any, dict[str, torch.Tensor], nn.Module]:
+    model, batch, _, _ = make("gpt2")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    return mpcompile(model, policy).train_step(optimizer, **options), batch, model
+
+
+@pytest.mark.parametrize("policy", ["bf16", "fp16"])
+def test_steady_state_never_syncs(policy: str) -> None:
+    step, batch, _ = _step(policy)
+    for _ in range(4):
+        step(**batch)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            step(**batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_forced_overflow_changes_no_weight_and_backs_off() -> None:
+    step, batch, model = _step("fp16", scale=LossScale.dynamic(init=2.0**24, interval=2))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    result = step(**batch)
+    if bool(result.stepped):
+        pytest.skip("this scale did not overflow")
+    assert float(result.scale) == 2.0**23
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    scales = [float(step(**batch).scale) for _ in range(40)]
+    assert min(scales) < 2.0**23
+    assert any(b > a for a, b in zip(scales, scales[1:], strict=False)), "the scale must grow again"
+
+
+def test_fused_attention_is_chosen() -> None:
+    model, batch, _, _ = make("gpt2")
+    mp = mpcompile(model, "bf16")
+    mp(**batch).loss.backward()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        mp(**batch).loss.backward()
+        torch.cuda.synchronize()
+    names = [event.key.lower() for event in profile.key_averages()]
+    assert any("flash" in n or "cudnn" in n and "sdpa" in n for n in names), names
+
+
+def test_fp32_matmul_precision_is_per_graph() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(512, 512).cuda()
+    x = torch.randn(512, 512, device="cuda")
+    exact = F.linear(x.double(), model.weight.double(), model.bias.double())
+    errors = {}
+    for name in ("highest", "high"):
+        mp = mpcompile(copy.deepcopy(model), f"bf16,fp32_matmul={name}", keep_fp32=["*"])
+        errors[name] = (mp(x).double() - exact).abs().max().item()
+    assert errors["high"] > 10 * errors["highest"]
+    assert torch.get_float32_matmul_precision() == "highest"

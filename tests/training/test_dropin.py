@@ -1,0 +1,316 @@
+"""`mpcompile(model)` called like the model: what real models do must survive the rewrite, eager and compiled."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from mpcompile import MPCompileError, mpcompile
+
+WIDTH = 64
+BACKENDS = ["eager", "inductor"]
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        # Not the true derivative: shows that the user's backward ran.
+        return 3 * grad
+
+
+@dataclass
+class Result:
+    loss: torch.Tensor
+    extra: torch.Tensor
+
+
+class Body(nn.Module):
+    """A layer before and after the thing under test, so that it lies between low regions."""
+
+    def __init__(self, middle: Callable[[nn.Module, torch.Tensor], Any]) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.norm, self.batch = nn.LayerNorm(WIDTH), nn.BatchNorm1d(WIDTH)
+        self.middle = middle
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.middle(self, self.first(x))).float().square().mean()
+
+
+def _views(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    y = x.view(-1, 4, WIDTH // 4)
+    y[:, 0] = 1.0
+    x[:, :2].add_(1.0)
+    return x
+
+
+def _no_grad(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        scale = x.abs().mean()
+    return x / (scale + 1)
+
+
+def _autocast_region(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.autocast(x.device.type, enabled=False):
+        return x.float() @ m.last.weight.float()
+
+
+def _break(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    torch._dynamo.graph_break()
+    return torch.relu(x)
+
+
+MIDDLES: dict[str, Callable[[nn.Module, torch.Tensor], torch.Tensor]] = {
+    "in-place relu": lambda m, x: F.relu_(x),
+    "in-place on views": _views,
+    "batch norm": lambda m, x: m.batch(x),
+    "layer norm": lambda m, x: m.norm(x),
+    "checkpoint": lambda m, x: checkpoint(lambda y: F.gelu(m.last(y)), x, use_reentrant=False),
+    "custom function": lambda m, x: Square.apply(x),
+    "autocast region": _autocast_region,
+    "no grad": _no_grad,
+    "graph break": _break,
+    "explicit float": lambda m, x: (x.float() * 3).to(x.dtype),
+    "explicit low": lambda m, x: x.to(torch.bfloat16).to(torch.float32),
+    "cumsum": lambda m, x: x.cumsum(0),
+    "softmax": lambda m, x: x.softmax(-1),
+    "fp64 branch": lambda m, x: (x.double() * 2).float(),
+    "integers": lambda m, x: x.gather(1, x.argsort(1)),
+    "mask": lambda m, x: x.masked_fill(x > 1, torch.finfo(torch.float32).min).clamp(min=-10),
+}
+
+
+def pair(name: str) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    reference = Body(MIDDLES[name])
+    return reference, copy.deepcopy(reference)
+
+
+@pytest.mark.parametrize("policy", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", MIDDLES)
+def test_forward_and_gradients_are_near_fp32(name: str, policy: str) -> None:
+    reference, model = pair(name)
+    mp = mpcompile(model, policy, backend="eager", low=["*first", "*last"])
+    check(reference, model, mp, torch.randn(16, WIDTH))
+
+
+@pytest.mark.parametrize("name", ["in-place on views", "batch norm", "checkpoint", "custom function", "graph break", "no grad"])
+def test_compiled_is_near_fp32(name: str) -> None:
+    reference, model = pair(name)
+    mp = mpcompile(model, "bf16", low=["*first", "*last"])
+    check(reference, model, mp, torch.randn(16, WIDTH))
+
+
+def check(reference: nn.Module, model: nn.Module, mp: nn.Module, x: torch.Tensor) -> None:
+    expected, got = reference(x), mp(x)
+    expected.backward()
+    got.backward()
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, expected, rtol=0.05, atol=0.02)
+    for (name, a), b in zip(model.named_parameters(), reference.parameters(), strict=True):
+        assert (a.grad is None) == (b.grad is None), name
+        if a.grad is not None:
+            error = (a.grad - b.grad).norm() / (b.grad.norm() + 1e-6)
+            assert error < 0.1, f"{name}: {error:.3f}"
+    for (name, a), b in zip(model.named_buffers(), reference.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0.02, atol=0.02, msg=name)
+        assert a.dtype == b.dtype
+
+
+def test_the_wrapper_has_the_model_s_names() -> None:
+    model = Body(MIDDLES["layer norm"])
+    mp = mpcompile(model, "bf16")
+    assert list(mp.state_dict()) == list(model.state_dict())
+    assert [id(p) for p in mp.parameters()] == [id(p) for p in model.parameters()]
+    assert mp.first is model.first
+
+
+def test_train_and_eval_switch() -> None:
+    class Drop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.dropout(self.fc(x), 0.5, self.training)
+
+    mp, x = mpcompile(Drop(), "bf16", backend="eager"), torch.randn(32, WIDTH)
+    assert (mp(x) == 0).float().mean() > 0.3
+    mp.eval()
+    assert (mp(x) == 0).float().mean() < 0.05
+    mp.train()
+    assert (mp(x) == 0).float().mean() > 0.3
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_dataclass_and_dict_outputs_and_keyword_arguments(backend: str) -> None:
+    class Rich(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: torch.Tensor, *, scale: torch.Tensor) -> tuple[Result, dict[str, torch.Tensor]]:
+            y = self.fc(x) * scale
+            return Result(y.sum(), y), {"y": y, "index": y.argmax(1)}
+
+    mp = mpcompile(Rich(), "bf16", backend=backend, low=["fc"])
+    result, named = mp(torch.randn(8, WIDTH), scale=torch.tensor(2.0))
+    assert isinstance(result, Result)
+    assert named["y"].dtype == torch.float32
+    assert named["index"].dtype == torch.int64
+
+
+def test_changing_batch_sizes_do_not_recompile_each_time() -> None:
+    mp = mpcompile(Body(MIDDLES["layer norm"]), "bf16", backend="eager")
+    for size in (8, 9, 10, 11, 12, 13):
+        mp(torch.randn(size, WIDTH))
+    assert len(mp.plans) <= 2
+
+
+def test_lora_adapters_train_on_a_frozen_half_base() -> None:
+    class Lora(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base = nn.Linear(WIDTH, WIDTH).to(torch.bfloat16).requires_grad_(False)
+            self.down, self.up = nn.Linear(WIDTH, 16, bias=False), nn.Linear(16, WIDTH, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            low = x.to(torch.bfloat16)
+            return self.base(low).float() + self.up(self.down(x))
+
+    model = Lora()
+    before = model.base.weight.clone()
+    mp = mpcompile(model, "bf16", backend="eager", low=["down", "up"])
+    optimizer = torch.optim.AdamW([p for p in mp.parameters() if p.requires_grad], lr=1e-2)
+    x, target = torch.randn(32, WIDTH), torch.randn(32, WIDTH)
+    losses = []
+    for _ in range(10):
+        loss = F.mse_loss(mp(x), target)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    assert torch.equal(before, model.base.weight)
+    assert model.base.weight.dtype == torch.bfloat16
+
+
+def test_double_backward_works_op_by_op() -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 1))
+    mp, x = mpcompile(model, "bf16", backend="eager", low=["*"]), torch.randn(8, WIDTH, requires_grad=True)
+    (gradient,) = torch.autograd.grad(mp(x).sum(), x, create_graph=True)
+    gradient.square().sum().backward()
+    assert model[0].weight.grad is not None
+    assert model[0].weight.grad.abs().sum() > 0
+
+
+def test_double_backward_of_a_compiled_graph_is_a_clear_error() -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 1))
+    mp, x = mpcompile(model, "bf16"), torch.randn(8, WIDTH, requires_grad=True)
+    with pytest.raises(MPCompileError, match="MP701"):
+        torch.autograd.grad(mp(x).sum(), x, create_graph=True)
+
+
+def test_grad_scaler_skips_an_overflow_and_goes_on() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
+    mp = mpcompile(model, "fp16", backend="eager", low=["*"])
+    optimizer = torch.optim.SGD(mp.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30)
+    x, target = torch.randn(8, WIDTH), torch.randn(8, WIDTH)
+    scales, losses = [], []
+    for _ in range(30):
+        loss = F.mse_loss(mp(x), target)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(mp.parameters(), 10.0)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        scales.append(scaler.get_scale())
+        losses.append(loss.item())
+    assert scales[0] < 2.0**30, "the first steps must overflow FP16"
+    assert losses[-1] < losses[0]
+    assert all(torch.isfinite(p).all() for p in mp.parameters())
+
+
+def test_two_models_with_two_optimizers() -> None:
+    torch.manual_seed(0)
+    a, b = (mpcompile(nn.Linear(WIDTH, WIDTH), "bf16", backend="eager", low=["*"]) for _ in range(2))
+    first, second = torch.optim.SGD(a.parameters(), lr=0.1), torch.optim.Adam(b.parameters(), lr=0.01)
+    x = torch.randn(8, WIDTH)
+    before = b.weight.detach().clone()
+    a(b(x)).square().mean().backward()
+    first.step()
+    assert torch.equal(before, b.weight)
+    second.step()
+    assert not torch.equal(before, b.weight)
+
+
+def test_the_user_s_own_rounding_survives_the_compiler() -> None:
+    class Rounds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.to(torch.bfloat16).to(torch.float32) * self.scale
+
+    x = torch.randn(256)
+    got = mpcompile(Rounds(), "bf16")(x)
+    assert torch.equal(got, x.to(torch.bfloat16).float())
+
+
+def test_the_compiled_backward_of_fp32_regions_equals_the_eager_one() -> None:
+    torch.manual_seed(0)
+    reference = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH), nn.Tanh())
+    grads = []
+    for backend in BACKENDS:
+        model = copy.deepcopy(reference)
+        with torch.autocast("cpu", torch.bfloat16):  # an ambient autocast must not reach the graph's backward
+            loss = mpcompile(model, "bf16", backend=backend, keep_fp32=["*"])(torch.ones(4, WIDTH)).sum()
+            loss.backward()
+        grads.append(model[0].weight.grad)
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-6, atol=1e-7)
+
+
+BAD_MODELS: dict[str, tuple[Callable[[], Any], str]] = {
+    "no floats": (lambda: nn.Flatten(), "MP102"),
+    "half masters": (lambda: nn.Linear(4, 4).half(), "MP103"),
+    "meta": (lambda: nn.Linear(4, 4, device="meta"), "MP104"),
+    "not a model": (lambda: 3, "MP105"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_MODELS)
+def test_bad_models_are_clear_errors(name: str) -> None:
+    make, code = BAD_MODELS[name]
+    with pytest.raises(MPCompileError, match=code):
+        mpcompile(make())
+
+
+@pytest.mark.parametrize(("options", "code"), [({"policy": "fp17"}, "MP201"), ({"backend": "tensorrt"}, "MP204")])
+def test_bad_options_are_clear_errors(options: dict[str, Any], code: str) -> None:
+    with pytest.raises(MPCompileError, match=code):
+        mpcompile(nn.Linear(4, 4), **options)
+
+
+def test_an_unmatched_glob_names_near_ones_and_leaves_the_model() -> None:
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH))
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(Exception, match="MP203"):
+        mpcompile(model, "bf16", keep_fp32=["decoder.*"], backend="eager")(torch.randn(2, WIDTH))
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

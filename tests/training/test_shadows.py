@@ -1,0 +1,144 @@
+"""Shadows: cast once per change of the master, never stale, never again per forward."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from mpcompile import mpcompile
+from mpcompile.training.shadows import SHADOWS, ShadowTable
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+
+
+def casts_during(action: Callable[[], object]) -> int:
+    before = SHADOWS.casts
+    action()
+    return SHADOWS.casts - before
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return net()
+
+
+def fresh(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """What a wrapper that has seen nothing of the model's past gives."""
+    return mpcompile(copy.deepcopy(model), "bf16", backend="eager", low=["*"])(x)
+
+
+def wrapped(model: nn.Module) -> nn.Module:
+    # low=["*"]: these layers are small enough to be left FP32, which would test nothing.
+    return mpcompile(model, "bf16", backend="eager", low=["*"])
+
+
+def test_microbatches_cast_no_weight(model: nn.Module) -> None:
+    mp, x = wrapped(model), torch.randn(8, 64)
+    optimizer = torch.optim.SGD(mp.parameters(), lr=0.1)
+    for _ in range(2):
+        first = casts_during(lambda: mp(x).sum().backward())
+        rest = casts_during(lambda: [mp(x).sum().backward() for _ in range(3)])
+        assert first == 2
+        assert rest == 0
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+EDITS: dict[str, Callable[[nn.Module], object]] = {
+    "in place": lambda m: torch.no_grad()(lambda: m[0].weight.mul_(2))(),
+    "data": lambda m: m[0].weight.data.mul_(2),
+    "data replaced": lambda m: setattr(m[0].weight, "data", m[0].weight.data * 2),
+    "load_state_dict": lambda m: m.load_state_dict({k: v * 2 for k, v in m.state_dict().items()}),
+    "load_state_dict assign": lambda m: m.load_state_dict({k: v * 2 for k, v in m.state_dict().items()}, assign=True),
+    "parameter replaced": lambda m: setattr(m[0], "weight", nn.Parameter(m[0].weight.detach() * 2)),
+    "copy_": lambda m: torch.no_grad()(lambda: m[0].weight.copy_(torch.ones(64, 64)))(),
+}
+
+
+@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_the_next_forward_sees_an_edit(model: nn.Module, name: str, mode: Callable[[], object]) -> None:
+    mp, x = wrapped(model), torch.randn(8, 64)
+    with mode():
+        mp(x)
+    EDITS[name](model)
+    with mode():
+        torch.testing.assert_close(mp(x), fresh(model, x), rtol=0, atol=0)
+
+
+OPTIMIZERS = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+    "sgd fused": lambda p: torch.optim.SGD(p, lr=0.1, fused=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=0.1),
+    "adamw foreach": lambda p: torch.optim.AdamW(p, lr=0.1, foreach=True),
+    "adamw fused": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+    "adagrad fused": lambda p: torch.optim.Adagrad(p, lr=0.1, fused=True),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_next_forward_sees_a_step(model: nn.Module, name: str) -> None:
+    mp, x = wrapped(model), torch.randn(8, 64)
+    optimizer = OPTIMIZERS[name](mp.parameters())
+    mp(x).sum().backward()
+    optimizer.step()
+    torch.testing.assert_close(mp(x), fresh(model, x), rtol=0, atol=0)
+
+
+def test_a_hand_written_step_through_data_is_seen(model: nn.Module) -> None:
+    mp, x = wrapped(model), torch.randn(8, 64)
+    mp(x).sum().backward()
+    for parameter in model.parameters():
+        parameter.data -= 0.1 * parameter.grad
+        parameter.grad = None
+    torch.testing.assert_close(mp(x), fresh(model, x), rtol=0, atol=0)
+
+
+def test_training_goes_on_after_inference_mode(model: nn.Module) -> None:
+    mp, x = wrapped(model), torch.randn(8, 64)
+    with torch.inference_mode():
+        mp(x)
+    mp(x).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_tied_weights_have_one_shadow() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+            self.b.weight = self.a.weight
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(torch.relu(self.a(x)))
+
+    mp = wrapped(Tied())
+    assert casts_during(lambda: mp(torch.randn(8, 64)).sum().backward()) == 1
+
+
+def test_a_shadow_goes_with_its_master() -> None:
+    table = ShadowTable()
+    master = nn.Parameter(torch.randn(4))
+    table.get(master, torch.bfloat16)
+    assert len(table._entries) == 1
+    del master
+    assert not table._entries
+
+
+def test_refresh_casts_again_without_a_reason() -> None:
+    table, master = ShadowTable(), nn.Parameter(torch.randn(4))
+    table.get(master, torch.bfloat16)
+    table.refresh([master])
+    assert table.casts == 2
+
+
+def test_gradients_arrive_fp32_on_the_masters(model: nn.Module) -> None:
+    wrapped(model)(torch.randn(8, 64)).sum().backward()
+    assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
