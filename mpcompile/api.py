@@ -13,6 +13,7 @@ from mpcompile.errors import CaptureError, RuleError, page
 from mpcompile.frontends.capture import export
 from mpcompile.frontends.exported import inline_regions
 from mpcompile.frontends.fx_write import write
+from mpcompile.graph import joined
 from mpcompile.policy import Policy
 from mpcompile.runtime.dynamo import Compiler, Plan, Settings, decide, log_plan, settings_of
 from mpcompile.runtime.device import emulated_kinds
@@ -41,6 +42,12 @@ page(
     "A kind of model that mpcompile does not read",
     "The model is neither an nn.Module, an ExportedProgram, an onnx.ModelProto, nor the path of an .onnx file.",
     "See the README for what can be passed.",
+)
+page(
+    "MP106",
+    "A report of nothing",
+    "report() was called without example arguments on a module that has not compiled a graph yet.",
+    "Pass example arguments, or call the module once first.",
 )
 page("MP204", "A backend that does not exist", "The backend argument has an unknown name.", "'inductor', 'eager' or 'onnxruntime'.")
 
@@ -153,8 +160,7 @@ class MixedPrecisionModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._call is None:
-            # Dynamo may have compiled this code for another precision already: each wrapper has its own cache.
-            self.__dict__["_call"] = torch.compile(self.model, backend=self._compiler, dynamic=self.dynamic)
+            self.__dict__["_call"] = torch.compile(_entry(self.model), backend=self._compiler, dynamic=self.dynamic)
         return self._call(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -199,11 +205,25 @@ class MixedPrecisionModule(nn.Module):
         return write(plan.capture, plan.graph, emulate=emulated_kinds(plan.device)).module
 
     def report(self, *args: Any, **kwargs: Any) -> Any:
-        """What was decided for each node, and why. See `mpcompile.report.model.Report`."""
+        """What was decided for each node, and why. See `mpcompile.report.model.Report`.
+
+        With example arguments: of the whole model as one graph. Without: of the graphs compiled so far, graph breaks
+        and all.
+
+        Raises:
+          CaptureError: MP101, when torch.export cannot read the model; MP106, without arguments before the first call.
+        """
         from mpcompile.report.model import build_report
 
-        plan = self.plan(*args, **kwargs)
-        return build_report(plan.graph, plan.policy, plan.device, steps=plan.steps)
+        if args or kwargs:
+            plan = self.plan(*args, **kwargs)
+            return build_report(plan.graph, plan.policy, plan.device, steps=plan.steps)
+        if not self.plans:
+            raise CaptureError("MP106", "report() without example arguments, and nothing is compiled yet",
+                               try_="mp.report(*example), or call mp(...) first")  # fmt: skip
+        last = self.plans[-1]
+        graph = joined({f"graph{i}": plan.graph for i, plan in enumerate(self.plans)})
+        return build_report(graph, last.policy, last.device, steps=[s for plan in self.plans for s in plan.steps])
 
     def train_step(self, optimizer: torch.optim.Optimizer, loss_fn: Callable[..., Any] | None = None, **options: Any) -> Any:
         """The training step as one emitted graph. See `mpcompile.training.step.TrainStep` for the options."""
@@ -216,6 +236,20 @@ class MixedPrecisionModule(nn.Module):
         from mpcompile.frontends.onnx_export import export_onnx
 
         return export_onnx(self, path, *args, **options)
+
+
+def _entry(model: nn.Module) -> Callable[..., Any]:
+    """A function of its own code object that calls the model.
+
+    Dynamo caches by code object and gives up, running eagerly, after eight compilations of one; models of one class
+    under many policies must not exhaust each other's cache.
+    """
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return model(*args, **kwargs)
+
+    call.__code__ = call.__code__.replace()
+    return call
 
 
 __all__ = ["BACKENDS", "MixedPrecisionModule", "mpcompile"]

@@ -217,6 +217,26 @@ class PrecisionGraph:
         self.nodes = {node.id: node for node in ordered}
 
 
+def joined(parts: Mapping[str, PrecisionGraph]) -> PrecisionGraph:
+    """The parts side by side as one graph, every name prefixed with its part's ("graph0/linear")."""
+    whole = PrecisionGraph()
+    for prefix, part in parts.items():
+        twin = part.copy()
+        for value in twin.values.values():
+            value.name = f"{prefix}/{value.name}"
+            value.producer = f"{prefix}/{value.producer}" if value.producer else ""
+            whole.values[value.name] = value
+        for node in twin.nodes.values():
+            node.id = f"{prefix}/{node.id}"
+            node.inputs = [f"{prefix}/{name}" for name in node.inputs]
+            node.outputs = [f"{prefix}/{name}" for name in node.outputs]
+            whole.nodes[node.id] = node
+        whole.inputs += [f"{prefix}/{name}" for name in twin.inputs]
+        whole.outputs += [f"{prefix}/{name}" for name in twin.outputs]
+        whole.header = whole.header or twin.header
+    return whole
+
+
 def _copy_node(node: Node) -> Node:
     twin = copy.copy(node)
     twin.inputs, twin.outputs, twin.slots = list(node.inputs), list(node.outputs), list(node.slots)

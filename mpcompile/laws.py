@@ -6,6 +6,7 @@ bytes whatever the node order) speak of runs, not of one graph: the property tes
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -32,6 +33,9 @@ for _code, _title, _cause, _remedy in (
     ("MP406", "Arithmetic that must be FP32 is not",
      "Law 6: the optimizer's arithmetic, unscaling, clipping, the finite check and the loss are FP32.",
      "Give the operation the verdict fp32."),
+    ("MP407", "A stale cast",
+     "Law 3: storage was written after it was cast, and a reader still reads the old numbers.",
+     "Cast between the last write and the reader."),
     ("MP408", "A pass failed",
      "Law 8: the pass raised an error; the graph it was given is untouched.",
      "Read the error above it; report it with the text of the graph before the pass (`mpcompile inspect --after`)."),
@@ -62,11 +66,18 @@ def writes(graph: PrecisionGraph, node: Node) -> set[str]:
     is no view of it; normalizations update the running statistics that they are given.
     """
     touched = {graph.values[name].alias for name in node.inputs} - {""}
-    if not touched or node.kind == "view" or node.is_cast:
+    if not touched or node.is_cast:
         return set()
-    if "_." in node.op or node.op.endswith(("_", ".out", "_out")) or "batch_norm" in node.op:
+    if _IN_PLACE.search(node.op) or not node.op.startswith(_PURE):
         return touched
+    if node.kind in ("view", "shape"):
+        return set()
     return touched & {graph.values[name].alias for name in node.outputs}
+
+
+# Custom operations may write to whatever they are given; ONNX and prims never do.
+_IN_PLACE = re.compile(r"_$|_\.|[._]out\b|batch_norm|instance_norm|rrelu_with_noise")
+_PURE = ("aten.", "prims.", "onnx::")
 
 
 def structure(graph: PrecisionGraph) -> Iterator[Breach]:
@@ -137,6 +148,21 @@ def one_cast(graph: PrecisionGraph) -> Iterator[Breach]:
             yield Breach("MP403", f"casts {first!r} and {node.id!r} both turn {source.name!r} into {to}", node.id)
         if source.dtype == to:
             yield Breach("MP403", f"cast {node.id!r} turns {to} into {to}", node.id)
+
+
+def fresh(graph: PrecisionGraph) -> Iterator[Breach]:
+    """Law 3: nobody reads a cast of storage that has been written since."""
+    written: dict[str, int] = {}
+    made: dict[str, tuple[str, int]] = {}
+    for node in graph.nodes.values():
+        for name in node.inputs:
+            alias, time = made.get(name, ("", 0))
+            if written.get(alias, 0) != time:
+                yield Breach("MP407", f"node {node.id!r} reads the cast {name!r}; {alias!r} was written since", node.id)
+        if node.is_cast and (alias := graph.values[node.inputs[0]].alias):
+            made[node.outputs[0]] = alias, written.get(alias, 0)
+        for alias in writes(graph, node):
+            written[alias] = written.get(alias, 0) + 1
 
 
 def no_pairs(graph: PrecisionGraph) -> Iterator[Breach]:
@@ -214,8 +240,8 @@ def uncast(graph: PrecisionGraph, name: str) -> str:
 STAGES: dict[str, tuple[Callable[[PrecisionGraph], Iterator[Breach]], ...]] = {
     "structure": (structure,),
     "assigned": (fp32_arithmetic, one_precision),
-    "cast": (precision, never_cast, no_pairs),
-    "simplified": (one_cast,),
+    "cast": (precision, never_cast, fresh),
+    "simplified": (no_pairs, one_cast),
 }
 
 

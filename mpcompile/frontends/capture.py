@@ -174,7 +174,15 @@ def trace_dynamo(module: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModul
     after = [n for n in traced.graph.nodes if n.op == "placeholder"]
     for old, new in zip(before, after, strict=True):
         new.meta["mp_name"] = _input_name(old)
+        new.meta["mp_role"] = _input_role(old)
     return traced
+
+
+def _input_role(node: fx.Node) -> str:
+    if isinstance(node.meta.get("example_value"), torch.nn.Parameter):
+        return "parameter"
+    # Dynamo marks what a module holds; what is not a parameter then is a buffer.
+    return "buffer" if "_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {}) else "input"
 
 
 def _input_name(node: fx.Node) -> str:

@@ -85,7 +85,7 @@ class _Reader:
             return  # the body of a higher-order op
         name = self._name(node.meta.get("mp_name") or str(node.target if node.op == "get_attr" else node.name))
         value = facts.value_of(name, sample)
-        value.role = _role(node, held if held is not None else sample)
+        value.role = _role(node, held)
         value.alias = self.shared.get(node, "")
         value.range = facts.range_of(held) if value.role == "constant" else None
         self.graph.add_input(value)
@@ -166,10 +166,10 @@ def _attribute(module: torch.nn.Module, node: fx.Node) -> Any:
     return held
 
 
-def _role(node: fx.Node, sample: Any) -> Role:
-    if isinstance(sample, torch.nn.Parameter):
+def _role(node: fx.Node, held: Any) -> Role:
+    if isinstance(held, torch.nn.Parameter):
         return "parameter"
     if node.op == "get_attr":
         return "constant" if str(node.target).startswith(("_constant", "_tensor_constant", "lifted_tensor")) else "buffer"
-    marks = node.meta.get("tensor_dict") or {}
-    return "buffer" if "_dynamo_static_input_type" in marks else "input"
+    role: Role = node.meta.get("mp_role", "input")
+    return role

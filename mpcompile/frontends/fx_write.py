@@ -53,6 +53,8 @@ class _Writer:
             self._copy(node)
             self._casts(casts.get(node.name, ()) if node.op == "call_function" else ())
         self.graph.lint()
+        # An exported graph takes and gives the user's own structures.
+        self.graph.set_codegen(self.capture.module.graph._codegen)
         module = fx.GraphModule(self.capture.module, self.graph)
         module.meta.update({k: v for k, v in self.capture.module.meta.items() if k != "dynamo_compile_id"})
         return Written(module, self.shadows)

@@ -22,7 +22,7 @@ def has_native_bf16(device: str) -> bool:
 
 @functools.cache
 def emulated_kinds(device: str) -> tuple[str, ...]:
-    """The kinds whose FP16 nodes compute in FP32 and round: all matrix work where FP16 matrix work must compute in FP32: a CPU without FP16 matrix kernels.
+    """The kinds whose FP16 nodes compute in FP32 and round: all matrix work on a CPU without FP16 matrix kernels.
 
     Measured on an AVX512-BF16 CPU: FP16 matmul and convolution run at 0.01 to 0.25 times the speed of FP32.
     """

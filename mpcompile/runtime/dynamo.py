@@ -113,9 +113,11 @@ class Compiler:
         order = _argument_places(plan.capture)
         shadows = [(order[places[name]], TORCH_DTYPES[low]) for name, low in written.shadows]
         if self.settings.inner == "eager":
-            return CompiledGraph(run_eagerly(written.module), shadows, differentiable_twice=True)
+            eager = run_eagerly(written.module, fp32_matmul=plan.policy.fp32_matmul)
+            return CompiledGraph(eager, shadows, differentiable_twice=True)
         extended = [*fakes, *(_fake_shadow(fakes[i], dtype) for i, dtype in shadows)]
-        inner = compile_inductor(written.module, extended, keep_rounding=has_user_low_cast(plan.graph))
+        rounding = has_user_low_cast(plan.graph)
+        inner = compile_inductor(written.module, extended, keep_rounding=rounding, fp32_matmul=plan.policy.fp32_matmul)
         return CompiledGraph(inner, shadows, differentiable_twice=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -25,27 +26,65 @@ def plain_autograd() -> Iterator[None]:
         yield
 
 
-def compile_inductor(module: fx.GraphModule, inputs: Sequence[Any], *, keep_rounding: bool) -> Runnable:
+@contextlib.contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """FP32 matrix work may round inside as `torch.set_float32_matmul_precision(name)` says; put back afterwards."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def compile_inductor(
+    module: fx.GraphModule, inputs: Sequence[Any], *, keep_rounding: bool, fp32_matmul: str = "highest"
+) -> Runnable:
     """Compile forward and backward.
 
     Args:
       module: the rewritten pre-autograd graph; Inductor takes it over.
       inputs: fake tensors and SymInts, one per placeholder.
       keep_rounding: the user's own code rounds to a low type; Inductor must not fuse that rounding away.
+      fp32_matmul: how the matmuls that stay FP32 may round inside, in this graph's forward and backward alone.
+        "highest" leaves torch's own switch in charge.
     """
-    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     patches = {"emulate_precision_casts": True} if keep_rounding else None
+    inner_compile = compile_fx_inner
+    if fp32_matmul != "highest":
+        inner_compile = functools.partial(_compile_with_precision, fp32_matmul)
     with plain_autograd():
-        compiled: Runnable = compile_fx(module, list(inputs), config_patches=patches)
+        compiled: Runnable = compile_fx(module, list(inputs), inner_compile=inner_compile, config_patches=patches)
     return compiled
 
 
-def run_eagerly(module: fx.GraphModule) -> Runnable:
-    """Run the graph op by op (for debugging, and for derivatives of derivatives)."""
+def _compile_with_precision(name: str, module: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
+    """One half (forward or backward), which sets the switch around its own run: cuBLAS and oneDNN read it per call."""
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    with matmul_precision(name):
+        code = compile_fx_inner(module, inputs, **options)
+    run = code.current_callable
+
+    def call(args: list[Any]) -> Any:
+        with matmul_precision(name):
+            return run(args)
+
+    code.current_callable = call
+    return code
+
+
+def run_eagerly(module: fx.GraphModule, *, fp32_matmul: str = "highest") -> Runnable:
+    """Run the graph op by op (for debugging, and for derivatives of derivatives).
+
+    `fp32_matmul` covers the forward only: the backward is autograd's own, and runs under torch's switch.
+    """
 
     def run(*args: Any) -> Any:
-        with autocast_off():
+        precision = contextlib.nullcontext() if fp32_matmul == "highest" else matmul_precision(fp32_matmul)
+        with autocast_off(), precision:
             return module(*args)
 
     return run

@@ -1,0 +1,179 @@
+"""The fx front end: what it reads of a graph, what it makes explicit, and that writing back changes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from mpcompile.frontends.capture import export, trace_dynamo
+from mpcompile.frontends.exported import inline_regions
+from mpcompile.frontends.fx import FxCapture, read
+from mpcompile.frontends.fx_write import write
+
+
+def captured(fn: Any, *args: torch.Tensor) -> FxCapture:
+    """The reading of the one graph that Dynamo finds in `fn`."""
+    found: list[FxCapture] = []
+
+    def backend(module: fx.GraphModule, inputs: Any) -> Any:
+        fakes = [n.meta["example_value"] for n in module.graph.nodes if n.op == "placeholder"]
+        found.append(read(trace_dynamo(module, fakes)))
+        return module.forward
+
+    torch._dynamo.reset()
+    torch.compile(fn, backend=backend)(*args)
+    assert len(found) == 1
+    return found[0]
+
+
+def ops(capture: FxCapture) -> list[str]:
+    return [node.op for node in capture.graph]
+
+
+def test_composites_stay_whole() -> None:
+    def f(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        q = F.layer_norm(F.linear(x, w), (8,)).view(2, 1, 4, 8)
+        return F.cross_entropy(F.scaled_dot_product_attention(q, q, q).flatten(0, 2), torch.zeros(8, dtype=torch.long))
+
+    found = ops(captured(f, torch.randn(2, 4, 8), torch.randn(8, 8)))
+    for name in ("linear", "layer_norm", "scaled_dot_product_attention", "cross_entropy_loss"):
+        assert any(name in op for op in found), found
+
+
+def test_nodes_know_their_module_and_the_user_s_line() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.sigmoid(self.fc(x))
+
+    model = nn.Sequential(Inner())
+    for graph in (captured(model, torch.randn(2, 8)).graph, read_exported(model, torch.randn(2, 8)).graph):
+        linear = next(node for node in graph if "linear" in node.op)
+        sigmoid = next(node for node in graph if "sigmoid" in node.op)
+        assert linear.module == "0.fc"
+        assert sigmoid.module == "0"
+        assert sigmoid.source.startswith("test_frontend.py:")
+        assert linear.flops == 2 * 2 * 8 * 8
+        assert "0.fc.weight" in graph.values
+        assert graph.values["0.fc.weight"].role == "parameter"
+
+
+def read_exported(model: nn.Module, *args: torch.Tensor) -> FxCapture:
+    module = export(model, args).module()
+    inline_regions(module)
+    return read(module)
+
+
+def test_in_place_chains_become_functional() -> None:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        y = (x * 2).relu_()
+        y.add_(1)
+        return y.view(-1).sum()
+
+    capture = captured(f, torch.randn(2, 3))
+    assert not any(op.split(".")[1].endswith("_") for op in ops(capture))
+    assert not any(value.alias for value in capture.graph.values.values())
+
+
+@pytest.mark.parametrize("kind", ["view before", "input", "view written"])
+def test_writes_that_others_see_stay_and_tie_their_storage(kind: str) -> None:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        if kind == "view before":
+            y = x * 2
+            v = y.view(-1)
+            y.add_(1)
+            return v + 1
+        if kind == "input":
+            x.add_(1)
+            return x * 2
+        y = (x * 2).relu_()
+        y.view(-1).add_(1)
+        return y * 3
+
+    x = torch.randn(2, 3)
+    expected = f(x.clone())
+    capture = captured(f, x.clone())
+    tied = [value for value in capture.graph.values.values() if value.alias]
+    assert len({value.alias for value in tied}) == 1
+    assert len(tied) >= 2
+    assert torch.equal(write(capture, capture.graph).module(x.clone())[0], expected)
+
+
+def test_dtypes_that_follow_another_tensor_are_written_out() -> None:
+    def f(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x.to(y) + y.type_as(x) + torch.zeros_like(x) + x.new_ones(2)
+
+    found = captured(f, torch.randn(2), torch.randn(2)).graph
+    assert not {"aten.to.other", "aten.type_as.default"} & {node.op for node in found}
+    factories = [node for node in found if node.op in ("aten.zeros_like.default", "aten.new_ones.default")]
+    assert len(factories) == 2
+    assert all(node.out_dtype == "fp32" for node in factories)
+
+
+def test_a_tuple_s_values_are_named_and_rewritten() -> None:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        values, index = x.topk(2)
+        first, second = x.split(2)
+        return values.sum() + index.sum() + second.sum()
+
+    x = torch.randn(4, 4)
+    capture = captured(f, x)
+    topk = next(node for node in capture.graph if "topk" in node.op)
+    assert [capture.graph.values[name].dtype for name in topk.outputs] == ["fp32", "int64"]
+    assert torch.equal(write(capture, capture.graph).module(x)[0], f(x))
+
+
+def test_autocast_regions_become_hints_in_both_entrances() -> None:
+    class Region(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", enabled=False):
+                y = self.fc(x)
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                z = self.fc(y)
+            return self.fc(z.float())
+
+    model, x = Region(), torch.randn(2, 4)
+    for capture in (captured(model, x), read_exported(model, x)):
+        assert [node.region for node in capture.graph if "linear" in node.op] == ["off", "bf16", None]
+
+
+def test_symbolic_sizes_are_names_with_a_count() -> None:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    x = torch.randn(6, 4)
+    torch._dynamo.mark_dynamic(x, 0)
+    graph = captured(f, x).graph
+    (mul,) = (node for node in graph if "mul" in node.op)
+    value = graph.values[mul.outputs[0]]
+    assert isinstance(value.shape[0], str)
+    assert value.shape[1] == 4
+    assert value.numel == 24
+
+
+def test_exported_graphs_keep_the_user_s_call() -> None:
+    class Rich(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor, *, scale: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"y": self.fc(x) * scale}
+
+    model, x, scale = Rich(), torch.randn(2, 4), torch.tensor(2.0)
+    module = export(model, (x,), {"scale": scale}).module()
+    inline_regions(module)
+    capture = read(module)
+    again = write(capture, capture.graph).module
+    torch.testing.assert_close(again(x, scale=scale)["y"], model(x, scale=scale)["y"], rtol=0, atol=0)
