@@ -202,7 +202,7 @@ class MixedPrecisionModule(nn.Module):
     def graph(self, *args: Any, **kwargs: Any) -> fx.GraphModule:
         """The rewritten graph, callable with the example's own arguments; it shares the model's parameters."""
         plan = self.plan(*args, **kwargs)
-        return write(plan.capture, plan.graph, emulate=emulated_kinds(plan.device)).module
+        return write(plan.capture, plan.graph, emulate=emulated_kinds(plan.device, plan.policy.low, compiled=False)).module
 
     def report(self, *args: Any, **kwargs: Any) -> Any:
         """What was decided for each node, and why. See `mpcompile.report.model.Report`.

@@ -2,8 +2,8 @@
 
 The original nodes are copied in their order; a cast of the plan becomes ``aten.to.dtype``, standing where the plan
 has it.  With `shadows`, the cast of a parameter becomes a new graph input that the run time keeps up to date, tied to
-its master so that the gradient reaches the master in FP32.  With `emulate`, the named kinds compute an FP16 node in
-FP32 and round its result: what tensor cores do, and the only fast way on a CPU without FP16 matrix kernels.
+its master so that the gradient reaches the master in FP32.  With `emulate`, low nodes of the named kinds compute in
+FP32 and round their result, for devices whose kernels do not take the low type.
 """
 
 from __future__ import annotations
@@ -92,17 +92,17 @@ class _Writer:
 
     def _operand(self, name: str, reader: Node) -> fx.Node:
         found = self.fetch(name)
-        if not self._emulated(reader) or self.plan.values[name].dtype != "fp16":
+        if not self._emulated(reader) or self.plan.values[name].dtype not in LOW:
             return found
         return self._cast(found, torch.float32)
 
     def _emulated(self, node: Node) -> bool:
-        return node.precision == "fp16" and node.kind in self.emulate
+        return node.precision in LOW and node.kind in self.emulate
 
     def _rounded(self, new: fx.Node, planned: Node) -> fx.Node:
         if not self._emulated(planned) or len(planned.outputs) != 1:
             return new
-        return self._cast(new, torch.float16)
+        return self._cast(new, TORCH_DTYPES[self.plan.values[planned.outputs[0]].dtype])
 
     def _cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         new = self.graph.call_function(torch.ops.aten.to.dtype, (node, dtype))
@@ -165,7 +165,7 @@ def write(
       plan: its graph after the passes.
       use_shadow: called as ``use_shadow(master, shadow)`` in the graph for every shadow cast of a graph input; None
         keeps shadow casts as ordinary casts.
-      emulate: kinds whose FP16 nodes compute in FP32 and round (a CPU without FP16 kernels).
+      emulate: kinds whose low nodes compute in FP32 and round (see `mpcompile.runtime.device.emulated_kinds`).
     """
     return _Writer(capture, plan, use_shadow, frozenset(emulate)).run()
 

@@ -20,13 +20,17 @@ def has_native_bf16(device: str) -> bool:
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and _cpu_has("avx512_bf16", "amx_bf16", "bf16")
 
 
-@functools.cache
-def emulated_kinds(device: str) -> tuple[str, ...]:
-    """The kinds whose FP16 nodes compute in FP32 and round: all matrix work on a CPU without FP16 matrix kernels.
+def emulated_kinds(device: str, low: str, *, compiled: bool) -> tuple[str, ...]:
+    """The kinds whose low nodes must compute in FP32 and round.
 
-    Measured on an AVX512-BF16 CPU: FP16 matmul and convolution run at 0.01 to 0.25 times the speed of FP32.
+    * FP16 matrix work on a CPU without FP16 matrix kernels: measured 0.01 to 0.25 times the speed of FP32. Computing
+      in FP32 and rounding is also what tensor cores do.
+    * Normalizations on CUDA op by op: its layer_norm and group_norm kernels refuse FP32 weights beside low input
+      (torch 2.11: "expected scalar type BFloat16 but found Float"). Compiled, the FP32 arithmetic is fused away.
     """
-    return MATRIX_KINDS if device == "cpu" and not _cpu_has("amx_fp16", "avx512_fp16") else ()
+    if device == "cpu":
+        return MATRIX_KINDS if low == "fp16" and not _cpu_has("amx_fp16", "avx512_fp16") else ()
+    return () if compiled else ("normalization",)
 
 
 def settle_policy(policy: Policy, device: str) -> Policy:

@@ -108,11 +108,13 @@ class Compiler:
         return self._emit(plan, fakes)
 
     def _emit(self, plan: Plan, fakes: list[Any]) -> Callable[..., Any]:
-        written = write(plan.capture, plan.graph, use_shadow=use_shadow, emulate=emulated_kinds(plan.device))
+        compiled = self.settings.inner == "inductor"
+        emulate = emulated_kinds(plan.device, plan.policy.low, compiled=compiled)
+        written = write(plan.capture, plan.graph, use_shadow=use_shadow, emulate=emulate)
         places = {name: i for i, name in enumerate(plan.capture.graph.inputs)}
         order = _argument_places(plan.capture)
         shadows = [(order[places[name]], TORCH_DTYPES[low]) for name, low in written.shadows]
-        if self.settings.inner == "eager":
+        if not compiled:
             eager = run_eagerly(written.module, fp32_matmul=plan.policy.fp32_matmul)
             return CompiledGraph(eager, shadows, differentiable_twice=True)
         extended = [*fakes, *(_fake_shadow(fakes[i], dtype) for i, dtype in shadows)]
