@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mpcompile.errors import TrainingError, page
-from mpcompile.training.scalars import NumbersAsTensors, Test, UndecidableError, tensor_builtins
+from mpcompile.training.scalars import NumbersAsTensors, Test, tensor_builtins
 
 page(
     "MP521",

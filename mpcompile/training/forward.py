@@ -1,0 +1,173 @@
+"""The forward half of a step: model and loss captured as one graph, rewritten, with its inputs told apart.
+
+The graph is `torch.export`'s, with parameters and buffers as inputs.  A weight that only low nodes read enters as its
+shadow, a graph input of its own: its gradient then arrives in the low type, and no cast of it exists in the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind
+
+from mpcompile.errors import TrainingError, page
+from mpcompile.frontends.capture import export
+from mpcompile.frontends.exported import inline_regions
+from mpcompile.frontends.facts import TORCH_DTYPES
+from mpcompile.frontends.fx_write import write
+from mpcompile.runtime.device import emulated_kinds
+from mpcompile.runtime.dynamo import Plan, Settings, decide
+
+page(
+    "MP531",
+    "A training step without a loss",
+    "The model's output (or what `loss_fn` returned) is not a scalar floating-point loss, and has none under `.loss`.",
+    "Pass `loss_fn(model, *args, **kwargs)` that returns the scalar loss, or let the model return it.",
+)
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of the graph.
+
+    Fields:
+      kind: "param", "buffer" and "constant" hold `name` in the model; "shadow" is the low copy of the parameter
+        `name`; "arg" is the tensor number `index` among the call's leaves.
+      trained: the loss is differentiated by it.
+    """
+
+    kind: Literal["param", "buffer", "constant", "shadow", "arg"]
+    name: str
+    dtype: torch.dtype
+    index: int = -1
+    trained: bool = False
+
+
+@dataclass
+class Forward:
+    """The rewritten forward: `module(*inputs) -> loss` with fake inputs, and the plan that it was written from."""
+
+    module: fx.GraphModule
+    inputs: list[Input]
+    fakes: list[Tensor]
+    plan: Plan
+    constants: dict[str, Tensor]
+
+
+class LossOf(nn.Module):
+    """The model with its loss, as one module whose output is the scalar."""
+
+    def __init__(self, model: nn.Module, loss_fn: Callable[..., Any] | None) -> None:
+        super().__init__()
+        self.model, self.loss_fn = model, loss_fn
+        self.training = model.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        call = self.model if self.loss_fn is None else self.loss_fn
+        operands = args if self.loss_fn is None else (self.model, *args)
+        return loss_in(call(*operands, **kwargs))
+
+
+def loss_in(output: Any) -> Tensor:
+    """The scalar loss in what a model or `loss_fn` returned.
+
+    Raises:
+      TrainingError: MP531.
+    """
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
+    if isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point():
+        return loss.reshape(())
+    what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(output).__name__}"
+    raise TrainingError("MP531", f"the step found no scalar loss: it got {what}",
+                        try_="train_step(optimizer, loss_fn=lambda model, x, y: …) that returns a scalar")  # fmt: skip
+
+
+def capture(model: nn.Module, loss_fn: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any],
+            settings: Settings, trained: set[int], dynamic_shapes: Any = None) -> Forward:  # fmt: skip
+    """Capture, decide and rewrite the model's loss.
+
+    Args:
+      trained: ids of the parameters that the optimizer updates.
+      dynamic_shapes: as `torch.export` takes them.
+
+    Raises:
+      CaptureError: MP101. TrainingError: MP531.
+    """
+    program = export(LossOf(model, loss_fn), args, kwargs, dynamic_shapes)
+    module = program.graph_module
+    inline_regions(module)
+    sources = _name_inputs(program, module)
+    device = next((p.device.type for p in model.parameters()), "cpu")
+    plan = decide(module, settings, "cuda" if device == "cuda" else "cpu")
+    written = write(plan.capture, plan.graph, use_shadow=_shadow_alone, emulate=emulated_kinds(plan.device, plan.policy.low, compiled=True))
+    for node in written.module.graph.find_nodes(op="call_function", target=_shadow_alone):
+        node.replace_all_uses_with(node.args[1])
+        written.module.graph.erase_node(node)
+    written.module.graph.set_codegen(fx.graph.CodeGen())
+    written.module.recompile()
+    return _assemble(written.module, written.shadows, sources, plan, program, model, trained)
+
+
+def _shadow_alone(master: Tensor, shadow: Tensor) -> Tensor:
+    return shadow
+
+
+def _name_inputs(program: Any, module: fx.GraphModule) -> dict[str, Input]:
+    """Placeholder -> what it is, in the user's names; a tied parameter enters once."""
+    kinds = {InputKind.PARAMETER: "param", InputKind.BUFFER: "buffer", InputKind.CONSTANT_TENSOR: "constant",
+             InputKind.USER_INPUT: "arg"}  # fmt: skip
+    state, first, found, leaf = program.state_dict, dict[int, fx.Node](), dict[str, Input](), 0
+    specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    for node in module.graph.find_nodes(op="placeholder"):
+        spec, value = specs[node.name], node.meta.get("val")
+        kind: Any = kinds[spec.kind]
+        name = (spec.target or "").removeprefix("model.") if kind != "arg" else node.name
+        node.meta["mp_name"], node.meta["mp_role"] = name or node.name, _ROLES[kind]
+        dtype = value.dtype if isinstance(value, Tensor) else torch.int64
+        found[node.name] = Input(kind, name, dtype, leaf if kind == "arg" else -1)
+        leaf += kind == "arg"
+        if kind in ("param", "buffer") and spec.target in state:
+            twin = first.setdefault(id(state[spec.target]), node)
+            if twin is not node:
+                node.replace_all_uses_with(twin)
+    return found
+
+
+_ROLES = {"param": "parameter", "buffer": "buffer", "constant": "constant", "arg": "input"}
+
+
+def _assemble(module: fx.GraphModule, shadows: Sequence[tuple[str, str]], sources: dict[str, Input], plan: Plan,
+              program: Any, model: nn.Module, trained: set[int]) -> Forward:  # fmt: skip
+    """Drop the inputs that nothing reads, and give each that is left its fake tensor."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    low = {f"{name}.shadow": TORCH_DTYPES[to] for name, to in shadows}
+    fakes = {n.name: n.meta["val"] for n in plan.capture.module.graph.find_nodes(op="placeholder")}
+    by_name = {i.name: key for key, i in sources.items()}
+    inputs, values = list[Input](), list[Tensor]()
+    for node in module.graph.find_nodes(op="placeholder"):
+        mark = node.meta.get("mp_name", "")
+        if not node.users:
+            module.graph.erase_node(node)
+            continue
+        if mark in low:
+            master = mark.removesuffix(".shadow")
+            wanted = id(parameters[master]) in trained
+            values.append(_fake(fakes[by_name[master]], low[mark], wanted))
+            inputs.append(Input("shadow", master, low[mark], trained=wanted))
+            continue
+        source = sources[node.name]
+        wanted = source.kind == "param" and id(parameters[source.name]) in trained
+        value = fakes[node.name]
+        values.append(_fake(value, value.dtype, wanted) if isinstance(value, Tensor) else value)
+        inputs.append(Input(source.kind, source.name, source.dtype, source.index, wanted))
+    module.recompile()
+    return Forward(module, inputs, values, plan, dict(program.constants))
+
+
+def _fake(like: Tensor, dtype: torch.dtype, trained: bool) -> Tensor:
+    with like.fake_mode:  # type: ignore[attr-defined]
+        return torch.empty_like(like, dtype=dtype).requires_grad_(trained)

@@ -1,0 +1,101 @@
+"""The joint graph: the rewritten forward and its backward as one ATen graph, by AOTAutograd.
+
+The loss scale is the backward's seed: d(scale * loss) / d(loss) = scale, so scaling costs no operation and is what
+`GradScaler` computes, bit for bit.  Gradients of shadows arrive in the low type; buffers that the forward updates
+(BatchNorm's statistics) are outputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._functorch._aot_autograd.descriptors import GradAOTOutput, InputMutationAOTOutput, PlainAOTInput
+from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
+from torch._guards import TracingContext, tracing
+
+from mpcompile.runtime.inductor import plain_autograd
+from mpcompile.training.forward import Forward
+
+
+@dataclass
+class Joint:
+    """A flat graph: (*inputs, seed) -> (*mutated, loss, *grads).
+
+    Fields:
+      mutated: the input whose new value each leading output is.
+      grads: the input that each trailing output is the gradient of.
+    """
+
+    module: fx.GraphModule
+    forward: Forward
+    fakes: list[Any]
+    mutated: list[int]
+    grads: list[int]
+
+    @property
+    def outputs_of_forward(self) -> int:
+        return len(self.mutated) + 1
+
+
+def trace(forward: Forward, decompositions: dict[Any, Callable[..., Any]] | None = None) -> Joint:
+    """The joint graph of `forward`; `decompositions` are the backend's (None leaves ATen as autograd gives it)."""
+    fake_mode = forward.fakes[0].fake_mode  # type: ignore[attr-defined]
+    with contextlib.ExitStack() as stack, fresh_tracing(fake_mode):
+        stack.enter_context(plain_autograd())
+        made = aot_export_joint_with_descriptors(stack, forward.module, tuple(forward.fakes), decompositions=decompositions)
+    return _read(made.graph_module, forward)
+
+
+@contextlib.contextmanager
+def fresh_tracing(fake_mode: Any) -> Iterator[None]:
+    with tracing(TracingContext(fake_mode)), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _read(module: fx.GraphModule, forward: Forward) -> Joint:
+    graph = module.graph
+    graph.set_codegen(fx.graph.CodeGen())
+    output = graph.output_node()
+    mutated, grads, kept = list[int](), list[int](), list[Any]()
+    loss: Any = None
+    for node, description in zip(output.args[0], output.meta["desc"], strict=True):
+        if node is None:
+            continue
+        if isinstance(description, InputMutationAOTOutput):
+            mutated.append(_place(description.mutated_input))
+            kept.append(node)
+        elif isinstance(description, GradAOTOutput):
+            grads.append(_place(description.grad_of))
+            kept.append(node)
+        else:
+            loss = node
+    kept.insert(len(mutated), loss)
+    output.args = (tuple(kept),)
+    graph.eliminate_dead_code()
+    module.recompile()
+    fakes = [n.meta["val"] for n in graph.find_nodes(op="placeholder")]
+    return Joint(module, forward, fakes, mutated, grads)
+
+
+def _place(description: Any) -> int:
+    assert isinstance(description, PlainAOTInput), description
+    return description.idx
+
+
+def gradients_by_parameter(joint: Joint) -> dict[str, list[int]]:
+    """Name of a trained parameter -> positions among `joint.grads` whose sum is its gradient."""
+    found: dict[str, list[int]] = {}
+    for position, place in enumerate(joint.grads):
+        found.setdefault(joint.forward.inputs[place].name, []).append(position)
+    return found
+
+
+def is_seed(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0 and value.dtype == torch.float32

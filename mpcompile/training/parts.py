@@ -1,0 +1,98 @@
+"""Run an emitted step: op by op, or compiled by Inductor in the parts that measured fastest.
+
+Forward and backward are cut by AOTAutograd's min-cut partitioner, so cheap values are recomputed and not kept; a
+graph that keeps little is compiled in one piece, which saves launches (`WHOLE_BYTES`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mpcompile.training.joint import Joint, fresh_tracing
+from mpcompile.training.update import InPlace
+
+Run = Callable[[list[Any]], Sequence[Any]]
+
+
+def decompositions(backend: str) -> dict[Any, Callable[..., Any]] | None:
+    """What the backend wants decomposed in the joint trace."""
+    if backend == "eager":
+        return None
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()
+
+
+def run_joint(joint: Joint, backend: str) -> Run:
+    """A function of (*inputs, seed) that gives (*mutated, loss, *grads)."""
+    if backend == "eager":
+        return _eager(joint.module)
+    return _in_two(joint)
+
+
+def run_update(update: InPlace, backend: str) -> Run:
+    """A function of the update's inputs that gives (finite, norm, scale) and writes the rest in place."""
+    if backend == "eager":
+        return _eager(update.module)
+    return compile_inference(update.module, update.fakes)
+
+
+def _eager(module: fx.GraphModule) -> Run:
+    def run(inputs: list[Any]) -> Sequence[Any]:
+        with torch.no_grad():
+            return module(*inputs)  # type: ignore[no-any-return]
+
+    return run
+
+
+def _in_two(joint: Joint) -> Run:
+    from torch._inductor.compile_fx import compile_fx_inner, partition_fn
+    from torch._inductor.virtualized import V
+
+    mode = joint.forward.fakes[0].fake_mode  # type: ignore[attr-defined]
+    fixed = [i for i, one in enumerate(joint.forward.inputs) if one.kind != "arg"]
+    with fresh_tracing(mode), V.set_fake_mode(mode):
+        first, second = partition_fn(joint.module, joint.fakes, num_fwd_outputs=joint.outputs_of_forward)
+        forward: Any = compile_fx_inner(first, _values(first), static_input_idxs=fixed)
+        backward: Any = compile_fx_inner(second, _values(second), is_backward=True)
+    seeds = [n.name.startswith("tangents") for n in second.graph.find_nodes(op="placeholder")]
+    kept, needs_seed = joint.outputs_of_forward, any(seeds)
+
+    def run(inputs: list[Any]) -> Sequence[Any]:
+        seed = inputs.pop()
+        with torch.no_grad():
+            outputs = list(forward(inputs))
+            saved = outputs[kept:]
+            del outputs[kept:]
+            if needs_seed:
+                saved.append(seed)
+            outputs.extend(backward(saved))
+        return outputs
+
+    return run
+
+
+def compile_inference(module: fx.GraphModule, fakes: Sequence[Any]) -> Run:
+    """Compile a graph without a backward; it may end with copies into its inputs."""
+    from torch._inductor.compile_fx import _recursive_joint_graph_passes, compile_fx_inner
+    from torch._inductor.virtualized import V
+
+    mode = next(t.fake_mode for t in fakes if isinstance(t, Tensor))  # type: ignore[attr-defined]
+    with fresh_tracing(mode), V.set_fake_mode(mode):
+        device = next(t.device for t in fakes if isinstance(t, Tensor))
+        module = _recursive_joint_graph_passes(module, input_device=device)
+        compiled: Any = compile_fx_inner(module, list(fakes), is_inference=True, static_input_idxs=range(len(fakes)))
+
+    def run(inputs: list[Any]) -> Sequence[Any]:
+        with torch.no_grad():
+            return compiled(inputs)  # type: ignore[no-any-return]
+
+    return run
+
+
+def _values(module: fx.GraphModule) -> list[Any]:
+    return [n.meta["val"] for n in module.graph.find_nodes(op="placeholder")]
