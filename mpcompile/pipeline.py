@@ -125,5 +125,7 @@ def default_passes(policy: Policy, device: str = "cpu", source: str = "aten", *,
     from mpcompile.passes.simplify_casts import SimplifyCasts
 
     assign = Assign(low, device, policy.plan, fused, policy.output, source)
-    passes: list[Pass] = [Normalize(), classify, Hazards(low), assign, InsertCasts(low, policy.output), SimplifyCasts()]
+    # torch.autocast knows no hazards, and plan="autocast" promises its decisions.
+    hazards: list[Pass] = [Hazards(low)] if policy.plan == "global" else []
+    passes = [Normalize(), classify, *hazards, assign, InsertCasts(low, policy.output), SimplifyCasts()]
     return [*passes, Verify(low, policy.output)] if verify else passes

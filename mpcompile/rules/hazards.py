@@ -1,0 +1,225 @@
+"""The static hazards: one row each, and the small tests that the rows name.
+
+A hazard starts at a node (`starts` gives the reason, or "") and travels with the node's value: through nodes named in
+`carries`, to nodes named in `ends`.  All of them must be FP32, since a cast in between would lose what FP32 saved.
+A row with `only_if_ended` says nothing until an end is reached: a product by 3 matters in front of a softmax, and
+nowhere else.
+
+Operations are compared by base name, so that one row serves every front end: "aten.masked_fill.Scalar" is
+"masked_fill", "aten._softmax.default" is "softmax", "onnx::ReduceMean" is "reducemean".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+
+from mpcompile.graph import Node, PrecisionGraph, Value
+
+LARGEST = {"fp16": 65504.0, "bf16": 3.3895313892515355e38}
+SMALLEST_NORMAL = {"fp16": 2.0**-14, "bf16": 2.0**-126}
+SIGNIFICAND_BITS = {"fp16": 11, "bf16": 8}
+NO_BOUND = 3.4e38  # clip(x, max=FLT_MAX): no bound is meant
+DEEP = 4096  # terms of a reduction from where its FP32 result is a rounding error in bytes
+
+SQUARES = frozenset({"mul", "square", "pow"})
+REDUCTIONS = frozenset({"sum", "mean", "reducesum", "reducemean", "nansum"})
+SPREADS = frozenset({"var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm", "reducel1", "reducel2",
+                     "reducesumsquare", "reducelogsumexp"})  # fmt: skip
+SCANS = frozenset({"cumsum", "cumprod"})
+VIEWS = frozenset({"view", "reshape", "expand", "unsqueeze", "squeeze", "slice", "select", "permute", "transpose", "t",
+                   "narrow", "expand_as", "broadcast_to", "flatten", "unflatten", "clone", "contiguous", "alias", "detach",
+                   "identity", "lift_fresh_copy", "index", "gather", "split", "chunk", "unbind"})
+CASTS = frozenset({"to", "to_copy", "cast", "convert_element_type", "type_as"})
+THROUGH = VIEWS | CASTS  # fmt: skip
+ADDS = frozenset({"add", "sub", "rsub"})
+BOUNDS = frozenset({"clamp", "clip", "clamp_min", "clamp_max", "maximum", "minimum", "max", "min"})
+SELECTS = frozenset({"where", "masked_fill", "cat", "concat", "stack", "pad", "constant_pad_nd", "triu", "tril"})
+FILLS = frozenset({"full", "full_like", "new_full", "fill", "scalar_tensor", "threshold"})
+SOFTMAXES = frozenset({"softmax", "log_softmax", "logsoftmax", "safe_softmax", "logsumexp"})
+ROOTS = frozenset({"sqrt", "rsqrt", "pow", "reciprocal"})
+ARITHMETIC = ADDS | BOUNDS | frozenset({"mul", "div", "true_divide", "pow", "log", "log2", "exp", "exp2", "neg", "abs", "sqrt",
+                                        "reciprocal", "fmod", "remainder", "mod"})  # fmt: skip
+BOUNDED = frozenset({"exp", "sigmoid", "tanh"})
+PRODUCTS = frozenset({"matmul", "mm", "bmm", "einsum", "outer", "ger"})
+ROUNDINGS = frozenset({"floor", "ceil", "round", "trunc", "sin", "cos"})
+
+
+@cache
+def base(op: str) -> str:
+    """The name of an operation without front end, overload and decoration."""
+    if "::" in op:
+        return op.rpartition("::")[2].lower()
+    parts = op.split(".")
+    return (parts[1] if len(parts) > 1 else op).strip("_").lower()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the tests may ask of the graph."""
+
+    graph: PrecisionGraph
+    low: str
+
+    def values(self, node: Node) -> list[Value]:
+        return [self.graph.values[name] for name in node.inputs]
+
+    def numbers(self, node: Node) -> Iterator[float]:
+        """Scalar arguments of `node`, and the ends of the ranges of its constant operands."""
+        for key, item in node.attrs.items():
+            if key in ("dim", "alpha", "dtype", "axis", "keepdim", "to"):
+                continue
+            if isinstance(item, (int, float)) and not isinstance(item, bool):
+                yield float(item)
+        for value in self.values(node):
+            if value.range is not None and value.castable:
+                yield from value.range
+
+    def behind(self, name: str) -> Node | None:
+        """The node that computes `name`, looking through views and casts."""
+        node = self.graph.producer(name)
+        for _ in range(8):
+            if node is None or not node.inputs or not (node.is_cast or base(node.op) in THROUGH):
+                break
+            node = self.graph.producer(node.inputs[0])
+        return node
+
+    def depth(self, node: Node) -> int:
+        """How many terms each result of a reduction has; for a scan, the length of its axis."""
+        if not node.inputs or not node.outputs:
+            return 0
+        source = self.graph.values[node.inputs[0]]
+        if base(node.op) not in SCANS:
+            return source.numel // max(1, self.graph.values[node.outputs[0]].numel)
+        sizes, axis = source.shape, node.attrs.get("dim", node.attrs.get("axis"))
+        if isinstance(axis, int) and -len(sizes) <= axis < len(sizes):
+            sizes = (sizes[axis],)
+        return max((s for s in sizes if isinstance(s, int)), default=source.numel)
+
+
+# ---------------------------------------------------------------------------------------------- where a hazard starts
+
+
+def out_of_range(facts: Facts, node: Node) -> str:
+    limit, bounds = LARGEST[facts.low], base(node.op) in BOUNDS
+    for number in facts.numbers(node):
+        size = abs(number)
+        if limit < size < math.inf and not (bounds and size >= NO_BOUND):
+            return f"{number:.4g} is beyond {facts.low}'s largest number, {limit:.6g}"
+    return ""
+
+
+def square(facts: Facts, node: Node) -> str:
+    return "x * x overflows fp16 from |x| > 255" if is_square(facts, node) else ""
+
+
+def is_square(facts: Facts, node: Node | None) -> bool:
+    if node is None or base(node.op) not in SQUARES:
+        return False
+    if base(node.op) == "mul":
+        return len(node.inputs) == 2 and node.inputs[0] == node.inputs[1]
+    if base(node.op) == "square":
+        return True
+    raised = bool(node.slots) and node.slots[0] == 0 and facts.values(node)[0].range is None
+    return raised and set(facts.numbers(node)) == {2.0}
+
+
+def mean_of_squares(facts: Facts, node: Node) -> str:
+    if not node.inputs or not is_square(facts, facts.behind(node.inputs[0])):
+        return ""
+    return f"a hand-written norm: {SIGNIFICAND_BITS[facts.low]} bits of a mean of squares would scale a whole row"
+
+
+def tiny_number(facts: Facts, node: Node) -> str:
+    limit = SMALLEST_NORMAL[facts.low]
+    tiny = next((n for n in facts.numbers(node) if 0 < abs(n) < limit), None)
+    return "" if tiny is None else f"{tiny:.4g} is below {facts.low}'s smallest normal number, {limit:.2g}"
+
+
+def rounds_to_one(facts: Facts, node: Node) -> str:
+    step = 2.0 ** -(SIGNIFICAND_BITS[facts.low] + 1)
+    near = next((n for n in facts.numbers(node) if 0 < 1 - abs(n) <= step), None)
+    return "" if near is None else f"the bound {near!r} is 1 in {facts.low}"
+
+
+def deep_reduction(facts: Facts, node: Node) -> str:
+    terms = facts.depth(node)
+    return f"a reduction of {terms} terms, whose fp32 result is small" if terms >= DEEP else ""
+
+
+def long_scan(facts: Facts, node: Node) -> str:
+    exact, terms = 2 ** SIGNIFICAND_BITS[facts.low], facts.depth(node)
+    return f"a running total over {terms} terms; {facts.low} counts to {exact}" if terms > exact else ""
+
+
+def scaled_up(facts: Facts, node: Node) -> str:
+    """A product by more than 1, a quotient by less, or a product by an exponential."""
+    name = base(node.op)
+    for number in facts.numbers(node):
+        factor = number if name == "mul" else 1 / number if number else 0.0
+        if abs(factor) > 1:
+            return f"logits are scaled up by {abs(factor):.4g}, and fp16's rounding with them"
+    learned = name == "mul" and any(_is_exponential(facts.behind(n)) for n in node.inputs)
+    return "logits are scaled up by an exponential, and fp16's rounding with them" if learned else ""
+
+
+def _is_exponential(node: Node | None) -> bool:
+    return node is not None and base(node.op) in ("exp", "exp2", "softplus")
+
+
+def float_index(facts: Facts, node: Node) -> str:
+    """Integers turned into floats: an arange of floats, or a cast of an integer (a bool is a mask, not a number)."""
+    if not node.outputs or not facts.graph.values[node.outputs[0]].castable:
+        return ""
+    from_integer = base(node.op) not in CASTS or "int" in facts.values(node)[0].dtype
+    exact = 2 ** SIGNIFICAND_BITS[facts.low]
+    return f"index arithmetic in floats; {facts.low} counts to {exact}" if from_integer else ""
+
+
+# --------------------------------------------------------------------------------------------------------- the rows
+
+
+@dataclass(frozen=True)
+class Hazard:
+    """One row.
+
+    Fields:
+      low: the low types that it applies to.
+      at, starts: base names of the operations where it may start, and the test that says why it does ("": it does not).
+      carries: base names through which it travels; `ends`: those that need FP32 too, and where it stops.
+      only_if_ended: nothing is raised unless an end is reached.
+      shrinks: it does not travel to values larger than it started with.
+      alone: it travels only where every other operand is made of constants and buffers, or hazardous too.
+    """
+
+    name: str
+    low: tuple[str, ...]
+    at: frozenset[str]
+    starts: Callable[[Facts, Node], str]
+    carries: frozenset[str] = frozenset()
+    ends: frozenset[str] = frozenset()
+    only_if_ended: bool = False
+    shrinks: bool = False
+    alone: bool = False
+
+
+FP16, BOTH = ("fp16",), ("fp16", "bf16")
+DIVISIONS = ROOTS | {"div", "true_divide", "log", "log2", "log1p", "log10"}
+COUNTS = frozenset({"arange", "range", "linspace"}) | CASTS
+
+HAZARDS = (
+    Hazard("out-of-range", BOTH, ARITHMETIC | SELECTS | FILLS, out_of_range,
+           ADDS | SELECTS | THROUGH | {"mul", "neg", "maximum", "minimum"}, SOFTMAXES | BOUNDED),
+    Hazard("square", FP16, SQUARES, square, THROUGH, REDUCTIONS, only_if_ended=True),
+    Hazard("mean-of-squares", BOTH, REDUCTIONS, mean_of_squares, ADDS | BOUNDS | THROUGH | {"div", "mul"}, ROOTS, shrinks=True),
+    Hazard("tiny-number", FP16, ADDS | BOUNDS, tiny_number, THROUGH | ADDS, DIVISIONS, only_if_ended=True),
+    Hazard("rounds-to-one", BOTH, BOUNDS, rounds_to_one, THROUGH | ADDS | {"neg"}, DIVISIONS, only_if_ended=True),
+    Hazard("deep-reduction", BOTH, REDUCTIONS | SPREADS, deep_reduction),
+    Hazard("long-scan", BOTH, SCANS, long_scan),
+    Hazard("scaled-logits", FP16, frozenset({"mul", "div"}), scaled_up, ADDS | SELECTS | THROUGH, SOFTMAXES,
+           only_if_ended=True, shrinks=True),
+    Hazard("float-index", BOTH, COUNTS, float_index, ARITHMETIC | SELECTS | THROUGH | PRODUCTS | SCANS | REDUCTIONS, ROUNDINGS,
+           alone=True),
+)  # fmt: skip

@@ -1,0 +1,102 @@
+"""Static hazards: what the graph itself shows to go wrong in the low type raises verdicts to fp32, with the numbers.
+
+The rows are data (`mpcompile.rules.hazards`).  This pass is one sweep in topological order: at each node, the hazards
+that its operands carry, and those that start there.  It never lowers a verdict, and leaves alone what the caller
+decided, casts, and nodes that are told their dtype.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mpcompile.graph import Node, PrecisionGraph
+from mpcompile.passes.base import PassResult
+from mpcompile.rules.hazards import HAZARDS, Facts, Hazard, base
+
+# Kernels whose cost in FP32 is out of proportion; their masks are handled inside.
+NEVER_RAISED = frozenset({"attention", "convolution", "control", "random", "integer"})
+
+
+@dataclass(frozen=True)
+class Trail:
+    """A hazard on its way: the nodes that it came through, newest first, and where and why it started."""
+
+    node: str
+    reason: str
+    numel: int
+    before: Trail | None = None
+
+
+@dataclass(frozen=True)
+class Hazards:
+    """Fields:
+    low: the low type of the policy.
+    """
+
+    low: str
+
+    name: ClassVar[str] = "hazards"
+
+    def apply(self, graph: PrecisionGraph) -> PassResult:
+        sweep = _Sweep(Facts(graph, self.low))
+        for node in graph.nodes.values():
+            sweep.visit(node)
+        changed = [_raise(graph.nodes[key], reason) for key, reason in sweep.raised.items()]
+        notes = (f"{sum(changed)} nodes raised to fp32",) if any(changed) else ()
+        return PassResult(any(changed), notes)
+
+
+class _Sweep:
+    """What is known on the way: the hazards that values carry, and values made of constants and buffers alone."""
+
+    def __init__(self, facts: Facts) -> None:
+        self.facts, self.values = facts, facts.graph.values
+        self.starts: dict[str, list[Hazard]] = {}
+        for row in HAZARDS:
+            for name in row.at if facts.low in row.low else ():
+                self.starts.setdefault(name, []).append(row)
+        self.carried: dict[str, dict[Hazard, Trail]] = {}
+        self.fixed = {name for name, value in self.values.items() if value.role in ("constant", "buffer")}
+        self.raised: dict[str, str] = {}
+
+    def visit(self, node: Node) -> None:
+        """Carry and end the hazards that `node` is given; start those that begin here."""
+        name = base(node.op)
+        came = {row: trail for given in reversed(node.inputs) for row, trail in self.carried.get(given, {}).items()}
+        for row, trail in came.items():
+            if name in row.carries | row.ends and self.joins(row, node):
+                self.go_on(row, Trail(node.id, trail.reason, trail.numel, trail), node, ends=name in row.ends)
+        for row in self.starts.get(name, ()):
+            if row not in came and (reason := row.starts(self.facts, node)):
+                size = sum(self.values[out].numel for out in node.outputs)
+                self.go_on(row, Trail(node.id, reason, size), node)
+        if all(given in self.fixed for given in node.inputs) and node.kind != "random":
+            self.fixed.update(node.outputs)
+
+    def joins(self, row: Hazard, node: Node) -> bool:
+        """False when `row` travels alone and `node` reads numbers that the model computes or learns."""
+        return not row.alone or all(
+            row in self.carried.get(name, ()) or name in self.fixed for name in node.inputs if self.values[name].castable
+        )
+
+    def go_on(self, row: Hazard, trail: Trail, node: Node, ends: bool = False) -> None:
+        """Raise `node` (and all it came through, where only an end counts), and hand the hazard to its results."""
+        step: Trail | None = trail
+        while step is not None and (ends or not row.only_if_ended):
+            self.raised.setdefault(step.node, f"{row.name}: {trail.reason}")
+            step = step.before if row.only_if_ended else None
+        for out in node.outputs if not ends else ():
+            value = self.values[out]
+            lost = not value.castable or node.out_dtype not in ("", "fp32") or (row.shrinks and value.numel > trail.numel)
+            if not lost:
+                self.carried.setdefault(out, {})[row] = trail
+
+
+def _raise(node: Node, reason: str) -> bool:
+    """Make `node` fp32, unless it is so already, or someone with a better right decided."""
+    decided = node.verdict == "fp32" or node.decided_by in ("override", "user-cast")
+    if decided or node.is_cast or node.out_dtype or node.kind in NEVER_RAISED:
+        return False
+    node.verdict, node.reason, node.decided_by = "fp32", reason, "hazard"
+    return True
