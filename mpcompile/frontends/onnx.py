@@ -1,0 +1,206 @@
+"""Read an ONNX model into the precision graph.
+
+The graph is flat: the nodes of an If, Loop or Scan body stand before their control node and carry the path of the
+body in `scope`; what they capture from outside they read by name.  The control node reads its own operands and, in
+further slots, what its bodies return; loop states and everything else that crosses its border stay FP32.
+
+The front end decides nothing: it says what there is (types, shapes, ranges of constants, work, where a node comes
+from) and hands over the type variables of every operator's schema.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from mpcompile.errors import OnnxError, page
+from mpcompile.frontends import onnx_facts as facts
+from mpcompile.frontends.onnx_prepare import opset, prepare, subgraphs
+from mpcompile.frontends.onnx_schema import dtype_name, op_name, signature
+from mpcompile.graph import CASTABLE, Node, PrecisionGraph, Role, Value
+from mpcompile.passes.legalize import Signature
+
+page(
+    "MP601",
+    "An ONNX model that cannot be read",
+    "The file is missing, is not an ONNX model, or its external data is not where it says.",
+    "Check it with `python -c \"import onnx; onnx.checker.check_model('model.onnx')\"`; keep the data file beside it.",
+)
+
+
+@dataclass
+class OnnxCapture:
+    """An ONNX model, and the precision graph that was read from it.
+
+    Fields:
+      model: the prepared model, which `mpcompile.frontends.onnx_write.write` copies and rewrites.
+      graph: the precision graph.
+      signatures: node id -> type variables of its operator.
+      nodes, values: node id -> node of `model`, value name -> value of `model`.
+      returned: control node id -> (body, index) of each slot beyond the node's own operands.
+      notes: lines for the user.
+    """
+
+    model: ir.Model
+    graph: PrecisionGraph = field(default_factory=PrecisionGraph)
+    signatures: dict[str, Signature] = field(default_factory=dict)
+    nodes: dict[str, ir.Node] = field(default_factory=dict)
+    values: dict[str, ir.Value] = field(default_factory=dict)
+    returned: dict[str, list[tuple[ir.Graph, int]]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def load(model: Any) -> ir.Model:
+    """An `onnx_ir` model of a path, a `ModelProto` or an `onnx_ir.Model` (copied); weights on disk stay there.
+
+    Raises:
+      OnnxError: MP601, when it is none of these or cannot be read.
+    """
+    if isinstance(model, ir.Model):
+        return model.clone()
+    if isinstance(model, onnx.ModelProto):
+        return ir.from_proto(model)
+    if not isinstance(model, (str, os.PathLike)):
+        raise OnnxError("MP601", f"a {type(model).__name__} is no ONNX model", try_="a path or an onnx.ModelProto")
+    path = os.fspath(model)
+    if not os.path.isfile(path):
+        raise OnnxError("MP601", "there is no such file", where=path)
+    try:
+        return ir.load(path)
+    except Exception as error:  # protobuf's own error classes vary by version
+        raise OnnxError("MP601", "the file is not an ONNX model", where=path, why=f"{type(error).__name__}: {error}") from error
+
+
+def read(model: Any, low: str = "fp32", *, provider: str = "", low_inputs: bool = False) -> OnnxCapture:
+    """Read `model` into a precision graph.
+
+    Args:
+      model: a path, a `ModelProto`, or an `onnx_ir.Model`; it is not changed.
+      low: the low type, for which the opset may have to be raised.
+      provider: whose kernels count ("cuda", "cpu"; see ``onnx_kernels.toml``); "" for the schemas alone.
+      low_inputs: FP32 graph inputs are to be given in the low type.
+
+    Raises:
+      OnnxError: MP601.
+    """
+    prepared, notes = prepare(load(model), low)
+    capture = OnnxCapture(prepared, notes=notes)
+    capture.graph.header = {"source": "onnx"}
+    _Reader(capture, provider, low if low_inputs else "").main()
+    return capture
+
+
+class _Reader:
+    """One walk over the model; `names` are the unique names of values, `ids` those of nodes."""
+
+    def __init__(self, capture: OnnxCapture, provider: str, low_inputs: str) -> None:
+        self.capture, self.graph, self.provider, self.low_inputs = capture, capture.graph, provider, low_inputs
+        self.names: dict[ir.Value, str] = {}
+        self.taken: dict[str, int] = {}
+        self.ids: dict[str, int] = {}
+        self.types: dict[tuple[str, str], tuple[str, Signature]] = {}
+
+    def main(self) -> None:
+        graph = self.capture.model.graph
+        for value in graph.inputs:
+            self.value(value, "", "input")
+            self.graph.inputs.append(self.names[value])
+        for value in graph.inputs if self.low_inputs else ():
+            given = self.graph.values[self.names[value]]
+            if given.dtype == "fp32":
+                given.dtype = self.low_inputs
+                value.type = ir.TensorType(ir.DataType.FLOAT16 if self.low_inputs == "fp16" else ir.DataType.BFLOAT16)
+        self.body(graph, "")
+        self.graph.outputs = [self.names[value] for value in graph.outputs]
+
+    def body(self, graph: ir.Graph, scope: str) -> None:
+        """The inputs, initializers and nodes of `graph`."""
+        for value in graph.inputs:
+            if value not in self.names:
+                self.value(value, scope, "activation")
+        for value in graph.initializers.values():
+            if value not in self.names:
+                self.value(value, scope, "constant" if value.const_value is None or value.const_value.size <= 1 else "parameter")
+        for node in graph:
+            self.node(node, scope)
+
+    def value(self, value: ir.Value, scope: str, role: Role, producer: str = "") -> Value:
+        name = value.name or f"{producer}_out"
+        count = self.taken.get(name, 0)
+        self.taken[name] = count + 1
+        while count and f"{name}__{count}" in self.taken:
+            count += 1
+        if count:
+            name = f"{name}__{count}"
+            self.taken[name] = 1
+        shape, numel = facts.shape_of(value)
+        made = Value(name, _dtype(value), shape, numel, producer, role, scope=scope)
+        if value.const_value is not None and role != "input":
+            made.range = facts.range_of(value.const_value)
+        self.names[value] = name
+        self.graph.values[name] = made
+        self.capture.values[name] = value
+        return made
+
+    def node(self, node: ir.Node, scope: str) -> None:
+        key = self.fresh(node)
+        inner: list[ir.Value] = []
+        places: list[tuple[ir.Graph, int]] = []
+        if any(True for _ in subgraphs(node)):
+            for name, body in subgraphs(node):
+                self.body(body, f"{scope}/{key}.{name}".lstrip("/"))
+                inner += list(body.outputs)
+                places += [(body, index) for index in range(len(body.outputs))]
+            self.capture.returned[key] = places
+        slots = [slot for slot, value in enumerate(node.inputs) if value is not None]
+        inputs = [self.names[value] for value in node.inputs if value is not None]
+        inputs += [self.names[value] for value in inner]
+        slots += range(len(node.inputs), len(node.inputs) + len(inner))
+        op, types = self.rule(node)
+        made = Node(key, op, inputs, [], slots, facts.attributes(node), facts.module_of(node), facts.source_of(node),
+                    scope=scope, flops=facts.flops_of(node))  # fmt: skip
+        for value in node.outputs:
+            out = self.value(value, scope, "activation", key)
+            made.outputs.append(out.name)
+        if node.op_type == "Cast" and not node.domain:
+            made.out_dtype = _dtype(node.outputs[0])
+        self.graph.nodes[key] = made
+        self.capture.nodes[key] = node
+        self.capture.signatures[key] = types
+
+    def rule(self, node: ir.Node) -> tuple[str, Signature]:
+        key = (node.domain, node.op_type)
+        if key not in self.types:
+            types = signature(*key, opset(self.capture.model, node.domain), self.provider)
+            self.types[key] = (op_name(*key), types)
+        op, types = self.types[key]
+        if node.op_type.startswith("Scatter") and "reduction" in node.attributes:
+            if node.attributes["reduction"].as_string() in ("add", "mul"):
+                types = Signature(why="it sums into one element, and runtimes refuse it in half precision")
+        return op, types
+
+    def fresh(self, node: ir.Node) -> str:
+        """A unique id: the node's own name, or its operator and a number."""
+        stem = node.name or node.op_type
+        count = self.ids.get(stem, 0)
+        self.ids[stem] = count + 1
+        if count == 0 and node.name:
+            return stem
+        while f"{stem}_{count}" in self.ids:
+            count += 1
+        self.ids[f"{stem}_{count}"] = 1
+        return f"{stem}_{count}"
+
+
+def _dtype(value: ir.Value) -> str:
+    """The value's element type; "sequence" or "optional" for containers, "unknown" where inference found nothing."""
+    if isinstance(value.type, (ir.SequenceType, ir.OptionalType)):
+        return "sequence" if isinstance(value.type, ir.SequenceType) else "optional"
+    return dtype_name(value.dtype)
+
+
+__all__ = ["CASTABLE", "OnnxCapture", "load", "read"]

@@ -1,0 +1,165 @@
+"""Bring an ONNX model into the form that is read: functions inlined, constants as initializers, every type inferred.
+
+Only what does not change a bit of the model's results happens here, on a copy of the model.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import onnx
+import onnx_ir as ir
+from onnx_ir.passes import common
+
+from mpcompile.frontends.onnx_schema import find_schema, signature
+from mpcompile.graph import LOW
+
+# The oldest opset in which (nearly) every operator takes the type.
+OPSETS = {"fp16": 20, "bf16": 22}
+
+
+def prepare(model: ir.Model, low: str) -> tuple[ir.Model, list[str]]:
+    """Prepare `model` in place.
+
+    Returns:
+      The model (another object when the opset was raised), and lines for the user.
+    """
+    notes: list[str] = []
+    if model.functions:
+        common.InlinePass()(model)
+    if low in LOW:
+        model = _raise_opset(model, low, notes)
+    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    infer(model)
+    for graph in graphs(model):
+        for node in list(graph):
+            _settle_cast_like(node)
+    _own_body_outputs(model)
+    return model, notes
+
+
+def graphs(model: ir.Model) -> Iterator[ir.Graph]:
+    """The main graph and every graph inside it."""
+    yield model.graph
+    yield from model.graph.subgraphs()
+
+
+def subgraphs(node: ir.Node) -> Iterator[tuple[str, ir.Graph]]:
+    """(attribute name, body) of a control-flow node."""
+    for name, attr in node.attributes.items():
+        if attr.type == ir.AttributeType.GRAPH:
+            yield name, attr.value
+        elif attr.type == ir.AttributeType.GRAPHS:
+            yield from ((f"{name}.{i}", body) for i, body in enumerate(attr.value))
+
+
+def infer(model: ir.Model) -> None:
+    """Fill in types and shapes: ONNX's own inference, then type variables for operators that it does not know."""
+    with quiet():
+        common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+    for graph in graphs(model):
+        for node in graph:
+            if any(out.dtype is None for out in node.outputs):
+                _infer_types(node, model)
+
+
+def _infer_types(node: ir.Node, model: ir.Model) -> None:
+    """Give outputs without a type that of an operand with the same type variable."""
+    if not find_schema(node.domain, node.op_type, opset(model, node.domain)):
+        return
+    types = signature(node.domain, node.op_type, opset(model, node.domain), "")
+    known = {types.input(i): v.type for i, v in enumerate(node.inputs) if v is not None and v.type is not None}
+    for index, out in enumerate(node.outputs):
+        if out.type is None and known.get(types.output(index)) is not None:
+            out.type = known[types.output(index)]
+
+
+def opset(model: ir.Model, domain: str) -> int:
+    """The opset version that the model imports of `domain` (1 when it imports none)."""
+    imports = model.graph.opset_imports
+    return imports.get(domain, imports.get("ai.onnx", 1) if not domain else 1)
+
+
+def _raise_opset(model: ir.Model, low: str, notes: list[str]) -> ir.Model:
+    """Raise the opset when operators of the model take `low` only in a newer one."""
+    have, want = opset(model, ""), OPSETS[low]
+    operators = {(n.domain, n.op_type) for g in graphs(model) for n in g if n.domain in ("", "ai.onnx")}
+    gained = sorted(op for domain, op in operators if _takes(domain, op, want, low) and not _takes(domain, op, have, low))
+    if have >= want or not gained:
+        return model
+    from onnxscript import version_converter
+
+    raised = model.clone()
+    with quiet():
+        try:
+            version_converter.convert_version(raised, want, fallback=have < 18)
+        except Exception as error:  # the converter raises what it likes; the old opset still works
+            notes.append(f"opset {have} is kept ({type(error).__name__} while raising it to {want}): {_list(gained)} stay FP32")
+            return model
+    if opset(raised, "") != want:
+        notes.append(f"opset {have} is kept, the version converter does not know all operators: {_list(gained)} stay FP32")
+        return model
+    raised.ir_version = max(raised.ir_version, onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", want)]))
+    notes.append(f"opset raised from {have} to {want}, in which {_list(gained)} take {low}")
+    return raised
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _takes(domain: str, op: str, version: int, low: str) -> bool:
+    types = signature(domain, op, version, "")
+    return any(low in allowed for allowed in types.allowed.values())
+
+
+def _settle_cast_like(node: ir.Node) -> None:
+    """CastLike takes its type from a value that may change its own: write down the type that it has now."""
+    if node.op_type != "CastLike" or node.domain or node.outputs[0].dtype is None:
+        return
+    to = ir.AttrInt64("to", node.outputs[0].dtype)
+    kept = [attr for name, attr in node.attributes.items() if name == "saturate"]
+    _replace(node, ir.Node("", "Cast", [node.inputs[0]], [to, *kept], name=node.name, metadata_props=node.metadata_props))
+
+
+def _replace(old: ir.Node, new: ir.Node) -> None:
+    graph = old.graph
+    assert graph is not None
+    before, after = old.outputs[0], new.outputs[0]
+    after.name, after.type, after.shape = before.name, before.type, before.shape
+    graph.insert_before(old, new)
+    before.replace_all_uses_with(after, replace_graph_outputs=True)
+    graph.remove(old, safe=True)
+
+
+def _own_body_outputs(model: ir.Model) -> None:
+    """A body that returns a value from outside, or an input or initializer, returns a copy: bodies give what they make."""
+    for graph in model.graph.subgraphs():
+        for index, out in enumerate(graph.outputs):
+            maker = out.producer()
+            if maker is not None and maker.graph is graph:
+                continue
+            copy = ir.Node("", "Identity", [out], name=None)
+            copy.outputs[0].name = f"{out.name}_returned_{index}"
+            copy.outputs[0].type, copy.outputs[0].shape = out.type, out.shape
+            graph.append(copy)
+            graph.outputs[index] = copy.outputs[0]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries' warnings about models that they cannot infer to themselves."""
+    loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+Progress = Callable[[str], None]

@@ -1,0 +1,167 @@
+"""Keep every operand and result to the types that the operation's schema and the target's kernels allow.
+
+A front end whose operations have typed schemas (ONNX) hands over one `Signature` per node: which operands and results
+share a type variable, and which precisions that variable may be.  From it follow, once `classify` has given verdicts:
+
+- a node whose main variable (that of its first result) may not be the low type stays FP32;
+- operands and results of any other variable that may not be low are pinned to FP32, whatever the node's precision;
+- what the model has in half precision already is left as it is;
+- arithmetic that ends in integers (a float size turned into a shape) stays FP32: a rounded index is another index;
+- what stands between dequantize and quantize stays FP32, so that a runtime still finds its quantized patterns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from mpcompile.graph import CASTABLE, LOW, Node, PrecisionGraph
+from mpcompile.passes.base import PassResult
+
+FP32_ONLY = frozenset({"fp32"})
+# How many operations back from an integer the FP32 arithmetic reaches.
+INDEX_HOPS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Signature:
+    """Type variables of one operation.
+
+    Fields:
+      inputs: type variable of each operand slot; slots past the end belong to the last one when `variadic`.
+      outputs: type variable of each result.
+      allowed: type variable -> precisions that it may be.
+      why: the reason when a type is refused, e.g. "Range takes no bf16 at opset 18".
+    """
+
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    allowed: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    variadic: bool = False
+    variadic_out: bool = False
+    why: str = ""
+
+    def input(self, slot: int) -> str:
+        return _at(self.inputs, slot, self.variadic)
+
+    def output(self, index: int) -> str:
+        return _at(self.outputs, index, self.variadic_out)
+
+
+# Operations of which nothing is known: FP32 on every side.
+UNKNOWN = Signature(why="its types are not known")
+
+
+@dataclass(frozen=True)
+class Legalize:
+    """Fields:
+    low: the low type of the policy.
+    signatures: node id -> signature; a node without one takes and gives FP32 only.
+    quantize, dequantize: the operations that bound a quantized pattern.
+    """
+
+    low: str
+    signatures: Mapping[str, Signature] = field(default_factory=dict)
+    quantize: tuple[str, ...] = ("onnx::QuantizeLinear", "com.microsoft::QuantizeLinear")
+    dequantize: tuple[str, ...] = ("onnx::DequantizeLinear", "com.microsoft::DequantizeLinear")
+
+    name: ClassVar[str] = "legalize"
+
+    def apply(self, graph: PrecisionGraph) -> PassResult:
+        before = [(n.verdict, n.reason, dict(n.operands), dict(n.results), n.out_dtype) for n in graph]
+        for node in graph.nodes.values():
+            self._types(graph, node)
+        for node, reason in (*self._quantized(graph), *_feeds_integers(graph)):
+            _force(node, reason)
+        after = [(n.verdict, n.reason, dict(n.operands), dict(n.results), n.out_dtype) for n in graph]
+        return PassResult(before != after)
+
+    def _types(self, graph: PrecisionGraph, node: Node) -> None:
+        """Hold `node` to its signature."""
+        if node.is_cast or node.kind == "cast":
+            return
+        values = graph.values
+        reads = {slot: values[name].dtype for slot, name in zip(node.slots, node.inputs, strict=True)}
+        gives = {index: values[name].dtype for index, name in enumerate(node.outputs)}
+        if not node.out_dtype and LOW & {*reads.values(), *gives.values()}:
+            _leave(node, reads, gives)
+            return
+        if not CASTABLE & {*reads.values(), *gives.values()}:
+            return
+        signature = self.signatures.get(node.id, UNKNOWN)
+        main = _main(signature, reads, gives)
+        if node.verdict != "fp32" and self.low not in signature.allowed.get(main, FP32_ONLY):
+            _force(node, signature.why or f"its type may not be {self.low}")
+        self._pins(node, signature, main, reads, gives)
+
+    def _pins(self, node: Node, signature: Signature, main: str, reads: dict[int, str], gives: dict[int, str]) -> None:
+        """Pin each operand and result whose type variable is not the main one and must be FP32."""
+        variables = {signature.input(slot) for slot, dtype in reads.items() if dtype in CASTABLE}
+        pinned = {signature.input(slot) for slot, to in node.operands.items() if to == "fp32" and slot in reads}
+        if main in pinned and node.verdict != "fp32":
+            _force(node, "one of its operands stays FP32, and the others share its type")
+        for slot, dtype in reads.items():
+            variable = signature.input(slot)
+            if dtype not in CASTABLE or variable == main:
+                continue
+            if variable in pinned or self.low not in signature.allowed.get(variable, FP32_ONLY):
+                node.operands[slot] = "fp32"
+            elif node.operands.get(slot) == "any":
+                del node.operands[slot]
+        for index, dtype in gives.items():
+            variable = signature.output(index)
+            free = variable not in variables and variable != main
+            refused = variable in pinned or self.low not in signature.allowed.get(variable, FP32_ONLY)
+            if dtype in CASTABLE and variable != main and (free or refused):
+                node.results[index] = "fp32"
+
+    def _quantized(self, graph: PrecisionGraph) -> Iterator[tuple[Node, str]]:
+        readers = {name for node in graph if node.op in self.quantize for name in node.inputs}
+        for node in graph:
+            maker = (graph.producer(name) for name in node.inputs)
+            if any(m is not None and m.op in self.dequantize for m in maker) or readers & set(node.outputs):
+                yield node, "part of a quantized pattern"
+
+
+def _main(signature: Signature, reads: dict[int, str], gives: dict[int, str]) -> str:
+    """The type variable that the node's precision speaks of: that of its first float result, else of its first float."""
+    for index, dtype in gives.items():
+        if dtype in CASTABLE:
+            return signature.output(index)
+    return next((signature.input(slot) for slot, dtype in reads.items() if dtype in CASTABLE), "")
+
+
+def _leave(node: Node, reads: dict[int, str], gives: dict[int, str]) -> None:
+    """Half precision that the model has already: read and give what is there."""
+    dtypes = {index: dtype for index, dtype in gives.items() if dtype in CASTABLE}
+    node.operands.update({slot: "fp32" if dtype == "fp32" else "any" for slot, dtype in reads.items()})
+    node.results.update({index: dtype for index, dtype in dtypes.items()})
+    first = next(iter(dtypes.values()), "")
+    if len(set(dtypes.values())) == 1:
+        node.out_dtype = first
+    kept = next((dtype for dtype in (*reads.values(), *gives.values()) if dtype in LOW), "half precision")
+    _force(node, f"the model has it in {kept} already")
+
+
+def _force(node: Node, reason: str) -> None:
+    if node.kind != "cast" and not node.is_cast and node.verdict != "fp32":
+        node.verdict, node.reason, node.decided_by = "fp32", reason, "rule"
+
+
+def _feeds_integers(graph: PrecisionGraph) -> Iterator[tuple[Node, str]]:
+    """Arithmetic (no matmul, no reduction) within `INDEX_HOPS` operations above a float turned into integers."""
+    for node in graph:
+        if node.kind != "cast" or not node.out_dtype.startswith(("int", "uint")):
+            continue
+        level = list(node.inputs)
+        for _ in range(INDEX_HOPS):
+            makers = [m for m in map(graph.producer, level) if m is not None and m.verdict == "propagate" and m.kind != "cast"]
+            yield from ((maker, "becomes integers: a rounded index is another index") for maker in makers)
+            level = [name for maker in makers for name in maker.inputs]
+
+
+def _at(row: tuple[str, ...], index: int, variadic: bool) -> str:
+    if index < len(row):
+        return row[index]
+    return row[-1] if row and variadic else ""
