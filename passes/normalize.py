@@ -67,9 +67,10 @@ def _close_aliases(graph: PrecisionGraph) -> bool:
     for node in graph.nodes.values():
         if not _in_place(node) or not node.inputs or not node.outputs:
             continue
-        for value in (given := graph.values[node.inputs[0]], result := graph.values[node.outputs[0]]):
-            found |= not value.alias
-            value.alias = value.alias or f"storage:{value.name}"
+        given, result = graph.values[node.inputs[0]], graph.values[node.outputs[0]]
+        found |= not (given.alias and result.alias)
+        given.alias = given.alias or result.alias or f"storage:{given.name}"
+        result.alias = result.alias or given.alias
         sets.union(given.alias, result.alias)
     names = {alias: min(group) for group in sets.to_sets() for alias in group}
     moved = [value for value in graph.values.values() if names.get(value.alias, value.alias) != value.alias]

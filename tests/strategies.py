@@ -92,12 +92,12 @@ TEMPLATES = (
     Template("aten.mul.Tensor", "elementwise", attrs={"other": 3.0}),
     Template("aten.exp.default", "exponential"),
     Template("aten.softmax.int", "softmax", attrs={"dim": -1}),
-    Template("aten.view.default", "view"),
-    Template("aten.slice.Tensor", "view", shrink=4, attrs={"dim": 0}),
-    Template("aten.expand.default", "view", grow=4),
+    Template("aten.view.default", "shape"),
+    Template("aten.slice.Tensor", "shape", shrink=4, attrs={"dim": 0}),
+    Template("aten.expand.default", "shape", grow=4),
     Template("aten.to.dtype", "cast", out="fp32", attrs={"dtype": "fp32"}),
     Template("aten.to.dtype", "cast", out="bf16", attrs={"dtype": "bf16"}),
-    Template("aten.argmax.default", "integer", out="int64"),
+    Template("aten.argmax.default", "small-reduction", out="int64"),
     Template("aten.add_.Tensor", "elementwise", 2),
 )
 

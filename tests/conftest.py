@@ -1,0 +1,14 @@
+"""Options and settings of the whole suite."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+# Shared machines are slow at times: a slow example is no failure.
+settings.register_profile("mpcompile", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("mpcompile")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-goldens", action="store_true", help="rewrite the golden texts from what the code does now")
