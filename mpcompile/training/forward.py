@@ -12,7 +12,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
+from torch.export import Dim
 from torch.export.graph_signature import InputKind
+from torch.utils import _pytree as pytree
 
 from mpcompile.errors import TrainingError, page
 from mpcompile.frontends.capture import export
@@ -59,17 +61,45 @@ class Forward:
 
 
 class LossOf(nn.Module):
-    """The model with its loss, as one module whose output is the scalar."""
+    """The model with its loss, as one module from the batch's tensors to the scalar.
 
-    def __init__(self, model: nn.Module, loss_fn: Callable[..., Any] | None) -> None:
+    Args:
+      batch: the call's arguments (args, kwargs); what is not a tensor is a constant of the module.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: Callable[..., Any] | None, batch: Batch) -> None:
         super().__init__()
-        self.model, self.loss_fn = model, loss_fn
+        self.model, self.loss_fn, self.batch = model, loss_fn, batch
         self.training = model.training
 
-    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *tensors: Tensor) -> Tensor:
+        args, kwargs = self.batch.rebuild(tensors)
         call = self.model if self.loss_fn is None else self.loss_fn
         operands = args if self.loss_fn is None else (self.model, *args)
         return loss_in(call(*operands, **kwargs))
+
+
+class Batch:
+    """A call's arguments as a flat list of tensors, and what it takes to put them back."""
+
+    def __init__(self, args: Any, kwargs: Any) -> None:
+        leaves, self.tree = pytree.tree_flatten((args, kwargs))
+        self.tensors: list[Tensor] = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        self.others = tuple(_HOLE if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+
+    def rebuild(self, tensors: Sequence[Tensor]) -> Any:
+        rest = iter(tensors)
+        return pytree.tree_unflatten([next(rest) if o is _HOLE else o for o in self.others], self.tree)
+
+    def kind(self) -> tuple[Any, ...]:
+        """All that a graph depends on but the sizes."""
+        return self.tree, self.others, tuple((t.dtype, t.device, t.dim()) for t in self.tensors)
+
+    def shapes(self) -> tuple[torch.Size, ...]:
+        return tuple(t.shape for t in self.tensors)
+
+
+_HOLE = "<tensor>"
 
 
 def loss_in(output: Any) -> Tensor:
@@ -86,18 +116,20 @@ def loss_in(output: Any) -> Tensor:
                         try_="train_step(optimizer, loss_fn=lambda model, x, y: …) that returns a scalar")  # fmt: skip
 
 
-def capture(model: nn.Module, loss_fn: Callable[..., Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any],
-            settings: Settings, trained: set[int], dynamic_shapes: Any = None) -> Forward:  # fmt: skip
+def capture(model: nn.Module, loss_fn: Callable[..., Any] | None, batch: Batch, settings: Settings, trained: set[int],
+            dynamic: Sequence[tuple[int, int]] = ()) -> Forward:  # fmt: skip
     """Capture, decide and rewrite the model's loss.
 
     Args:
+      batch: an example; its tensors are the graph's "arg" inputs.
       trained: ids of the parameters that the optimizer updates.
-      dynamic_shapes: as `torch.export` takes them.
+      dynamic: (tensor, dimension) pairs that stay symbolic.
 
     Raises:
       CaptureError: MP101. TrainingError: MP531.
     """
-    program = export(LossOf(model, loss_fn), args, kwargs, dynamic_shapes)
+    sizes = tuple({d: Dim.AUTO for t, d in dynamic if t == i} for i in range(len(batch.tensors))) if dynamic else None
+    program = export(LossOf(model, loss_fn, batch), tuple(batch.tensors), None, sizes and {"tensors": sizes})
     module = program.graph_module
     inline_regions(module)
     sources = _name_inputs(program, module)

@@ -8,24 +8,19 @@ fixed number of calls, however many parameters there are.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from mpcompile.errors import TrainingError, page
 from mpcompile.runtime.device import settle_policy
-from mpcompile.training.forward import Input, capture
-from mpcompile.training.joint import Joint
-from mpcompile.training.joint import trace as trace_joint
-from mpcompile.training.optim import Binding, bind
-from mpcompile.training.parts import Run, decompositions, run_joint, run_update
-from mpcompile.training.scaler import LossScale, ScaleState
-from mpcompile.training.shadows import SHADOWS
-from mpcompile.training.update import Operands, Spec, in_place
-from mpcompile.training.update import trace as trace_update
+from mpcompile.training.artefact import Artefact, Artefacts, ShadowSet
+from mpcompile.training.floor import FloorWatch
+from mpcompile.training.forward import Batch
+from mpcompile.training.scaler import LossScale, ScaleState, from_dict, to_dict
+from mpcompile.training.updater import Plan, Updater
+from mpcompile.training.window import Layout, Window
 
 page(
     "MP541",
@@ -53,57 +48,6 @@ class StepResult(NamedTuple):
     grad_norm: Tensor
 
 
-@dataclass
-class Artefact:
-    """Forward and backward, ready to run for batches of one signature.
-
-    Fields:
-      fixed: the inputs that are not of the batch, in their places (None where the batch goes).
-      args: (place, number of the leaf) of each tensor of the batch.
-      layout: what each gradient is: (parameter's name, dtype).
-      buffers: the model's tensors that the forward's leading outputs replace.
-    """
-
-    joint: Joint
-    run: Run
-    fixed: list[Any]
-    args: list[tuple[int, int]]
-    layout: tuple[tuple[str, torch.dtype], ...]
-    buffers: list[Tensor]
-
-    def __call__(self, leaves: Sequence[Any], seed: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
-        """(loss, gradients) for a batch; buffers are brought up to date."""
-        inputs = [*self.fixed, seed]
-        for place, leaf in self.args:
-            inputs[place] = leaves[leaf]
-        outputs = self.run(inputs)
-        count = len(self.buffers)
-        if count:
-            torch._foreach_copy_(self.buffers, list(outputs[:count]))
-        return outputs[count], outputs[count + 1 :]
-
-
-@dataclass
-class Updater:
-    """One update, ready to run: its binding, and every input in its place but the gradients."""
-
-    binding: Binding
-    run: Run
-    before: list[Any]
-    after: list[Any]
-    numbers: Tensor
-    seen: list[float]
-    shadows: list[tuple[Tensor, Tensor]]
-
-    def __call__(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
-        """(finite, norm, scale); the gradients may be freed as they are read."""
-        now = self.binding.numbers()
-        if now != self.seen:
-            self.numbers.copy_(torch.tensor(now, dtype=torch.float64))
-            self.seen = now
-        return self.run([*self.before, *grads, *self.after])
-
-
 class TrainStep:
     """`mp.train_step(optimizer, …)`: one call is one (micro)batch.
 
@@ -126,119 +70,92 @@ class TrainStep:
                  scale: str | float | LossScale = "auto", max_grad_norm: float | None = None, accumulate: int = 1,
                  masters: Literal["full", "split"] = "full", backend: str | None = None,
                  cuda_graph: Literal["auto"] | bool = "auto") -> None:  # fmt: skip
-        self.owner, self.model, self.optimizer, self.loss_fn = owner, owner.model, optimizer, loss_fn
+        self.model, self.optimizer, self.policy = owner.model, optimizer, owner.settings.policy
         self.device = next(p.device for p in self.model.parameters())
         self.backend = backend or owner.backend
         _check_options(self.backend, accumulate, masters)
         self.policy = settle_policy(owner.settings.policy, self.device.type)
         self.rule = LossScale.of(scale, self.policy.low)
-        self.accumulate, self.max_grad_norm = accumulate, max_grad_norm
         self.state: ScaleState = self.rule.initial(self.device)
-        self.seed = self.state.scale * (1.0 / accumulate)
-        self._artefacts: dict[Any, Artefact] = {}
+        seed, shadows = self.state.scale * (1.0 / accumulate), ShadowSet()
+        self.plan = Plan(self.model, optimizer, self.rule, self.state, seed, shadows, self.backend, max_grad_norm, accumulate)
+        self.artefacts = Artefacts(self.model, loss_fn, owner.settings, self.backend, owner.dynamic, self._trained, shadows,
+                                   lambda _: self._updaters.clear())  # fmt: skip
         self._updaters: dict[Any, Updater] = {}
-        self._shadows: dict[tuple[str, torch.dtype], Tensor] = {}
-        self._micro = 0
-        self._sums: list[Tensor] | None = None
+        self._window = Window(accumulate, self.policy.grads == "low")
+        self._sizes = self._group_sizes()
+        self._floor = FloorWatch(self.rule, self.state)
         self._no = torch.zeros((), dtype=torch.bool, device=self.device)
+        self._yes = torch.ones((), dtype=torch.bool, device=self.device)
         self._nan = torch.full((), float("nan"), device=self.device)
         optimizer.register_load_state_dict_post_hook(lambda _: self._updaters.clear())
 
     def __call__(self, *args: Any, **kwargs: Any) -> StepResult:
-        """Run one (micro)batch; update at the end of the window."""
-        leaves, tree = pytree.tree_flatten((args, kwargs))
-        artefact = self._artefact(leaves, tree, args, kwargs)
-        loss, grads = artefact(leaves, self.seed)
-        self._micro += 1
-        if self._micro < self.accumulate:
-            self._collect(artefact, grads)
-            return StepResult(loss, self._no, ~self._no, self.state.scale.clone(), self._nan)
-        self._micro = 0
-        if self._sums is not None:
-            self._collect(artefact, grads)
-            grads, self._sums = self._sums, None
-        finite, norm, scale = self._updater(artefact)(list(grads))
+        """Run one (micro)batch; update the masters at the end of the window."""
+        if self._group_sizes() != self._sizes:
+            self._regroup()
+        batch = Batch(args, kwargs)
+        artefact = self.artefacts.find(batch)
+        self.plan.shadows.bring_up_to_date()
+        loss, grads = artefact(batch.tensors, self.plan.seed)
+        if self.plan.accumulate == 1:
+            return self._update(artefact.layout, loss, grads, artefact)
+        if self._window.prepare(artefact.layout, self.artefacts.named):
+            self._updaters.clear()
+        self._window.add(artefact.layout, grads)
+        if not self._window.full:
+            return StepResult(loss, self._no, self._yes, self.state.scale.clone(), self._nan)
+        self._window.count = 0
+        return self._update(self._window.layout(), loss, list(self._window.sums.values()))
+
+    def _update(self, layout: Layout, loss: Tensor, grads: Sequence[Tensor], artefact: Artefact | None = None) -> StepResult:
+        updater = self._updaters.get(layout)
+        if updater is None or not updater.holds():
+            like = grads if artefact is None else artefact.gradients()
+            updater = self._updaters[layout] = self.plan.build(layout, like)
+        before, after = self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks
+        for hook in before.values():
+            hook(self.optimizer, (), {})
+        finite, norm, scale = updater(grads)
+        self.plan.shadows.note_update()
+        # What schedulers look for before they step.
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        for hook in after.values():
+            hook(self.optimizer, (), {})
+        self._floor.look()
         return StepResult(loss, finite, finite, scale, norm)
 
-    def _artefact(self, leaves: list[Any], tree: Any, args: Any, kwargs: Any) -> Artefact:
-        key = (tree, tuple(_signature(leaf) for leaf in leaves), self.model.training)
-        found = self._artefacts.get(key)
-        if found is None:
-            found = self._artefacts[key] = self._compile(args, kwargs)
-        return found
+    def state_dict(self) -> dict[str, Any]:
+        """Loss scale (every field, and GradScaler's five keys) and the open window. Reads the device."""
+        return {**to_dict(self.rule, self.state), "window": self._window.state()}
 
-    def _compile(self, args: Any, kwargs: Any) -> Artefact:
-        held = {id(p) for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad}
-        forward = capture(self.model, self.loss_fn, args, kwargs, self.owner.settings, held)
-        joint = trace_joint(forward, decompositions(self.backend))
-        tensors = dict(self.model.named_parameters(remove_duplicate=False))
-        tensors.update(self.model.named_buffers(remove_duplicate=False))
-        tensors.update(forward.constants)
-        fixed = [self._fixed(one, tensors) for one in forward.inputs]
-        places = [(i, one.index) for i, one in enumerate(forward.inputs) if one.kind == "arg"]
-        layout = tuple((forward.inputs[i].name, forward.inputs[i].dtype) for i in joint.grads)
-        buffers = [fixed[i] for i in joint.mutated]
-        return Artefact(joint, run_joint(joint, self.backend), fixed, places, layout, buffers)
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave, or what a `torch.amp.GradScaler` did.
 
-    def _fixed(self, one: Input, tensors: dict[str, Tensor]) -> Any:
-        if one.kind == "arg":
-            return None
-        if one.kind != "shadow":
-            return tensors[one.name]
-        key = (one.name, one.dtype)
-        if key not in self._shadows:
-            self._shadows[key] = SHADOWS.get(tensors[one.name], one.dtype)
-            self._updaters.clear()
-        return self._shadows[key]
+        Raises:
+          TrainingError: MP501, when GradScaler's five keys are not all there.
+        """
+        rule, state = from_dict(saved, self.rule)
+        for mine, value in zip(self.state, state, strict=True):
+            mine.fill_(value)
+        self.plan.seed.copy_(self.state.scale * (1.0 / self.plan.accumulate))
+        self._window.load(saved.get("window", {"count": 0, "sums": {}}), self.artefacts.named)
+        self._updaters.clear()
+        self.rule = self.plan.rule = rule
+        self._floor = FloorWatch(rule, self.state)
 
-    def _collect(self, artefact: Artefact, grads: Sequence[Tensor]) -> None:
-        """Add a microbatch's gradients to the window's sums, FP32 unless the policy says low."""
-        if self._sums is None:
-            low = self.policy.grads == "low"
-            self._sums = [g.clone() if low else g.to(torch.float32, copy=True) for g in grads]
-        else:
-            torch._foreach_add_(self._sums, list(grads))
+    def _trained(self) -> set[int]:
+        """Ids of the parameters that the optimizer updates."""
+        return {id(p) for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad}
 
-    def _updater(self, artefact: Artefact) -> Updater:
-        key = artefact.layout
-        found = self._updaters.get(key)
-        if found is None or not found.binding.holds(found.binding.numbers()):
-            found = self._updaters[key] = self._build(artefact)
-        return found
+    def _group_sizes(self) -> list[int]:
+        return [len(group["params"]) for group in self.optimizer.param_groups]
 
-    def _build(self, artefact: Artefact) -> Updater:
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        parts: dict[int, list[int]] = {}
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
-        for position, (name, _) in enumerate(artefact.layout):
-            parts.setdefault(id(parameters[name]), []).append(position)
-        trained = [p for p in self.model.parameters() if id(p) in parts]
-        binding = bind(self.optimizer, trained)
-        index = {id(p): i for i, p in enumerate(binding.params)}
-        held = [(index[id(parameters[n])], d, s) for (n, d), s in self._shadows.items() if id(parameters[n]) in index]
-        spec = Spec(self.rule, tuple(tuple(parts[id(p)]) for p in binding.params), tuple((i, d) for i, d, _ in held),
-                    self.max_grad_norm, self.accumulate)  # fmt: skip
-        numbers = torch.tensor(binding.numbers(), dtype=torch.float64, device=self.device)
-        grads = [self._gradient_like(artefact.joint, i) for i in range(len(artefact.layout))]
-        given = Operands(numbers, self.state, [s.base for s in binding.shared], binding.params,
-                         binding.state_tensors(), grads)  # fmt: skip
-        traced = trace_update(spec, binding, given, decompositions(self.backend))
-        shadows = [s for _, _, s in held]
-        emitted = in_place(traced, given, shadows, self.seed)
-        before = pytree.tree_leaves(given._replace(grads=[]))
-        return Updater(binding, run_update(emitted, self.backend), before, [self.seed, *shadows], numbers,
-                       binding.numbers(), [(binding.params[i], s) for i, _, s in held])  # fmt: skip
-
-    def _gradient_like(self, joint: Joint, position: int) -> Tensor:
-        output = joint.module.graph.output_node().args[0][len(joint.mutated) + 1 + position]
-        value: Tensor = output.meta["val"]
-        summed = self.accumulate > 1 and self.policy.grads != "low"
-        with value.fake_mode:
-            return torch.empty_like(value, dtype=torch.float32 if summed else value.dtype)
-
-
-def _signature(leaf: Any) -> Any:
-    return (leaf.shape, leaf.dtype, leaf.device) if isinstance(leaf, Tensor) else leaf
+    def _regroup(self) -> None:
+        """The optimizer has other parameters now: what was compiled may lack their gradients."""
+        self._sizes = self._group_sizes()
+        self._updaters.clear()
+        self.artefacts.clear()
 
 
 def _check_options(backend: str, accumulate: int, masters: str) -> None:

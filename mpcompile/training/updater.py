@@ -1,0 +1,87 @@
+"""The update, bound to an optimizer's live state and compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from mpcompile.training.artefact import ShadowSet
+from mpcompile.training.optim import Binding, bind
+from mpcompile.training.parts import Run, decompositions, run_update
+from mpcompile.training.scaler import LossScale, ScaleState
+from mpcompile.training.update import InPlace, Operands, Spec, in_place, trace
+from mpcompile.training.window import Layout
+
+
+@dataclass
+class Updater:
+    """One update, ready to run: every input in its place but the gradients."""
+
+    binding: Binding
+    emitted: InPlace
+    run: Run
+    before: list[Any]
+    after: list[Any]
+    numbers: Tensor
+    seen: list[float]
+
+    def __call__(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        """(finite, norm, scale) after the update; everything else is written in place."""
+        return self.run([*self.before, *grads, *self.after])
+
+    def holds(self) -> bool:
+        """Take in the groups' numbers; False when they need another graph (a weight decay that began, say)."""
+        now = self.binding.numbers()
+        if now == self.seen:
+            return True
+        if not self.binding.holds(now):
+            return False
+        # From a fresh pinned tensor where there is a device: the copy then waits for nothing.
+        staged = torch.tensor(now, dtype=torch.float64, pin_memory=self.numbers.is_cuda)
+        self.numbers.copy_(staged, non_blocking=True)
+        self.seen = now
+        return True
+
+
+@dataclass
+class Plan:
+    """What all updates of one step share."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    rule: LossScale
+    state: ScaleState
+    seed: Tensor
+    shadows: ShadowSet
+    backend: str
+    max_grad_norm: float | None
+    accumulate: int
+
+    def build(self, layout: Layout, grads: Sequence[Tensor]) -> Updater:
+        """The update for gradients of `layout`; `grads` are examples of them.
+
+        Raises:
+          TrainingError: MP521, MP522.
+        """
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        parts: dict[int, list[int]] = {}
+        for position, (name, _) in enumerate(layout):
+            parts.setdefault(id(parameters[name]), []).append(position)
+        binding = bind(self.optimizer, [p for p in self.model.parameters() if id(p) in parts])
+        index = {id(p): i for i, p in enumerate(binding.params)}
+        held = [(index[id(m)], s) for m, s in zip(self.shadows.masters, self.shadows.shadows, strict=True) if id(m) in index]
+        spec = Spec(self.rule, tuple(tuple(parts[id(p)]) for p in binding.params),
+                    tuple((i, s.dtype) for i, s in held), self.max_grad_norm, self.accumulate)  # fmt: skip
+        now = binding.numbers()
+        numbers = torch.tensor(now, dtype=torch.float64, device=self.seed.device)
+        given = Operands(numbers, self.state, [s.base for s in binding.shared], binding.params,
+                         binding.state_tensors(), list(grads))  # fmt: skip
+        shadows = [s for _, s in held]
+        emitted = in_place(trace(spec, binding, given, decompositions(self.backend)), given, shadows, self.seed)
+        before = pytree.tree_leaves(given._replace(grads=[]))
+        return Updater(binding, emitted, run_update(emitted, self.backend), before, [self.seed, *shadows], numbers, now)
