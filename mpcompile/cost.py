@@ -1,0 +1,167 @@
+"""What a plan costs: seconds of matrix work, of bytes moved, and of casts that a machine really executes.
+
+Inside a fused region a cast is a register move.  So only values that are *materialised* cost bytes: those that a
+library kernel makes or reads, that several readers share, that autograd saves, or that the graph returns; and only a
+cast that stands alone (of a kernel's result or a graph input, in front of a kernel or an output) is a kernel of its own.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import resources
+
+from mpcompile.graph import ITEMSIZE, LOW, Node, PrecisionGraph, Value
+from mpcompile.rules.table import Kind, load_kinds
+
+# A fused cast costs an instruction: enough to prefer fewer of them, too little to outweigh a byte moved.
+FUSED_CAST = 1e-11
+# A shadow is cast once per optimizer step, in the update that writes the master anyway.
+SHADOW_CAST = 1e-11
+
+
+@dataclass(frozen=True)
+class Device:
+    """One row of devices.toml: FLOP/s by precision, bytes/s, and seconds per kernel."""
+
+    name: str
+    fp32: float
+    bf16: float
+    fp16: float
+    bandwidth: float
+    launch: float
+
+    def rate(self, precision: str) -> float:
+        return {"bf16": self.bf16, "fp16": self.fp16}.get(precision, self.fp32)
+
+
+@cache
+def device(name: str) -> Device:
+    """The row of a device; an unknown name has the row of its family ("cuda:1" -> "cuda"), else "cpu"."""
+    rows = tomllib.loads(resources.files("mpcompile").joinpath("devices.toml").read_text(encoding="utf-8"))
+    row = rows.get(name) or rows.get(name.partition(":")[0]) or rows["cpu"]
+    return Device(name, **row)
+
+
+@dataclass
+class CostModel:
+    """Prices of one graph on one device.
+
+    Fields:
+      low: the low type.
+      fused: the graph will be compiled; False prices every value and cast as materialised.
+    """
+
+    graph: PrecisionGraph
+    device: Device
+    low: str
+    fused: bool = True
+    uses: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._kinds = load_kinds()
+        self.uses = self.uses or self.graph.uses()
+        self._outputs = frozenset(self.graph.outputs)
+        self._base: dict[str, str] = {}
+
+    def kind(self, node: Node) -> Kind | None:
+        return self._kinds.get(node.kind)
+
+    def is_kernel(self, node: Node) -> bool:
+        kind = self.kind(node)
+        return not self.fused or (kind is not None and kind.fusion == "kernel")
+
+    def is_view(self, node: Node) -> bool:
+        kind = self.kind(node)
+        return kind is not None and kind.fusion == "view"
+
+    def base(self, name: str) -> str:
+        """The value that a chain of views shows."""
+        if name not in self._base:
+            producer = self.graph.producer(name)
+            through = producer is not None and self.is_view(producer) and bool(producer.inputs)
+            self._base[name] = self.base(producer.inputs[0]) if through and producer is not None else name
+        return self._base[name]
+
+    def stands_alone(self, name: str) -> bool:
+        """True when a cast of the value cannot join the kernel that makes it."""
+        producer = self.graph.producer(self.base(name))
+        return producer is None or self.is_kernel(producer)
+
+    def materialised(self, value: Value) -> bool:
+        """True when the value's bytes are written, whatever reads it."""
+        producer = self.graph.nodes.get(value.producer)
+        if producer is None or self.is_view(producer):
+            return False
+        readers = self.uses[value.name]
+        return (
+            self.is_kernel(producer)
+            or len(readers) > 1
+            or value.name in self._outputs
+            or self.saved(value, producer)
+        )
+
+    def saved(self, value: Value, producer: Node) -> bool:
+        """True when autograd keeps the value for the backward."""
+        kind = self.kind(producer)
+        if kind is not None and kind.saves == "output":
+            return True
+        kinds = (self.kind(self.graph.nodes[reader]) for reader, _ in self.uses[value.name])
+        return any(kind is not None and kind.saves == "inputs" for kind in kinds)
+
+    def store(self, value: Value, precision: str) -> float:
+        """Seconds to keep a materialised value: written once, read by each reader, and once more by the backward."""
+        producer = self.graph.nodes[value.producer]
+        near = sum(not self.is_kernel(self.graph.nodes[reader]) for reader, _ in self.uses[value.name])
+        passes = 1 + near + 2 * self.saved(value, producer)
+        return value.bytes_at(precision) * passes / self.device.bandwidth
+
+    def work(self, node: Node, precision: str) -> float:
+        """Seconds of matrix work, and of the operands that this kernel alone makes someone write."""
+        seconds = node.flops / self.device.rate(precision)
+        if not self.is_kernel(node):
+            return seconds
+        values = (self.graph.values[name] for name in node.inputs)
+        private = sum(v.bytes_at(precision) for v in values if v.castable and not self._shared(v))
+        return seconds + 2 * private / self.device.bandwidth
+
+    def _shared(self, value: Value) -> bool:
+        return self.graph.values[self.base(value.name)].producer == "" or self.materialised(
+            self.graph.values[self.base(value.name)]
+        )
+
+    def is_far(self, reader: Node | None) -> bool:
+        """True for readers that read memory and cannot take a cast in: kernels, and the graph's outputs (None)."""
+        return reader is None or self.is_kernel(reader)
+
+    def cast(self, value: Value, target: str, *, far: bool) -> float:
+        """Seconds of one cast of `value` to `target`, shared by the readers that are (not) far."""
+        if self.graph.values[self.base(value.name)].role == "parameter" and target in LOW:
+            return SHADOW_CAST
+        if not far:
+            return FUSED_CAST
+        written = 2 * value.bytes_at(target)
+        if self.fused and not self.stands_alone(value.name):
+            return written / self.device.bandwidth
+        moved = value.numel * ITEMSIZE.get(value.dtype, 4) + written
+        return moved / self.device.bandwidth + self.device.launch
+
+
+def plan_cost(graph: PrecisionGraph, model: CostModel) -> float:
+    """Seconds of a graph whose nodes have precisions and whose casts are not yet inserted."""
+    total = 0.0
+    asked: dict[tuple[str, str, bool], None] = {}
+    for node in graph:
+        if node.precision not in ("", "keep"):
+            total += model.work(node, node.precision)
+        for operand, name in enumerate(node.inputs):
+            value, wanted = graph.values[name], node.reads_at(operand)
+            if value.castable and wanted not in ("any", value.dtype):
+                asked[name, wanted, model.is_far(node)] = None
+    for name, wanted, far in asked:
+        total += model.cast(graph.values[name], wanted, far=far)
+    for value in graph.values.values():
+        if value.castable and model.materialised(value):
+            total += model.store(value, value.dtype)
+    return total

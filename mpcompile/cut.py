@@ -1,0 +1,66 @@
+"""An s-t minimum cut of non-negative real capacities, by `scipy.sparse.csgraph.maximum_flow`.
+
+scipy takes 32-bit integers and wraps silently beyond them, so capacities are scaled such that even their sum fits.
+Among the minimum cuts, the one with the largest source side is returned: it is unique, so the answer does not depend
+on the order of vertices or edges.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import csr_array
+from scipy.sparse.csgraph import breadth_first_order, maximum_flow
+
+SOURCE, SINK = 0, 1
+INFINITE = float("inf")
+# The sum of all finite capacities after scaling; an infinite edge is one more. Both fit in 32 bits.
+_TOTAL = 2**30
+
+
+@dataclass
+class CutProblem:
+    """Vertices are ints from 2 on (0 is the source, 1 the sink); edges may repeat, their capacities add up."""
+
+    size: int = 2
+    heads: list[int] = field(default_factory=list)
+    tails: list[int] = field(default_factory=list)
+    capacities: list[float] = field(default_factory=list)
+
+    def vertex(self) -> int:
+        self.size += 1
+        return self.size - 1
+
+    def edge(self, start: int, end: int, capacity: float) -> None:
+        """Pay `capacity` when `start` is on the source's side and `end` on the sink's."""
+        if start != end and capacity > 0 and start != SINK and end != SOURCE:
+            self.heads.append(start)
+            self.tails.append(end)
+            self.capacities.append(capacity)
+
+    def scaled(self) -> NDArray[np.int64]:
+        """Capacities as integers; a positive one never becomes 0."""
+        real = np.asarray(self.capacities, dtype=np.float64)
+        finite = np.isfinite(real)
+        total = float(real[finite].sum()) or 1.0
+        room = max(_TOTAL - int(finite.sum()), 1)
+        whole = np.where(finite, np.ceil(np.where(finite, real, 0.0) * (room / total)), _TOTAL + 1)
+        return whole.astype(np.int64)
+
+    def solve(self) -> NDArray[np.bool_]:
+        """For each vertex, whether it is on the source's side of the largest minimum cut."""
+        whole = self.scaled()
+        graph = csr_array((whole, (self.heads, self.tails)), shape=(self.size, self.size))
+        graph.sum_duplicates()
+        # Repeated infinite edges add up; any of them alone is infinite.
+        graph.data = np.minimum(graph.data, _TOTAL + 1).astype(np.int32)
+        flow = maximum_flow(graph.astype(np.int32), SOURCE, SINK).flow
+        residual = (graph.astype(np.int64) - flow.astype(np.int64)).T.tocsr()
+        residual.data = np.where(residual.data > 0, 1, 0)
+        residual.eliminate_zeros()
+        reaches_sink = breadth_first_order(residual, SINK, return_predecessors=False)
+        side = np.ones(self.size, dtype=np.bool_)
+        side[reaches_sink] = False
+        return side

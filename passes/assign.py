@@ -1,0 +1,261 @@
+"""Choose one precision per node at the lowest total cost: one s-t minimum cut.
+
+The story.  Every node is low or FP32; say that low nodes are on the source's side of a cut and FP32 nodes on the sink's.
+
+* A verdict `fp32` ties a node to the sink.  So does whatever the program fixed: its inputs, a dtype it names.
+* A verdict `low` is a wish with a price: doing the same matrix work in FP32 takes longer, and that difference is the
+  capacity from the source.  A product too small to pay for its casts stays FP32, and says so.  The caller's override
+  is no wish: it ties the node to the source.
+* A value is stored in its producer's precision, and costs its bytes where it is materialised (`mpcompile.cost`).
+* A value read in another precision needs a cast.  One auxiliary vertex per value and direction makes it paid once,
+  however many read it: reader -> vertex is infinite, vertex -> producer carries the price (and the mirror image for
+  casts up).  Casts that can join a fused kernel and casts that stand alone have a vertex each.
+* Nodes that must agree (one storage that someone writes, loop carries, a group) are one vertex; FP32 wins in it.  A
+  node of such a class gives up its own verdict: a low kernel that writes FP32 storage runs in FP32.
+
+All these costs are of the form "pay c when a is low and b is not", so the cut is the exact optimum of the model.  Among
+optima the one with the most low nodes is taken; it is unique, so the plan does not depend on node order.
+
+``plan="autocast"`` cuts nothing: it follows torch.autocast's own rule forward, op by op.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from mpcompile.cost import CostModel, device
+from mpcompile.cut import INFINITE, SINK, SOURCE, CutProblem
+from mpcompile.graph import LOW, Node, PrecisionGraph, Value
+from mpcompile.passes.base import PassResult
+
+
+@dataclass(frozen=True)
+class Assign:
+    """Fields:
+    low: the low type of the policy.
+    device: name of a row of devices.toml.
+    plan: "global" or "autocast".
+    fused: the graph will be compiled, so casts inside a fused region are free.
+    output: dtype of floating outputs: "fp32", "low" or "keep".
+    source: whose operation names the graph uses (the passes share one signature; the costs do not differ).
+    """
+
+    low: str
+    device: str = "cpu"
+    plan: str = "global"
+    fused: bool = True
+    output: str = "fp32"
+    source: str = "aten"
+
+    name: ClassVar[str] = "assign"
+
+    def apply(self, graph: PrecisionGraph) -> PassResult:
+        before = {node.id: node.precision for node in graph}
+        if self.plan == "autocast":
+            _follow_autocast(graph, self.low)
+        else:
+            _Plan(graph, CostModel(graph, device(self.device), self.low, self.fused), self.low, self.output).run()
+        for node in graph:
+            _fix_values(graph, node)
+        changed = any(before[node.id] != node.precision for node in graph)
+        return PassResult(changed)
+
+
+def has_floats(graph: PrecisionGraph, node: Node) -> bool:
+    """True when the node reads or gives a value that could be low."""
+    return any(graph.values[name].castable for name in (*node.inputs, *node.outputs))
+
+
+def told(node: Node) -> bool:
+    """The node's own precision is not a question: the program's cast, or a tensor made with a named dtype."""
+    return node.is_cast or (bool(node.out_dtype) and (node.kind in ("cast", "factory") or not node.inputs))
+
+
+@dataclass
+class _Plan:
+    graph: PrecisionGraph
+    cost: CostModel
+    low: str
+    output: str
+    problem: CutProblem = field(default_factory=CutProblem)
+    vertex: dict[str, int] = field(default_factory=dict)
+    saving: dict[str, float] = field(default_factory=dict)
+
+    def run(self) -> None:
+        self._vertices()
+        for node in self.graph:
+            if node.id in self.vertex:
+                self._node(node)
+        for value in self.graph.values.values():
+            if value.castable:
+                self._value(value)
+        low_side = self.problem.solve()
+        for node in self.graph:
+            self._settle(node, node.id in self.vertex and bool(low_side[self.vertex[node.id]]))
+
+    def _vertices(self) -> None:
+        """A vertex per free node or class of nodes; fixed ones are the source or the sink itself."""
+        classes = _Classes(self.graph)
+        fixed: dict[str, int] = {}
+        nodes = [n for n in self.graph if not told(n) and has_floats(self.graph, n)]
+        for node in nodes:
+            side = self._fixed_side(node)
+            root = classes.root(node.id)
+            if side == SINK or root in classes.fp32:
+                fixed[root] = SINK
+            elif side == SOURCE:
+                fixed.setdefault(root, SOURCE)
+        made: dict[str, int] = {}
+        for node in nodes:
+            root = classes.root(node.id)
+            if root not in fixed and root not in made:
+                made[root] = self.problem.vertex()
+            self.vertex[node.id] = fixed[root] if root in fixed else made[root]
+
+    def _fixed_side(self, node: Node) -> int | None:
+        if node.verdict == "fp32":
+            return SINK
+        if node.verdict == "low" and (node.decided_by == "override" or not node.flops):
+            return SOURCE
+        return None
+
+    def _node(self, node: Node) -> None:
+        """The price of doing the node's work in either precision."""
+        low, fp32 = self.cost.work(node, self.low), self.cost.work(node, "fp32")
+        self.saving[node.id] = fp32 - low
+        self.problem.edge(SOURCE, self.vertex[node.id], max(fp32 - low, 0.0))
+        self.problem.edge(self.vertex[node.id], SINK, max(low - fp32, 0.0))
+
+    def _value(self, value: Value) -> None:
+        side = self._side_of(value)
+        if side not in (SOURCE, SINK) and self.cost.materialised(value):
+            low, fp32 = self.cost.store(value, self.low), self.cost.store(value, "fp32")
+            self.problem.edge(SOURCE, side, fp32 - low)
+        self._casts(value, side)
+
+    def _side_of(self, value: Value) -> int:
+        """The vertex whose side says how the value is stored."""
+        producer = self.graph.nodes.get(value.producer)
+        if producer is None or producer.id not in self.vertex:
+            return SOURCE if value.dtype == self.low else SINK
+        index = producer.outputs.index(value.name)
+        stated = producer.out_dtype or producer.results.get(index, "")
+        if stated:
+            return SOURCE if stated == self.low else SINK
+        return self.vertex[producer.id]
+
+    def _casts(self, value: Value, side: int) -> None:
+        """One vertex per direction and distance: low copies for low readers, FP32 copies for FP32 readers."""
+        made: dict[tuple[str, bool], int] = {}
+        for reader, far in self._readers(value):
+            if reader == side:
+                continue
+            for target, allowed in ((self.low, side != SOURCE and reader != SINK), ("fp32", side != SINK and reader != SOURCE)):
+                if allowed:
+                    self._need(value, side, reader, target, far, made)
+
+    def _need(self, value: Value, side: int, reader: int, target: str, far: bool, made: dict[tuple[str, bool], int]) -> None:
+        up = target == "fp32"
+        copy = made.get((target, far))
+        if copy is None:
+            copy = made[target, far] = self.problem.vertex()
+            price = self.cost.cast(value, target, far=far)
+            self.problem.edge(side if up else copy, copy if up else side, price)
+        self.problem.edge(copy if up else reader, reader if up else copy, INFINITE)
+
+    def _readers(self, value: Value) -> list[tuple[int, bool]]:
+        """(vertex whose side says in which precision the value is read, whether the cast would stand alone)."""
+        found = []
+        for reader, operand in self.cost.uses[value.name]:
+            node = self.graph.nodes[reader]
+            pinned = node.operands.get(node.slots[operand], "")
+            if pinned == "fp32":
+                found.append((SINK, self.cost.is_far(node)))
+            elif pinned != "any" and reader in self.vertex:
+                found.append((self.vertex[reader], self.cost.is_far(node)))
+        wanted = {"fp32": SINK, "low": SOURCE}.get(self.output)
+        if wanted is not None and value.name in self.graph.outputs:
+            found.append((wanted, True))
+        return found
+
+    def _settle(self, node: Node, low: bool) -> None:
+        if node.id not in self.vertex:
+            node.precision = (node.out_dtype or "keep") if told(node) else "keep"  # type: ignore[assignment]
+            return
+        node.precision = self.low if low else "fp32"  # type: ignore[assignment]
+        if node.decided_by in ("override", "hazard", "autocast-region", "unknown") or node.verdict == "fp32":
+            return
+        if node.verdict == "low" and not low:
+            node.decided_by = "cost"
+            gain = max(self.saving.get(node.id, 0.0), 0.0) * 1e6
+            node.reason = f"too small: low precision would save {gain:.3g} us, less than its casts cost"
+        elif node.verdict == "propagate":
+            node.decided_by = "cost"
+            node.reason = f"{node.reason}; {self._why(node, low)}"
+
+    def _why(self, node: Node, low: bool) -> str:
+        if not low:
+            return "FP32, as its neighbours are"
+        made = sum(self.graph.values[name].bytes_at(self.low) for name in node.outputs if self.graph.values[name].castable)
+        return f"low, as its neighbours are: {made:,} bytes fewer than in FP32"
+
+
+class _Classes:
+    """Union-find over nodes that must agree; `fp32` holds the roots that a graph input ties to FP32."""
+
+    def __init__(self, graph: PrecisionGraph) -> None:
+        self._parent: dict[str, str] = {}
+        self.fp32: set[str] = set()
+        first: dict[str, str] = {}
+        for node in graph:
+            keys = [f"group {node.group}"] if node.group else []
+            keys += [f"alias {graph.values[v].alias}" for v in node.outputs if graph.values[v].alias]
+            for key in keys:
+                self._join(node.id, first.setdefault(key, node.id))
+        for name in graph.inputs:
+            value = graph.values[name]
+            if value.castable and value.dtype not in LOW and f"alias {value.alias}" in first:
+                self.fp32.add(self.root(first[f"alias {value.alias}"]))
+
+    def root(self, node: str) -> str:
+        while (parent := self._parent.get(node, node)) != node:
+            self._parent[node] = self._parent.get(parent, parent)
+            node = parent
+        return node
+
+    def _join(self, one: str, other: str) -> None:
+        a, b = self.root(one), self.root(other)
+        if a != b:
+            self._parent[max(a, b)] = min(a, b)
+
+
+def _fix_values(graph: PrecisionGraph, node: Node) -> None:
+    """The plan's dtype of each castable output."""
+    for index, name in enumerate(node.outputs):
+        value = graph.values[name]
+        given = node.gives_at(index)
+        if value.castable and given != "keep":
+            value.dtype = given
+
+
+def _follow_autocast(graph: PrecisionGraph, low: str) -> None:
+    """torch.autocast on CUDA, op by op: its lists cast, and anything else takes the widest of what it reads."""
+    for node in graph:
+        if told(node) or not has_floats(graph, node):
+            node.precision = (node.out_dtype or "keep") if told(node) else "keep"  # type: ignore[assignment]
+        elif node.verdict == "low":
+            node.precision = low  # type: ignore[assignment]
+        elif node.verdict == "fp32":
+            node.precision = "fp32"
+        else:
+            read = [graph.values[name] for i, name in enumerate(node.inputs) if node.operands.get(node.slots[i]) is None]
+            node.precision = _widest([v for v in read if v.castable], low)  # type: ignore[assignment]
+            node.decided_by, node.reason = "rule", f"{node.reason}; on no autocast list: {node.precision} as its operands"
+        _fix_values(graph, node)
+
+
+def _widest(values: list[Value], low: str) -> str:
+    """Torch's type promotion: a 0-dim tensor does not widen a tensor that has dimensions."""
+    shaped = [v for v in values if v.shape] or values
+    return low if shaped and all(v.dtype == low for v in shaped) else "fp32"
