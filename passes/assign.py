@@ -39,6 +39,7 @@ class Assign:
     fused: the graph will be compiled, so casts inside a fused region are free.
     output: dtype of floating outputs: "fp32", "low" or "keep".
     source: whose operation names the graph uses (the passes share one signature; the costs do not differ).
+    bind: a verdict "low" is kept whatever it costs: for files, whose sizes at run time nobody knows.
     """
 
     low: str
@@ -47,6 +48,7 @@ class Assign:
     fused: bool = True
     output: str = "fp32"
     source: str = "aten"
+    bind: bool = False
 
     name: ClassVar[str] = "assign"
 
@@ -55,7 +57,7 @@ class Assign:
         if self.plan == "autocast":
             _follow_autocast(graph, self.low)
         else:
-            _Plan(graph, CostModel(graph, device(self.device), self.low, self.fused), self.low, self.output).run()
+            _Plan(graph, CostModel(graph, device(self.device), self.low, self.fused), self.low, self.output, self.bind).run()
         for node in graph:
             _fix_values(graph, node)
         changed = any(before[node.id] != node.precision for node in graph)
@@ -78,9 +80,13 @@ class _Plan:
     cost: CostModel
     low: str
     output: str
+    bind: bool = False
     problem: CutProblem = field(default_factory=CutProblem)
     vertex: dict[str, int] = field(default_factory=dict)
     saving: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.classes = _Classes(self.graph)
 
     def run(self) -> None:
         self._vertices()
@@ -96,13 +102,13 @@ class _Plan:
 
     def _vertices(self) -> None:
         """A vertex per free node or class of nodes; fixed ones are the source or the sink itself."""
-        classes = _Classes(self.graph)
-        fixed: dict[str, int] = {}
+        classes = self.classes
+        fixed = {root: SOURCE if dtype == self.low else SINK for root, dtype in classes.tied.items()}
         nodes = [n for n in self.graph if not told(n) and has_floats(self.graph, n)]
         for node in nodes:
             side = self._fixed_side(node)
             root = classes.root(node.id)
-            if side == SINK or root in classes.fp32:
+            if side == SINK and root not in classes.tied:
                 fixed[root] = SINK
             elif side == SOURCE:
                 fixed.setdefault(root, SOURCE)
@@ -116,7 +122,7 @@ class _Plan:
     def _fixed_side(self, node: Node) -> int | None:
         if node.verdict == "fp32":
             return SINK
-        if node.verdict == "low" and (node.decided_by == "override" or not node.flops):
+        if node.verdict == "low" and (node.decided_by == "override" or self.bind or not node.flops):
             return SOURCE
         return None
 
@@ -184,6 +190,11 @@ class _Plan:
             node.precision = (node.out_dtype or "keep") if told(node) else "keep"  # type: ignore[assignment]
             return
         node.precision = self.low if low else "fp32"  # type: ignore[assignment]
+        tied = self.classes.tied.get(self.classes.root(node.id), "fp32")
+        if tied in LOW:
+            node.precision, node.verdict, node.decided_by = tied, "propagate", "user-cast"  # type: ignore[assignment]
+            node.reason = f"writes into storage that the program made {tied}"
+            return
         if node.decided_by in ("override", "hazard", "autocast-region", "unknown") or node.verdict == "fp32":
             return
         if node.verdict == "low" and not low:
@@ -202,21 +213,25 @@ class _Plan:
 
 
 class _Classes:
-    """Union-find over nodes that must agree; `fp32` holds the roots that a graph input ties to FP32."""
+    """Union-find over nodes that must agree; `tied` holds the dtype of the roots whose storage the program made."""
 
     def __init__(self, graph: PrecisionGraph) -> None:
         self._parent: dict[str, str] = {}
-        self.fp32: set[str] = set()
+        self.tied: dict[str, str] = {}
         first: dict[str, str] = {}
         for node in graph:
             keys = [f"group {node.group}"] if node.group else []
             keys += [f"alias {graph.values[v].alias}" for v in node.outputs if graph.values[v].alias]
             for key in keys:
                 self._join(node.id, first.setdefault(key, node.id))
-        for name in graph.inputs:
-            value = graph.values[name]
-            if value.castable and value.dtype not in LOW and f"alias {value.alias}" in first:
-                self.fp32.add(self.root(first[f"alias {value.alias}"]))
+        named = [graph.values[name] for name in graph.inputs]
+        named += [graph.values[name] for node in graph if told(node) for name in node.outputs]
+        for value in named:
+            if value.castable and f"alias {value.alias}" in first:
+                root = self.root(first[f"alias {value.alias}"])
+                made = graph.nodes.get(value.producer)
+                dtype = made.out_dtype if made else value.dtype
+                self.tied[root] = "fp32" if "fp32" in (dtype, self.tied.get(root)) else dtype
 
     def root(self, node: str) -> str:
         while (parent := self._parent.get(node, node)) != node:
