@@ -21,7 +21,7 @@ from mpcompile.errors import OnnxError, page
 from mpcompile.frontends import onnx_facts as facts
 from mpcompile.frontends.onnx_prepare import opset, prepare, subgraphs
 from mpcompile.frontends.onnx_schema import dtype_name, op_name, signature
-from mpcompile.graph import CASTABLE, Node, PrecisionGraph, Role, Value
+from mpcompile.graph import Node, PrecisionGraph, Role, Value
 from mpcompile.passes.legalize import Signature
 
 page(
@@ -75,14 +75,13 @@ def load(model: Any) -> ir.Model:
         raise OnnxError("MP601", "the file is not an ONNX model", where=path, why=f"{type(error).__name__}: {error}") from error
 
 
-def read(model: Any, low: str = "fp32", *, provider: str = "", low_inputs: bool = False) -> OnnxCapture:
+def read(model: Any, low: str = "fp32", *, provider: str = "") -> OnnxCapture:
     """Read `model` into a precision graph.
 
     Args:
       model: a path, a `ModelProto`, or an `onnx_ir.Model`; it is not changed.
       low: the low type, for which the opset may have to be raised.
       provider: whose kernels count ("cuda", "cpu"; see ``onnx_kernels.toml``); "" for the schemas alone.
-      low_inputs: FP32 graph inputs are to be given in the low type.
 
     Raises:
       OnnxError: MP601.
@@ -90,15 +89,15 @@ def read(model: Any, low: str = "fp32", *, provider: str = "", low_inputs: bool 
     prepared, notes = prepare(load(model), low)
     capture = OnnxCapture(prepared, notes=notes)
     capture.graph.header = {"source": "onnx"}
-    _Reader(capture, provider, low if low_inputs else "").main()
+    _Reader(capture, provider).main()
     return capture
 
 
 class _Reader:
     """One walk over the model; `names` are the unique names of values, `ids` those of nodes."""
 
-    def __init__(self, capture: OnnxCapture, provider: str, low_inputs: str) -> None:
-        self.capture, self.graph, self.provider, self.low_inputs = capture, capture.graph, provider, low_inputs
+    def __init__(self, capture: OnnxCapture, provider: str) -> None:
+        self.capture, self.graph, self.provider = capture, capture.graph, provider
         self.names: dict[ir.Value, str] = {}
         self.taken: dict[str, int] = {}
         self.ids: dict[str, int] = {}
@@ -109,11 +108,6 @@ class _Reader:
         for value in graph.inputs:
             self.value(value, "", "input")
             self.graph.inputs.append(self.names[value])
-        for value in graph.inputs if self.low_inputs else ():
-            given = self.graph.values[self.names[value]]
-            if given.dtype == "fp32":
-                given.dtype = self.low_inputs
-                value.type = ir.TensorType(ir.DataType.FLOAT16 if self.low_inputs == "fp16" else ir.DataType.BFLOAT16)
         self.body(graph, "")
         self.graph.outputs = [self.names[value] for value in graph.outputs]
 
@@ -178,6 +172,8 @@ class _Reader:
             types = signature(*key, opset(self.capture.model, node.domain), self.provider)
             self.types[key] = (op_name(*key), types)
         op, types = self.types[key]
+        if node.op_type == "BatchNormalization" and len(node.outputs) > 1:
+            types = Signature(why="it updates running statistics, which are FP32")
         if node.op_type.startswith("Scatter") and "reduction" in node.attributes:
             if node.attributes["reduction"].as_string() in ("add", "mul"):
                 types = Signature(why="it sums into one element, and runtimes refuse it in half precision")
@@ -203,4 +199,4 @@ def _dtype(value: ir.Value) -> str:
     return dtype_name(value.dtype)
 
 
-__all__ = ["CASTABLE", "OnnxCapture", "load", "read"]
+__all__ = ["OnnxCapture", "load", "read"]

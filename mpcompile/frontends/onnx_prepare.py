@@ -111,8 +111,9 @@ def _list(names: list[str]) -> str:
 
 
 def _takes(domain: str, op: str, version: int, low: str) -> bool:
+    """True when a result of `op` can be `low`."""
     types = signature(domain, op, version, "")
-    return any(low in allowed for allowed in types.allowed.values())
+    return any(low in types.allowed.get(variable, ()) for variable in types.outputs)
 
 
 def _settle_cast_like(node: ir.Node) -> None:

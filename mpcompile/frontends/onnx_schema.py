@@ -25,8 +25,10 @@ FLOATS: Mapping[str, str] = {"tensor(float)": "fp32", "tensor(float16)": "fp16",
 # Their result depends on attributes, bodies or containers: FP32 on every side.
 FP32_SIDES = {
     "If", "Loop", "Scan", "Optional", "OptionalGetElement", "SequenceConstruct", "SequenceInsert", "SequenceAt",
-    "SequenceEmpty", "SequenceErase", "SplitToSequence", "ConcatFromSequence", "SequenceMap",
+    "SequenceEmpty", "SequenceErase", "SplitToSequence", "ConcatFromSequence", "SequenceMap", "OptionalHasElement",
 }  # fmt: skip
+# Type variables that the schema tells apart, but shape inference (and every kernel) takes for the same.
+TIED = {"LinearAttention": {"S": "T"}}
 # Result type given by an attribute, or by none of the operands.
 DTYPE_ATTRIBUTES = {
     "RandomNormal", "RandomUniform", "ConstantOfShape", "HannWindow", "HammingWindow", "BlackmanWindow",
@@ -67,6 +69,7 @@ def signature(domain: str, op: str, opset: int, provider: str) -> Signature:
 
     def variable(formal: Any) -> str:
         text = str(getattr(formal, "type_str", "") or getattr(formal, "typeStr", ""))
+        text = TIED.get(op, {}).get(text, text)
         types = constraints.get(text, frozenset({text}))
         allowed[text] = frozenset(FLOATS[t] for t in types if t in FLOATS) & held
         return text

@@ -1,0 +1,227 @@
+"""ONNX in, ONNX out: `convert` decides and rewrites, `OnnxMixedPrecision` holds the result."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from mpcompile.errors import OnnxError, page
+from mpcompile.frontends import onnx as frontend
+from mpcompile.frontends import onnx_check, onnx_write
+from mpcompile.graph import LOW, PrecisionGraph
+from mpcompile.passes.assign import Assign
+from mpcompile.passes.base import Pass
+from mpcompile.passes.legalize import Legalize
+from mpcompile.pipeline import StepRecord, default_passes, run
+from mpcompile.policy import Policy
+from mpcompile.runtime import ort
+
+page(
+    "MP604",
+    "A model too large for one protobuf message",
+    "With its weights the model is larger than 2 GB, which a ModelProto in memory cannot hold.",
+    "Use .save(path): weights go to a data file beside the model, one tensor at a time.",
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a conversion was asked for; see `convert`."""
+
+    keep_fp32: tuple[Any, ...] = ()
+    low: tuple[Any, ...] = ()
+    strict: bool = False
+    keep_io: bool = True
+    provider: str = "cuda"
+    simulate: bool = False
+    annotate: bool = True
+    session_options: Any = None
+
+
+@dataclass
+class OnnxMixedPrecision:
+    """A converted ONNX model.
+
+    Fields:
+      policy, options: what was asked for.
+      capture: the model as it was read; its graph is the one before the passes.
+      graph: the precision graph after the passes.
+      steps: what each pass did.
+      notes: lines for the user: a raised opset, checks that could not be made, unknown operators.
+    """
+
+    policy: Policy
+    options: Options
+    capture: frontend.OnnxCapture
+    graph: PrecisionGraph
+    steps: list[StepRecord] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @cached_property
+    def ir_model(self) -> ir.Model:
+        """The rewritten model; large weights are converted when they are read."""
+        return self._write(self.options.simulate)
+
+    @cached_property
+    def model(self) -> onnx.ModelProto:
+        """The rewritten model as one message.
+
+        Raises:
+          OnnxError: MP604, above 2 GB.
+        """
+        size = onnx_check.weight_bytes(self.ir_model)
+        if size > onnx_check.EXTERNAL_FROM:
+            raise OnnxError("MP604", f"the model has {size / 1e9:.1f} GB of weights", try_=".save(path)")
+        return ir.to_proto(self.ir_model)
+
+    def simulated(self) -> onnx.ModelProto:
+        """The same plan with FP32 operators and rounded values: its numbers are the low type's, on any provider."""
+        return self.model if self.options.simulate else ir.to_proto(self._write(True))
+
+    def _write(self, simulate: bool) -> ir.Model:
+        low_inputs = "" if self.options.keep_io else self.policy.low
+        return onnx_write.write(self.capture, self.graph, simulate=simulate, annotate=self.options.annotate,
+                                low_inputs=low_inputs if low_inputs in LOW else "")  # fmt: skip
+
+    def report(self) -> Any:
+        """What was decided for each node, and why. See `mpcompile.report.model.Report`."""
+        from mpcompile.report.model import build_report
+
+        return build_report(self.graph, self.policy, self.options.provider, steps=self.steps)
+
+    def session(self, providers: Sequence[str] | None = None, options: Any = None) -> Any:
+        """An `onnxruntime.InferenceSession` of the converted model."""
+        return ort.session(self.model, providers, options or self.options.session_options)
+
+    def run(self, **feeds: Any) -> dict[str, Any]:
+        """Run the converted model once, on the providers installed here: name of each output -> array."""
+        return ort.run(self._session, feeds)
+
+    @cached_property
+    def _session(self) -> Any:
+        return self.session()
+
+    def check(self) -> None:
+        """The full checker, strict shape inference and a session of ONNX Runtime.
+
+        Raises:
+          OnnxError: MP602, MP603.
+        """
+        if onnx_check.weight_bytes(self.ir_model) <= onnx_check.EXTERNAL_FROM:
+            self._check(self.model)
+
+    def _check(self, model: Any) -> None:
+        loads = None
+        if self._needs_stand_in:
+            loads = self.simulated()
+        self.notes += onnx_check.check(model, lambda: ir.to_proto(self.capture.model), loads=loads,
+                                       options=self.options.session_options)  # fmt: skip
+
+    @property
+    def _needs_stand_in(self) -> bool:
+        """BF16 for a provider that is not installed here: the CPU has no kernels for it."""
+        foreign = not ort.has_provider(self.options.provider)
+        return foreign and self.policy.low == "bf16" and not self.options.simulate and bool(self.options.provider)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the model; weights beyond 2 GB go to ``<name>.data`` beside it, one tensor at a time.
+
+        The file appears whole or not at all, and only after every check.
+
+        Raises:
+          OnnxError: MP602, MP603.
+        """
+        name = Path(path).name
+        large = onnx_check.weight_bytes(self.ir_model) > onnx_check.EXTERNAL_FROM
+
+        def fill(folder: Path) -> None:
+            if not large:
+                (folder / name).write_bytes(self.model.SerializeToString())
+                return
+            ir.save(self.ir_model, folder / name, external_data=f"{name}.data")
+            self._check(folder / name)
+
+        onnx_check.save_atomic(path, fill)
+
+
+def convert(
+    model: Any,
+    policy: str | Policy = "fp16",
+    *,
+    keep_fp32: Any = (),
+    low: Any = (),
+    strict: bool = False,
+    keep_io: bool = True,
+    provider: str = "cuda",
+    simulate: bool = False,
+    annotate: bool = True,
+    session_options: Any = None,
+) -> OnnxMixedPrecision:
+    """Convert an ONNX model to mixed precision.
+
+    Args:
+      model: a path, an `onnx.ModelProto` or an `onnx_ir.Model`; it is not changed.
+      policy: "fp16" (also for "auto"), "bf16", "fp32", fields such as "low=fp16,output=low", or a `Policy`.
+      keep_fp32, low: globs on module path, operator ("onnx::Exp") or node name, or callables of a `Node`.
+      strict: an operator without a rule is an error instead of FP32.
+      keep_io: inputs and outputs keep their types; False gives FP32 ones in the low type.
+      provider: whose kernels the model is for: "cuda", "cpu", or "" for any (the schemas alone).
+      simulate: write FP32 operators whose results are rounded through the low type (see `OnnxMixedPrecision.simulated`).
+      annotate: write each node's decision and its reason into the node's metadata.
+      session_options: `onnxruntime.SessionOptions` for the check that the model loads (custom operator libraries).
+
+    Raises:
+      OnnxError: MP601 (not readable), MP602 and MP603 (the result would not load; nothing is written).
+      RuleError: MP201 (policy), MP203 (an override that matches nothing).
+    """
+    options = Options(_several(keep_fp32), _several(low), strict, keep_io, provider, simulate, annotate, session_options)
+    made = plan(frontend_policy(policy), options, model)
+    made.check()
+    return made
+
+
+def frontend_policy(policy: str | Policy) -> Policy:
+    """The policy with "auto" settled: FP16, which every provider runs."""
+    parsed = Policy.parse(policy)
+    return parsed.with_low("fp16") if parsed.low == "auto" else parsed
+
+
+def plan(policy: Policy, options: Options, model: Any) -> OnnxMixedPrecision:
+    """Read `model` (or take a capture of it) and decide; nothing is checked or written yet."""
+    if not options.keep_io:
+        policy = replace(policy, output="low")
+    capture = model
+    if not isinstance(model, frontend.OnnxCapture):
+        capture = frontend.read(model, policy.low, provider=options.provider)
+    graph, steps = run(capture.graph, passes_for(policy, options, capture))
+    graph.header.update(source="onnx", policy=str(policy), device=options.provider or "cpu")
+    made = OnnxMixedPrecision(policy, options, capture, graph, steps, list(capture.notes))
+    if unknown := sorted({node.op for node in graph if node.decided_by == "unknown"}):
+        made.notes.append(f"operators without a rule stay FP32: {', '.join(unknown)}")
+    return made
+
+
+def passes_for(policy: Policy, options: Options, capture: frontend.OnnxCapture) -> list[Pass]:
+    """The default passes, with the schemas' types held after the verdicts are given."""
+    device = "cpu-onnx" if options.provider == "cpu" else options.provider or "cuda"
+    passes = default_passes(policy, device, "onnx", keep_fp32=options.keep_fp32, force_low=options.low,
+                            strict=options.strict, fused=False)  # fmt: skip
+    if policy.low not in LOW:
+        return passes
+    passes = [replace(one, bind=True) if isinstance(one, Assign) else one for one in passes]
+    after = next(i for i, one in enumerate(passes) if one.name == "classify") + 1
+    return [*passes[:after], Legalize(policy.low, capture.signatures), *passes[after:]]
+
+
+def _several(overrides: Any) -> tuple[Any, ...]:
+    return (overrides,) if isinstance(overrides, str) or callable(overrides) else tuple(overrides)
+
+
+__all__ = ["OnnxMixedPrecision", "Options", "convert"]

@@ -1,0 +1,87 @@
+"""Run ONNX models on ONNX Runtime."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from mpcompile.errors import RuntimeFailure, page
+
+page(
+    "MP701",
+    "Inputs that the ONNX model does not take",
+    "A name is missing or unknown, or an array has another element type than the model's input.",
+    "Give a mapping from the model's input names to arrays; the message lists them.",
+)
+
+
+def session(model: Any, providers: Sequence[str] | None = None, options: Any = None) -> ort.InferenceSession:
+    """An ONNX Runtime session of a `ModelProto`, its bytes or its path, that keeps its warnings to itself.
+
+    Args:
+      providers: execution providers in order of preference; all that are installed when None.
+      options: an `onnxruntime.SessionOptions`.
+    """
+    if options is None:
+        options = ort.SessionOptions()
+        options.log_severity_level = 4
+    source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
+    source = source if isinstance(source, bytes) else os.fspath(source)
+    return ort.InferenceSession(source, options, providers=list(providers or ort.get_available_providers()))
+
+
+def has_provider(name: str) -> bool:
+    """True when ONNX Runtime here can use the provider called "cpu", "cuda" and so on."""
+    return f"{name}executionprovider" in {p.lower() for p in ort.get_available_providers()}
+
+
+def run(held: ort.InferenceSession, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run `held` once; BF16 arrays (of ml_dtypes) go in and come out, which ONNX Runtime's own `run` refuses.
+
+    Raises:
+      RuntimeFailure: MP701, for inputs that the model does not take.
+    """
+    known = {i.name: i for i in held.get_inputs()}
+    wrong = [name for name in feeds if name not in known]
+    lacking = [name for name in known if name not in feeds]
+    if wrong or lacking:
+        raise RuntimeFailure("MP701", f"inputs {wrong or lacking} are {'unknown' if wrong else 'missing'}",
+                             try_=f"the model's inputs are {', '.join(known)}")  # fmt: skip
+    names = list(outputs) if outputs is not None else [o.name for o in held.get_outputs()]
+    if not any(_is_bf16(i) for i in (*held.get_inputs(), *held.get_outputs())):
+        return dict(zip(names, held.run(names, dict(feeds)), strict=True))
+    binding = held.io_binding()
+    for name, array in feeds.items():
+        binding.bind_ortvalue_input(name, _ortvalue(array))
+    for name in names:
+        binding.bind_output(name)
+    held.run_with_iobinding(binding)
+    return {name: _array(value) for name, value in zip(names, binding.get_outputs(), strict=True)}
+
+
+def _is_bf16(arg: Any) -> bool:
+    return bool(arg.type == "tensor(bfloat16)")
+
+
+def _ortvalue(array: Any) -> ort.OrtValue:
+    if getattr(array, "dtype", None) == ml_dtypes.bfloat16:
+        bits = np.ascontiguousarray(array).view(np.uint16)
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, onnx.TensorProto.BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array))
+
+
+def _array(value: ort.OrtValue) -> Any:
+    if value.element_type() != onnx.TensorProto.BFLOAT16:
+        return value.numpy()
+    import torch  # DLPack is the only way out for BF16
+
+    return torch.from_dlpack(value._ortvalue).view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+
+
+__all__ = ["has_provider", "run", "session"]
