@@ -210,7 +210,7 @@ def _several(given: Any) -> tuple[Any, ...]:
 
 def log_plan(plan: Plan) -> None:
     """The one line after compilation."""
-    from mpcompile.report.model import summary_line
+    from mpcompile.report.summary import summary_line
 
     log.info("%s", summary_line(plan.graph, plan.policy, plan.seconds))
 

@@ -1,0 +1,37 @@
+# `make demo` and `make test` do all the set-up themselves, on a fresh machine too.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
+WORKERS ?= 2
+
+.PHONY: demo test lint slow bench clean
+
+# torch is pinned for development; the package itself asks for torch>=2.11.
+$(VENV)/.ready: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -U pip
+	$(BIN)/python -m pip install -q torch==2.13.0
+	$(BIN)/python -m pip install -q -e '.[dev,onnx,demo]'
+	touch $@
+
+demo: $(VENV)/.ready
+	$(BIN)/mpcompile demo
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q --durations=15
+
+slow: $(VENV)/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q -m 'slow and not gpu'
+
+bench: $(VENV)/.ready
+	$(BIN)/mpcompile bench
+
+clean:
+	rm -rf $(VENV) .cache build dist *.egg-info

@@ -1,0 +1,52 @@
+"""Mixed-precision training as a compiler pass: `mpcompile(model)`."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mpcompile import rules
+    from mpcompile.api import MixedPrecisionModule, mpcompile
+    from mpcompile.errors import MPCompileError
+    from mpcompile.policy import Policy
+    from mpcompile.training.scaler import LossScale
+    from mpcompile.training.state import load_checkpoint, save_checkpoint
+
+__version__ = "0.1.0"
+
+# Name -> the module that has it: torch and onnx are imported when a name that needs them is first used.
+_HOMES = {
+    "mpcompile": "mpcompile.api",
+    "MixedPrecisionModule": "mpcompile.api",
+    "MPCompileError": "mpcompile.errors",
+    "Policy": "mpcompile.policy",
+    "LossScale": "mpcompile.training.scaler",
+    "load_checkpoint": "mpcompile.training.state",
+    "save_checkpoint": "mpcompile.training.state",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "rules":
+        return importlib.import_module("mpcompile.rules")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'mpcompile' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+__all__ = [
+    "LossScale",
+    "MPCompileError",
+    "MixedPrecisionModule",
+    "Policy",
+    "__version__",
+    "load_checkpoint",
+    "mpcompile",
+    "rules",
+    "save_checkpoint",
+]
