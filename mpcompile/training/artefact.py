@@ -6,8 +6,9 @@ so that changing batch sizes cost one more compilation and not one each.
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,13 @@ from mpcompile.training.window import Layout
 _VERSION = operator.attrgetter("_version")
 _TRAINING = operator.attrgetter("training")
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """Tracing and compiling under a caller's `no_grad` too, and without a draw from the user's random numbers."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng():
+        yield
 
 
 class ShadowSet:
@@ -152,7 +160,8 @@ class Artefacts:
             alike = self._alike.setdefault(kind, [])
             found = next((a for a in alike if a.fits(batch.tensors)), None)
             if found is None:
-                found = self._make(batch, self._moving(kind, shapes))
+                with compiling():
+                    found = self._make(batch, self._moving(kind, shapes))
                 alike.append(found)
             self._exact[kind, shapes] = found
         return found

@@ -250,7 +250,7 @@ def _list_state(binding: Binding, fresh: set[int]) -> None:
     """Fill `tensors` and `shared`; 0-dim states become views of their `Shared.base`, on the parameter's device."""
     alike: dict[Any, list[int]] = defaultdict(list)
     for i, p in enumerate(binding.params):
-        state = {k: v for k, v in binding.optimizer.state[p].items() if isinstance(v, Tensor)}
+        state = {k: v for k, v in binding.optimizer.state.get(p, {}).items() if isinstance(v, Tensor)}
         scalars = {k: v for k, v in state.items() if v.dim() == 0 and (p.dim() or k == "step")}
         binding.tensors += [(i, key) for key in state if key not in scalars]
         values = tuple((k, v.item(), v.dtype) for k, v in scalars.items())

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mpcompile.errors import TrainingError, page
 from mpcompile.runtime.device import settle_policy
-from mpcompile.training.artefact import Artefact, Artefacts, ShadowSet
+from mpcompile.training.artefact import Artefact, Artefacts, ShadowSet, compiling
 from mpcompile.training.floor import FloorWatch
 from mpcompile.training.forward import Batch
 from mpcompile.training.scaler import LossScale, ScaleState, from_dict, to_dict
@@ -75,6 +75,9 @@ class TrainStep:
         self.backend = backend or owner.backend
         _check_options(self.backend, accumulate, masters)
         self.policy = settle_policy(owner.settings.policy, self.device.type)
+        if not self._trained() & {id(p) for p in self.model.parameters()}:
+            raise TrainingError("MP522", f"the {type(optimizer).__name__} holds no parameter of the model that is trained",
+                                try_=f"{type(optimizer).__name__}(model.parameters(), …)")  # fmt: skip
         self.rule = LossScale.of(scale, self.policy.low)
         self.state: ScaleState = self.rule.initial(self.device)
         seed, shadows = self.state.scale * (1.0 / accumulate), ShadowSet()
@@ -112,7 +115,8 @@ class TrainStep:
         updater = self._updaters.get(layout)
         if updater is None or not updater.holds():
             like = grads if artefact is None else artefact.gradients()
-            updater = self._updaters[layout] = self.plan.build(layout, like)
+            with compiling():
+                updater = self._updaters[layout] = self.plan.build(layout, like)
         before, after = self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks
         for hook in before.values():
             hook(self.optimizer, (), {})
