@@ -1,7 +1,8 @@
 """Remove casts that buy nothing, and move casts across views to where there is less to cast.
 
-Never costs more: each step removes a cast, or leaves fewer bytes to read and write.  The user's own casts stay, with
-their rounding; a cast of ours may be replaced by one of his.
+Never costs more: each step removes a cast, or leaves fewer bytes to read and write.  The user's own casts stay as they
+are, with their rounding and their readers: whether one of his could serve for one of ours depends on the order of nodes,
+and both compilers behind us merge equal casts anyway.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mpcompile.graph import ITEMSIZE, LOW, Node, PrecisionGraph, Value
+from mpcompile.graph import ITEMSIZE, Node, PrecisionGraph, Value
 from mpcompile.passes.base import PassResult
 from mpcompile.passes.insert_casts import make_cast, place
 from mpcompile.rules.table import load_kinds
@@ -49,7 +50,6 @@ class _Editor:
     def __init__(self, graph: PrecisionGraph) -> None:
         self.graph, self.changed = graph, False
         self.views = {name for name, kind in load_kinds().items() if kind.fusion == "view"}
-        self.position = {node.id: at for at, node in enumerate(graph.nodes.values())}
         self.readers: dict[str, list[Node]] = {name: [] for name in graph.values}
         for node in graph.nodes.values():
             for name in node.inputs:
@@ -84,10 +84,10 @@ class _Editor:
         return True
 
     def shorten(self, cast: Node) -> bool:
-        """It reads a cast of ours, or the user's exact widening of what it gives, or has nothing to do."""
+        """It reads a cast of ours, or has nothing to do."""
         source = self.graph.values[cast.inputs[0]]
-        root, to = self.root(source), cast.attrs["to"]
-        if root.dtype == to:
+        root = self.root(source)
+        if root.dtype == cast.attrs["to"]:
             return self.replace(cast, root.name)
         if root is source:
             return False
@@ -96,17 +96,10 @@ class _Editor:
         return True
 
     def share(self, cast: Node) -> bool:
-        """Another cast gives the same, early enough for all readers."""
-        name, to = cast.inputs[0], cast.attrs["to"]
-        if self.graph.values[name].alias:
-            return False
-        for twin in self.readers[name]:
-            if twin is cast or twin.kind != "cast" or len(twin.outputs) != 1:
-                continue
-            given = self.graph.values[twin.outputs[0]]
-            if given.dtype == to and not given.alias and given.scope == cast.scope and self.ready(twin, cast):
-                return self.replace(cast, given.name)
-        return False
+        """Another cast gives the same."""
+        source = self.graph.values[cast.inputs[0]]
+        twin = None if source.alias else self.twin(source, str(cast.attrs["to"]), cast)
+        return twin is not None and self.replace(cast, twin.outputs[0])
 
     def hoist(self, cast: Node) -> bool:
         """``cast(view(x))`` is ``view(cast(x))``: better where x is smaller, or cast already."""
@@ -118,7 +111,7 @@ class _Editor:
         if operand is None:
             return False
         root = self.root(self.graph.values[view.inputs[operand]])
-        twin = next((n for n in self.readers[root.name] if n.is_cast and n.attrs["to"] == to), None)
+        twin = self.twin(root, to)
         free = twin is not None or root.dtype == to
         cost = 0 if free else root.numel * (ITEMSIZE[root.dtype] + ITEMSIZE[to])
         # A shadow of the whole parameter is refreshed once per step: worth it at equal bytes.
@@ -148,29 +141,28 @@ class _Editor:
     # What the rewrites are made of.
 
     def root(self, value: Value) -> Value:
-        """What `value` was before our casts, and before the user's widening of a low value, which is exact."""
-        while (node := self.graph.nodes.get(value.producer)) is not None and node.kind == "cast":
+        """What `value` was before our casts."""
+        while (node := self.graph.nodes.get(value.producer)) is not None and node.is_cast:
             before = self.graph.values[node.inputs[0]]
-            exact = node.is_cast or (before.dtype in LOW and value.dtype == "fp32")
-            if not exact or before.alias or value.alias or before.scope != value.scope:
+            if before.alias:
                 break
             value = before
         return value
+
+    def twin(self, value: Value, to: str, other: Node | None = None) -> Node | None:
+        """Our cast of `value` that gives `to`, if there is one besides `other`."""
+        return next((n for n in self.readers[value.name] if n.is_cast and n.attrs["to"] == to and n is not other), None)
 
     def through(self, view: Node) -> int | None:
         """The operand that `view` shows, when its precision is free to change; else None."""
         values = self.graph.values
         floats = [operand for operand, name in enumerate(view.inputs) if values[name].castable]
         fixed = view.verdict != "propagate" or view.group or view.out_dtype or view.results or view.region
-        if view.kind not in self.views or fixed or view.phase == "optimizer" or len(floats) != 1 or len(view.outputs) != 1:
+        fixed = fixed or view.phase == "optimizer"
+        if view.kind not in self.views or fixed or len(floats) != 1 or len(view.outputs) != 1:
             return None
         shares = values[view.outputs[0]].alias or values[view.inputs[floats[0]]].alias
         return None if shares or view.slots[floats[0]] in view.operands else floats[0]
-
-    def ready(self, twin: Node, cast: Node) -> bool:
-        """True when `twin` stands before every reader of `cast`; a cast of ours can always be moved there."""
-        at = self.position.get(twin.id, -1)
-        return twin.is_cast or all(at < self.position.get(r.id, -1) for r in self.readers[cast.outputs[0]])
 
     def new_cast(self, source: Value, to: str) -> Node:
         cast = make_cast(self.graph, source, to)
