@@ -121,7 +121,8 @@ class OnnxMixedPrecision:
         loads = None
         if self._needs_stand_in:
             loads = self.simulated()
-        self.notes += onnx_check.check(model, lambda: ir.to_proto(self.capture.model), loads=loads,
+        given = self.capture.source
+        self.notes += onnx_check.check(model, lambda: ir.to_proto(given) if isinstance(given, ir.Model) else given, loads=loads,
                                        options=self.options.session_options)  # fmt: skip
 
     @property

@@ -38,6 +38,7 @@ class OnnxCapture:
 
     Fields:
       model: the prepared model, which `mpcompile.frontends.onnx_write.write` copies and rewrites.
+      source: the model as it was given: a path, a `ModelProto`, or an `onnx_ir.Model`.
       graph: the precision graph.
       signatures: node id -> type variables of its operator.
       nodes, values: node id -> node of `model`, value name -> value of `model`.
@@ -46,6 +47,7 @@ class OnnxCapture:
     """
 
     model: ir.Model
+    source: Any = None
     graph: PrecisionGraph = field(default_factory=PrecisionGraph)
     signatures: dict[str, Signature] = field(default_factory=dict)
     nodes: dict[str, ir.Node] = field(default_factory=dict)
@@ -87,7 +89,7 @@ def read(model: Any, low: str = "fp32", *, provider: str = "") -> OnnxCapture:
       OnnxError: MP601.
     """
     prepared, notes = prepare(load(model), low)
-    capture = OnnxCapture(prepared, notes=notes)
+    capture = OnnxCapture(prepared, model, notes=notes)
     capture.graph.header = {"source": "onnx"}
     _Reader(capture, provider).main()
     return capture

@@ -6,7 +6,7 @@ Only what does not change a bit of the model's results happens here, on a copy o
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import onnx
@@ -18,6 +18,10 @@ from mpcompile.graph import LOW
 
 # The oldest opset in which (nearly) every operator takes the type.
 OPSETS = {"fp16": 20, "bf16": 22}
+# Bytes from which an initializer is kept out of the message for shape inference (which reads shapes, all small).
+WEIGHT = 4096
+# Operators that mean something else before this opset, and that the version converter does not translate.
+CHANGED = {"Scan": 9}
 
 
 def prepare(model: ir.Model, low: str) -> tuple[ir.Model, list[str]]:
@@ -31,7 +35,8 @@ def prepare(model: ir.Model, low: str) -> tuple[ir.Model, list[str]]:
         common.InlinePass()(model)
     if low in LOW:
         model = _raise_opset(model, low, notes)
-    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    if common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model).modified:
+        model.ir_version = max(model.ir_version, 4)  # before that, an initializer had to be an input
     infer(model)
     for graph in graphs(model):
         for node in list(graph):
@@ -57,12 +62,47 @@ def subgraphs(node: ir.Node) -> Iterator[tuple[str, ir.Graph]]:
 
 def infer(model: ir.Model) -> None:
     """Fill in types and shapes: ONNX's own inference, then type variables for operators that it does not know."""
-    with quiet():
-        common.ShapeInferencePass(check_type=False, strict_mode=False, data_prop=True)(model)
+    with _without_weights(model):
+        proto = ir.to_proto(model)
+    try:
+        inferred = onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
+    except (RuntimeError, ValueError):  # an operator's inference function that does not like its input
+        inferred = proto
+    _merge(model.graph, inferred.graph)
     for graph in graphs(model):
         for node in graph:
-            if any(out.dtype is None for out in node.outputs):
+            if any(out.type is None for out in node.outputs):
                 _infer_types(node, model)
+
+
+@contextmanager
+def _without_weights(model: ir.Model) -> Iterator[None]:
+    """Large initializers become promises of a file, which shape inference never opens."""
+    held = [(v, v.const_value) for g in graphs(model) for v in g.initializers.values()
+            if v.const_value is not None and v.const_value.nbytes > WEIGHT]  # fmt: skip
+    for value, tensor in held:
+        value.const_value = ir.ExternalTensor("weights", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=value.name or "")
+    try:
+        yield
+    finally:
+        for value, tensor in held:
+            value.const_value = tensor
+
+
+def _merge(graph: ir.Graph, inferred: onnx.GraphProto) -> None:
+    """Take over what was inferred, graph by graph: bodies may use one name for different values."""
+    infos = {info.name: info for info in (*inferred.value_info, *inferred.output)}
+    for node, proto in zip(graph, inferred.node, strict=True):
+        for out in node.outputs:
+            if out.name in infos:
+                ir.serde.deserialize_value_info_proto(infos[out.name], out)
+        bodies = {attr.name: [attr.g] if attr.type == onnx.AttributeProto.GRAPH else attr.graphs for attr in proto.attribute}
+        for name, body in subgraphs(node):
+            stem, _, index = name.partition(".")
+            _merge(body, bodies[stem][int(index or 0)])
+    for value, info in zip(graph.inputs, inferred.input, strict=False):
+        if value.type is None:
+            ir.serde.deserialize_value_info_proto(info, value)
 
 
 def _infer_types(node: ir.Node, model: ir.Model) -> None:
@@ -87,7 +127,8 @@ def _raise_opset(model: ir.Model, low: str, notes: list[str]) -> ir.Model:
     have, want = opset(model, ""), OPSETS[low]
     operators = {(n.domain, n.op_type) for g in graphs(model) for n in g if n.domain in ("", "ai.onnx")}
     gained = sorted(op for domain, op in operators if _takes(domain, op, want, low) and not _takes(domain, op, have, low))
-    if have >= want or not gained:
+    changed = any(op in CHANGED and have < CHANGED[op] for _, op in operators)
+    if have >= want or not gained or changed:
         return model
     from onnxscript import version_converter
 
@@ -161,6 +202,3 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-Progress = Callable[[str], None]
