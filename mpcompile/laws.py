@@ -75,6 +75,13 @@ def writes(graph: PrecisionGraph, node: Node) -> set[str]:
     return touched & {graph.values[name].alias for name in node.outputs}
 
 
+def writers(graph: PrecisionGraph) -> dict[str, set[str]]:
+    """Node id -> the alias groups it writes to, for the nodes that write to any."""
+    if not any(value.alias for value in graph.values.values()):
+        return {}
+    return {node.id: found for node in graph.nodes.values() if (found := writes(graph, node))}
+
+
 # Custom operations may write to whatever they are given; ONNX and prims never do.
 _IN_PLACE = re.compile(r"_$|_\.|[._]out\b|batch_norm|instance_norm|rrelu_with_noise")
 _PURE = ("aten.", "prims.", "onnx::")
@@ -137,8 +144,9 @@ def one_cast(graph: PrecisionGraph) -> Iterator[Breach]:
     """Law 3: one cast per value and target; storage that is written in between counts as a new value."""
     seen: dict[tuple[str, str, str, int], str] = {}
     written: dict[str, int] = {}
+    writing = writers(graph)
     for node in graph.nodes.values():
-        for alias in writes(graph, node):
+        for alias in writing.get(node.id, ()):
             written[alias] = written.get(alias, 0) + 1
         if not node.is_cast:
             continue
@@ -154,14 +162,15 @@ def fresh(graph: PrecisionGraph) -> Iterator[Breach]:
     """Law 3: nobody reads a cast of storage that has been written since."""
     written: dict[str, int] = {}
     made: dict[str, tuple[str, int]] = {}
-    for node in graph.nodes.values():
+    writing = writers(graph)
+    for node in graph.nodes.values() if writing else ():
         for name in node.inputs:
             alias, time = made.get(name, ("", 0))
             if written.get(alias, 0) != time:
                 yield Breach("MP407", f"node {node.id!r} reads the cast {name!r}; {alias!r} was written since", node.id)
         if node.is_cast and (alias := graph.values[node.inputs[0]].alias):
             made[node.outputs[0]] = alias, written.get(alias, 0)
-        for alias in writes(graph, node):
+        for alias in writing.get(node.id, ()):
             written[alias] = written.get(alias, 0) + 1
 
 

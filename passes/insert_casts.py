@@ -52,6 +52,7 @@ class _Writer:
     written: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.writers = laws.writers(self.graph)
         # A graph that has casts already shares them.
         for cast in self.graph.casts():
             if not self.graph.values[cast.inputs[0]].alias:
@@ -63,7 +64,7 @@ class _Writer:
             want, dtype = laws.reads(node, operand), self.graph.values[name].dtype
             if want in CASTABLE and dtype in CASTABLE and dtype != want:
                 node.inputs[operand] = self.cast(name, want, node.id)
-        for alias in laws.writes(self.graph, node):
+        for alias in self.writers.get(node.id, ()):
             self.written[alias] = self.written.get(alias, 0) + 1
 
     def outputs(self, want: str) -> None:
