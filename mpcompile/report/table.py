@@ -1,0 +1,132 @@
+"""The report as a table, folded by module: blocks that repeat (the layers of a stack) are shown once."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from mpcompile.report.model import NodeRow, Report
+
+COLOURS = {"bf16": "green", "fp16": "green", "fp32": "yellow", "keep": "dim"}
+_NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+WIDTH = 160
+
+
+@dataclass
+class Section:
+    """The nodes of one module, and the paths of all modules whose nodes were decided alike."""
+
+    modules: list[str]
+    rows: list[NodeRow]
+
+    @property
+    def title(self) -> str:
+        """ "h.{0-11}.mlp" for the twelve modules h.0.mlp to h.11.mlp."""
+        if len(self.modules) == 1:
+            return self.modules[0] or "(top)"
+        columns = zip(*(_NUMBER.findall(path) for path in self.modules), strict=True)
+        ranges = iter([_range(list(column)) for column in columns])
+        return _NUMBER.sub(lambda _: next(ranges), self.modules[0])
+
+
+def _range(numbers: Sequence[str]) -> str:
+    distinct = sorted({int(n) for n in numbers})
+    if len(distinct) == 1:
+        return str(distinct[0])
+    whole = distinct == list(range(distinct[0], distinct[-1] + 1))
+    return f"{{{distinct[0]}-{distinct[-1]}}}" if whole else "{" + ",".join(map(str, distinct)) + "}"
+
+
+def sections(rows: Iterable[NodeRow]) -> list[Section]:
+    """The rows by module, in order of first appearance, with equal modules folded into one section."""
+    by_module: dict[str, list[NodeRow]] = {}
+    for row in rows:
+        by_module.setdefault(row.module, []).append(row)
+    folded: dict[tuple[object, ...], Section] = {}
+    for module, members in by_module.items():
+        decided = tuple(
+            (r.op, r.was, r.precision, r.verdict, r.decided_by, _NUMBER.sub("*", r.reason)) for r in members
+        )
+        key = (_NUMBER.sub("*", module), decided)
+        if key in folded:
+            folded[key].modules.append(module)
+        else:
+            folded[key] = Section([module], members)
+    return list(folded.values())
+
+
+def node_table(report: Report) -> Table:
+    """Columns node, op, was -> now, verdict, why, where; one block per module."""
+    table = Table(title=f"{report.source}, {report.device}: {report.policy}", caption=foot(report), expand=False,
+                  title_justify="left", caption_justify="left", pad_edge=False, box=None)  # fmt: skip
+    for name in ("node", "op", "was → now", "verdict"):
+        table.add_column(name, no_wrap=True)
+    table.add_column("why", ratio=1, min_width=24)
+    table.add_column("where", overflow="fold")
+    for section in sections(report.nodes):
+        table.add_row(Text(_heading(section), style="bold"), *[""] * 5)
+        for row, count in _runs(section.rows):
+            table.add_row(*_cells(row, count))
+    return table
+
+
+def _runs(rows: Sequence[NodeRow]) -> Iterator[tuple[NodeRow, int]]:
+    """Rows that follow each other and differ in name and line alone, as one row and their number."""
+    for _, run in groupby(rows, lambda r: (r.op, r.was, r.precision, r.verdict, r.decided_by, r.reason)):
+        members = list(run)
+        yield members[0], len(members)
+
+
+def _heading(section: Section) -> str:
+    counts = Counter(row.precision for row in section.rows)
+    parts = ", ".join(f"{count} {name}" for name, count in counts.most_common())
+    times = f" ×{len(section.modules)}" if len(section.modules) > 1 else ""
+    return f"{section.title}{times}  ({parts})"
+
+
+def _cells(row: NodeRow, count: int) -> Iterator[Text | str]:
+    yield f"  {row.id} ×{count}" if count > 1 else f"  {row.id}"
+    yield row.op.removeprefix("aten.").removesuffix(".default")
+    yield Text(
+        f"{row.was or '-'} → {row.precision}" if row.precision != "keep" else "keep", COLOURS.get(row.precision, "")
+    )
+    yield f"{row.verdict} ({row.decided_by})" if row.decided_by != "rule" else row.verdict
+    yield Text(row.reason)
+    yield row.source
+
+
+def foot(report: Report) -> str:
+    """Two lines: the counts, and the estimated cost."""
+    summary = report.summary
+    precisions = ", ".join(f"{count} {name}" for name, count in summary["precision"].items()) or "none"
+    origins = Counter(cast.origin for cast in report.casts)
+    casts = ", ".join(f"{count} {'yours' if name == 'existing' else name}" for name, count in origins.items())
+    unknown = f"; no rule for {', '.join(summary['unknown_ops'])}" if summary["unknown_ops"] else ""
+    cost = summary["cost"]
+    line = f"{sum(summary['nodes'].values())} nodes: {precisions}; {summary['casts']} casts"
+    line += f" ({casts})" if casts else ""
+    return f"{line}{unknown}\nestimated forward: FP32 {_seconds(cost['fp32'])}, " \
+           f"autocast {_seconds(cost['autocast'])}, this plan {_seconds(cost['plan'])}"  # fmt: skip
+
+
+def _seconds(value: float) -> str:
+    return f"{value * 1e3:.3g} ms" if value < 1 else f"{value:.3g} s"
+
+
+def as_text(report: Report, width: int = WIDTH) -> str:
+    """The table as plain text (no colours, no escape codes)."""
+    out = io.StringIO()
+    Console(file=out, width=width, force_terminal=False, color_system=None, emoji=False, markup=False).print(
+        node_table(report)
+    )
+    return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"

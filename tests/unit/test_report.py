@@ -1,0 +1,177 @@
+"""The report: one set of rows, and views that say the same."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from importlib import resources
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+from mpcompile.errors import UsageError
+from mpcompile.graph import Node, PrecisionGraph, Value
+from mpcompile.pipeline import default_passes, run
+from mpcompile.policy import Policy
+from mpcompile.report.model import Report, build_report
+from mpcompile.report.summary import summary_line
+
+BLOCKS = 3
+
+
+def stack() -> PrecisionGraph:
+    """`BLOCKS` blocks of linear, gelu and layer norm, and a user's cast at the end."""
+    graph = PrecisionGraph(header={"source": "fx"})
+    graph.add_input(Value("x", "fp32", (512, 512), 512 * 512))
+    last = "x"
+    for i in range(BLOCKS):
+        weight = graph.add_input(Value(f"h.{i}.w", "fp32", (512, 512), 512 * 512, role="parameter"))
+        norm = graph.add_input(Value(f"h.{i}.n", "fp32", (512,), 512, role="parameter"))
+        steps = [("linear", "aten.linear.default", [last, weight.name], f"h.{i}.fc"),
+                 ("gelu", "aten.gelu.default", [f"linear{i}"], f"h.{i}"),
+                 ("norm", "aten.layer_norm.default", [f"gelu{i}", norm.name], f"h.{i}.ln")]  # fmt: skip
+        for stem, op, inputs, module in steps:
+            last = f"{stem}{i}"
+            slots = [0, 2] if stem == "norm" else []
+            flops = 2 * 512**3 if stem == "linear" else 0
+            node = Node(last, op, inputs, slots=slots, module=module, source=f"model.py:{10 + i}", flops=flops)
+            graph.add(node, [Value(last, "fp32", (512, 512), 512 * 512)])
+    graph.add(Node("mystery", "mylib.mystery.default", [last]), [Value("mystery", "fp32", (512, 512), 512 * 512)])
+    graph.outputs = ["mystery"]
+    return graph
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    policy, before = Policy("bf16"), stack()
+    after, steps = run(before, default_passes(policy))
+    return build_report(after, policy, "cpu", steps=steps, before=before)
+
+
+def schema() -> object:
+    return json.loads(resources.files("mpcompile.report").joinpath("schema.json").read_text())
+
+
+def test_fits_its_schema(report: Report) -> None:
+    jsonschema.Draft202012Validator(schema()).validate(report.to_dict())
+    assert json.loads(report.to_json()) == report.to_dict()
+
+
+@pytest.mark.parametrize("break_it", [lambda d: d["nodes"][0].pop("reason"), lambda d: d["nodes"][0].update(verdict="maybe"),
+                                      lambda d: d["summary"].pop("cost"), lambda d: d.update(extra=1)])  # fmt: skip
+def test_schema_refuses_what_is_missing_or_unknown(report: Report, break_it) -> None:
+    data = json.loads(report.to_json())
+    break_it(data)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.Draft202012Validator(schema()).validate(data)
+
+
+def test_every_field_is_filled(report: Report) -> None:
+    rows = {row.id: row for row in report.nodes}
+    linear = rows["linear1"]
+    assert (linear.kind, linear.verdict, linear.precision, linear.was) == ("matmul", "low", "bf16", "fp32")
+    assert (linear.module, linear.source) == ("h.1.fc", "model.py:11")
+    assert linear.flops == 2 * 512**3
+    assert linear.bytes == 512 * 512 * 2
+    assert all(row.reason for row in report.nodes)
+    shadows = [cast for cast in report.casts if cast.origin == "shadow"]
+    assert {cast.value for cast in shadows} == {f"h.{i}.w" for i in range(BLOCKS)}
+    assert shadows[0].readers == ("linear0",)
+    assert shadows[0].bytes == 512 * 512 * 2
+
+
+def test_summary_counts_the_rows(report: Report) -> None:
+    summary = report.summary
+    assert sum(summary["nodes"].values()) == sum(summary["precision"].values()) == len(report.nodes) == 3 * BLOCKS + 1
+    assert summary["casts"] == len(report.casts)
+    assert summary["unknown_ops"] == ["mylib.mystery.default"]
+    assert 0 < summary["cost"]["plan"] < summary["cost"]["fp32"]
+
+
+def test_a_report_leaves_its_graph_alone() -> None:
+    graph, _ = run(stack(), default_passes(Policy("bf16")))
+    before = {value.name: value.dtype for value in graph.values.values()}
+    build_report(graph, Policy("bf16"), "cpu")
+    assert {value.name: value.dtype for value in graph.values.values()} == before
+    assert graph.casts()
+
+
+def test_table_folds_equal_blocks(report: Report) -> None:
+    text = str(report)
+    assert "h.{0-2}.fc ×3" in text
+    assert text.count("gelu") == str(report.filter(where=lambda row: row.id == "gelu0")).count("gelu")
+    assert "\x1b" not in text
+    assert "1 fp32" in text.splitlines()[-2]
+
+
+def test_filter_and_sort(report: Report) -> None:
+    assert [row.id for row in report.filter(only="fp32").nodes] == ["mystery"]
+    assert {row.id for row in report.filter(only=["low", "unknown"]).nodes} == {
+        "linear0",
+        "linear1",
+        "linear2",
+        "mystery",
+    }
+    assert report.filter(only="fp32").summary == report.summary
+    assert report.sort("flops").nodes[0].flops >= report.sort("flops").nodes[-1].flops
+    with pytest.raises(UsageError, match="'fp32'"):
+        report.filter(only="fp23")
+    with pytest.raises(UsageError, match="'bytes'"):
+        report.sort("byte")
+
+
+class Page(HTMLParser):
+    """Counts rows and remembers what the page would load."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.rows, self.loads, self.open = 0, [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.rows += tag == "tr" and "data-module" in dict(attrs)
+        self.loads += [value for name, value in attrs if name in ("src", "href")]
+
+
+def test_html_is_one_offline_file(report: Report, tmp_path: Path) -> None:
+    report.to_html(tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = Page(text)
+    assert page.rows == len(report.nodes)
+    assert page.loads == []
+    assert "http" not in text
+    assert all(step.name in text for step in report.steps)
+    assert all(cast.value in text for cast in report.casts)
+
+
+def test_html_escapes_names() -> None:
+    graph = stack()
+    graph.nodes["gelu0"].module = "<script>alert(1)</script>"
+    graph.nodes["gelu0"].reason = "a < b"
+    made = build_report(graph, Policy("fp32"), "cpu")
+    assert "<script>" not in made._repr_html_()
+
+
+def test_dot_names_every_node_and_cast(report: Report) -> None:
+    text = report.to_dot()
+    assert all(f'"{name}" [' in text for name in report.graph.nodes)
+    assert '"linear0" -> "gelu0"' in text
+    assert text.count("{") == text.count("}") == 1
+
+
+def test_a_half_built_graph_prints() -> None:
+    graph = PrecisionGraph()
+    graph.add_input(Value("x", "fp32", (2,), 2))
+    graph.add(Node("a", "aten.gelu.default", ["x"]), [Value("a", "fp32", (2,), 2)])
+    made = build_report(graph, Policy("bf16"), "cpu")
+    assert "gelu" in str(made)
+    assert made.nodes[0].precision == "keep"
+
+
+def test_summary_line_says_what_the_report_says(report: Report) -> None:
+    line = summary_line(report.graph, Policy("bf16"), 0.25)
+    assert f"{len(report.nodes)} nodes" in line
+    assert f"{len(report.casts)} casts" in line
+    assert "no rule for mylib.mystery.default" in line
+    assert "0.250 s" in line
