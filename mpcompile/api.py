@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +16,9 @@ from mpcompile.frontends.capture import export
 from mpcompile.frontends.exported import inline_regions
 from mpcompile.frontends.fx_write import write
 from mpcompile.graph import joined
+from mpcompile.passes.classify import refuse_unmatched
 from mpcompile.policy import Policy
+from mpcompile.rules.table import rules_for
 from mpcompile.runtime.dynamo import Compiler, Plan, Settings, decide, log_plan, settings_of
 from mpcompile.runtime.device import emulated_kinds
 from mpcompile.training.shadows import SHADOWS
@@ -100,6 +104,7 @@ def mpcompile(
     _check(model)
     inner = "inductor" if backend == "onnxruntime" else backend
     settings = settings_of(policy, keep_fp32, low, strict, inner)
+    _check_overrides(model, settings)
     wrapped = MixedPrecisionModule(model, settings, dynamic=dynamic, backend=backend)
     if example_inputs is not None:
         with torch.no_grad():
@@ -129,6 +134,26 @@ def _check(model: Any) -> None:
                                try_="model.float(), or parameter.requires_grad_(False) to use it as it is")  # fmt: skip
 
 
+def _check_overrides(model: nn.Module, settings: Settings) -> None:
+    """Refuse now what can name nothing later: no module path, no operation, no node (nodes are named after operations).
+
+    Raises:
+      RuleError: MP203, with near names.
+    """
+    paths = [name for name, _ in model.named_modules() if name]
+    ops = [rule.op for rule in rules_for("aten")]
+    known = [*paths, *ops, *(f"{op}.default" for op in ops), *(op.partition(".")[2] for op in ops)]
+    for option, globs in (("low", settings.low), ("keep_fp32", settings.keep_fp32)):
+        words = [g for g in globs if not callable(g)]
+        hopeless = [g for g in words if not _may_match(g, known)]
+        refuse_unmatched(hopeless, option, known)
+
+
+def _may_match(glob: str, known: list[str]) -> bool:
+    stem = re.sub(r"(_\d+)?(\.\w+)?$", "", glob)
+    return any(fnmatch.fnmatchcase(name, g) for name in known for g in {glob, stem, f"{glob}.*"})
+
+
 class MixedPrecisionModule(nn.Module):
     """The model in mixed precision. Shares the model's parameters, buffers, submodules and names."""
 
@@ -140,7 +165,7 @@ class MixedPrecisionModule(nn.Module):
         hidden = self.__dict__
         hidden["_model"], hidden["settings"], hidden["backend"] = model, settings, backend
         hidden["dynamic"] = dynamic
-        hidden["_compiler"] = Compiler(settings, log_plan)
+        hidden["_compiler"] = Compiler(settings, log_plan, lambda: {str(id(m)): name for name, m in model.named_modules()})
         hidden["_call"] = None
         self.training = model.training
 
@@ -161,6 +186,9 @@ class MixedPrecisionModule(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._call is None:
             self.__dict__["_call"] = torch.compile(_entry(self.model), backend=self._compiler, dynamic=self.dynamic)
+            result = self._call(*args, **kwargs)
+            self._compiler.check_overrides()
+            return result
         return self._call(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -62,19 +62,20 @@ class CostModel:
     def __post_init__(self) -> None:
         self._kinds = load_kinds()
         self.uses = self.uses or self.graph.uses()
-        self._outputs = frozenset(self.graph.outputs)
+        self.outputs = frozenset(self.graph.outputs)
         self._base: dict[str, str] = {}
+        self._materialised: dict[str, bool] = {}
+        self._kernels = frozenset(name for name, kind in self._kinds.items() if kind.fusion == "kernel" or not self.fused)
+        self._views = frozenset(name for name, kind in self._kinds.items() if kind.fusion == "view")
 
     def kind(self, node: Node) -> Kind | None:
         return self._kinds.get(node.kind)
 
     def is_kernel(self, node: Node) -> bool:
-        kind = self.kind(node)
-        return not self.fused or (kind is not None and kind.fusion == "kernel")
+        return node.kind in self._kernels
 
     def is_view(self, node: Node) -> bool:
-        kind = self.kind(node)
-        return kind is not None and kind.fusion == "view"
+        return node.kind in self._views
 
     def base(self, name: str) -> str:
         """The value that a chain of views shows."""
@@ -91,6 +92,12 @@ class CostModel:
 
     def materialised(self, value: Value) -> bool:
         """True when the value's bytes are written, whatever reads it."""
+        known = self._materialised.get(value.name)
+        if known is None:
+            known = self._materialised[value.name] = self._is_materialised(value)
+        return known
+
+    def _is_materialised(self, value: Value) -> bool:
         producer = self.graph.nodes.get(value.producer)
         if producer is None or self.is_view(producer):
             return False
@@ -98,7 +105,7 @@ class CostModel:
         return (
             self.is_kernel(producer)
             or len(readers) > 1
-            or value.name in self._outputs
+            or value.name in self.outputs
             or self.saved(value, producer)
         )
 

@@ -65,7 +65,7 @@ def _run(graph: PrecisionGraph, passes: Iterable[Pass],
 
 @contextmanager
 def _no_collection() -> Iterator[None]:
-    """Hold Python's cycle collector back: passes make many objects and no cycles, and it takes a third of their time."""
+    """Hold Python's cycle collector back: passes make many objects and no cycles; it would take a third of the time."""
     was = gc.isenabled()
     gc.disable()
     try:
@@ -118,9 +118,18 @@ class Verify:
         return PassResult(False)
 
 
-def default_passes(policy: Policy, device: str = "cpu", source: str = "aten", *, keep_fp32: Any = (), force_low: Any = (),
-                   strict: bool = False, fused: bool = True, partial: bool = False,
-                   verify: bool = True) -> list[Pass]:  # fmt: skip
+def default_passes(
+    policy: Policy,
+    device: str = "cpu",
+    source: str = "aten",
+    *,
+    keep_fp32: Any = (),
+    force_low: Any = (),
+    strict: bool = False,
+    fused: bool = True,
+    partial: bool = False,
+    verify: bool = True,
+) -> list[Pass]:
     """The pipeline of a policy whose `low` is settled ("fp16", "bf16" or "fp32").
 
     Args:
@@ -149,5 +158,5 @@ def default_passes(policy: Policy, device: str = "cpu", source: str = "aten", *,
     assign = Assign(low, device, policy.plan, fused, policy.output, source)
     # torch.autocast knows no hazards, and plan="autocast" promises its decisions.
     hazards: list[Pass] = [Hazards(low)] if policy.plan == "global" else []
-    passes = [Normalize(), classify, *hazards, assign, InsertCasts(low, policy.output), SimplifyCasts()]
+    passes: list[Pass] = [Normalize(), classify, *hazards, assign, InsertCasts(low, policy.output), SimplifyCasts()]
     return [*passes, Verify(low, policy.output)] if verify else passes

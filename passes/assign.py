@@ -181,7 +181,7 @@ class _Plan:
             elif pinned != "any" and reader in self.vertex:
                 found.append((self.vertex[reader], self.cost.is_far(node)))
         wanted = {"fp32": SINK, "low": SOURCE}.get(self.output)
-        if wanted is not None and value.name in self.graph.outputs:
+        if wanted is not None and value.name in self.cost.outputs:
             found.append((wanted, True))
         return found
 

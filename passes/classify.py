@@ -40,6 +40,7 @@ class Classify:
     plan: "global", or "autocast" for torch.autocast's decisions.
     keep_fp32, force_low: overrides: globs on module path, operation or node name, or callables of a `Node`.
     strict: an operation without a rule is an error.
+    partial: the graph is one of several of the model: a glob may match in another (see `unmatched`).
     """
 
     low: str
@@ -48,13 +49,17 @@ class Classify:
     keep_fp32: tuple[Any, ...] = ()
     force_low: tuple[Any, ...] = ()
     strict: bool = False
+    partial: bool = False
 
     name: ClassVar[str] = "classify"
 
     def apply(self, graph: PrecisionGraph) -> PassResult:
         rules = rules_for(self.source)
-        wanted = {id_: ("low", f"low={text!r}") for id_, text in _matches(graph, self.force_low, "low").items()}
-        wanted |= {id_: ("fp32", f"keep_fp32={text!r}") for id_, text in _matches(graph, self.keep_fp32, "keep_fp32").items()}
+        if not self.partial:
+            for option, globs in (("low", self.force_low), ("keep_fp32", self.keep_fp32)):
+                refuse_unmatched(unmatched([graph], globs), option, _Names.of(graph).found)
+        wanted = {id_: ("low", f"low={text!r}") for id_, text in _matches(graph, self.force_low).items()}
+        wanted |= {id_: ("fp32", f"keep_fp32={text!r}") for id_, text in _matches(graph, self.keep_fp32).items()}
         changed = False
         for node in graph:
             before = (node.kind, node.verdict, node.reason, node.decided_by)
@@ -125,7 +130,12 @@ class _Names:
         return names
 
 
-def _matches(graph: PrecisionGraph, overrides: Iterable[Any], option: str) -> dict[str, str]:
+def _hits(names: _Names, glob: str) -> list[str]:
+    """The names that a glob matches; "decoder" names the module with all that is in it."""
+    return [n for n in names.found if fnmatch.fnmatchcase(n, glob) or fnmatch.fnmatchcase(n, f"{glob}.*")]
+
+
+def _matches(graph: PrecisionGraph, overrides: Iterable[Any]) -> dict[str, str]:
     """Node id -> the override that names it."""
     overrides = tuple(overrides)
     if not overrides:
@@ -134,15 +144,30 @@ def _matches(graph: PrecisionGraph, overrides: Iterable[Any], option: str) -> di
     for one in overrides:
         if callable(one):
             chosen |= _called(graph, one)
-            continue
-        # "decoder" names the module with all that is in it.
-        hits = [n for n in names.found if fnmatch.fnmatchcase(n, one) or fnmatch.fnmatchcase(n, f"{one}.*")]
-        if not hits:
-            near = suggest(one.replace("*", ""), names.found)
-            raise RuleError("MP203", f"{option}={one!r} matches no module, operation or node",
-                            try_=near or "mpcompile inspect lists the names")  # fmt: skip
-        chosen |= {id_: one for name in hits for id_ in names.found[name]}
+        else:
+            chosen |= {id_: one for name in _hits(names, one) for id_ in names.found[name]}
     return chosen
+
+
+def unmatched(graphs: Iterable[PrecisionGraph], overrides: Iterable[Any]) -> list[str]:
+    """The globs that match nothing in any of the graphs (callables choose for themselves)."""
+    globs = [one for one in overrides if not callable(one)]
+    for graph in graphs if globs else ():
+        names = _Names.of(graph)
+        globs = [one for one in globs if not _hits(names, one)]
+    return globs
+
+
+def refuse_unmatched(globs: Iterable[str], option: str, known: Iterable[str]) -> None:
+    """Raise for the first glob, with near names out of `known`.
+
+    Raises:
+      RuleError: MP203.
+    """
+    for one in globs:
+        near = suggest(one.replace("*", "").strip("."), known)
+        raise RuleError("MP203", f"{option}={one!r} matches no module, operation or node",
+                        try_=near or "mpcompile inspect lists the names")  # fmt: skip
 
 
 def _called(graph: PrecisionGraph, wanted: Callable[[Node], bool]) -> dict[str, str]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,8 +47,11 @@ _DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "f
 class AtenTracer(fx.Interpreter):
     """Runs a torch-level graph under `make_fx`, and marks the ATen nodes that each of its nodes becomes."""
 
-    def __init__(self, module: fx.GraphModule, marks: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, module: fx.GraphModule, marks: dict[str, Any] | None = None, paths: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(module)
+        self._paths = paths or {}
         self._regions: list[str] = []
         self._marks = marks or {}
 
@@ -64,6 +67,11 @@ class AtenTracer(fx.Interpreter):
         for key in ("stack_trace", "nn_module_stack"):
             if key in origin.meta:
                 node.meta.setdefault(key, origin.meta[key])
+        stack = origin.meta.get("nn_module_stack")
+        # Dynamo keys its stack by the module's id; its own path is lost where a graph break left the module on the
+        # interpreter's stack.
+        if stack and (path := self._paths.get(list(stack)[-1].partition("@")[0])) is not None:
+            node.meta.setdefault("mp_module", path)
         if self._regions:
             node.meta.setdefault("mp_region", self._regions[-1])
         for key, value in self._marks.items():
@@ -106,7 +114,7 @@ class AtenTracer(fx.Interpreter):
             # A selective policy decides per op of the body: leave the whole checkpoint to torch.
             return opaque_call(tag_activation_checkpoint, args, kwargs)
         marks = {"recompute": CheckpointPolicy.PREFER_RECOMPUTE, "ac_graph_id": next(_CHECKPOINTS)}
-        inner = AtenTracer(body, {**self._marks, **marks})
+        inner = AtenTracer(body, {**self._marks, **marks}, self._paths)
         inner._regions = list(self._regions)
         return inner.run(*operands)
 
@@ -159,14 +167,17 @@ def autocast_off() -> Iterator[None]:
         yield
 
 
-def trace_dynamo(module: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
+def trace_dynamo(
+    module: fx.GraphModule, inputs: Sequence[Any], paths: Mapping[str, str] | None = None
+) -> fx.GraphModule:
     """The pre-autograd ATen graph of a Dynamo graph; placeholders keep names, order and Dynamo's facts.
 
     Args:
       module: what Dynamo gives a backend.
       inputs: fake tensors (or SymInts), one per placeholder.
+      paths: ``str(id(module))`` -> the module's path in the user's model, where the model is known.
     """
-    tracer = AtenTracer(module)
+    tracer = AtenTracer(module, paths=paths)
     fake_mode = next((x.fake_mode for x in inputs if isinstance(x, FakeTensor)), None) or contextlib.nullcontext()
     with autocast_off(), fx.traceback.preserve_node_meta(), fake_mode:
         traced = make_fx(tracer.run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)

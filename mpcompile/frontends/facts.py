@@ -107,6 +107,8 @@ def names_dtype(node: fx.Node) -> bool:
 
 def module_path(node: fx.Node) -> str:
     """"encoder.0.fc1": the innermost module that the node was called in; "" for the model itself."""
+    if "mp_module" in node.meta:
+        return str(node.meta["mp_module"])
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""

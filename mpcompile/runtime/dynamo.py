@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -21,7 +21,8 @@ from mpcompile.frontends.facts import TORCH_DTYPES
 from mpcompile.frontends.fx import FxCapture, read
 from mpcompile.frontends.fx_write import has_user_low_cast, write
 from mpcompile.graph import PrecisionGraph
-from mpcompile.pipeline import StepRecord, default_passes, run
+from mpcompile.passes.classify import refuse_unmatched, unmatched
+from mpcompile.pipeline import Observer, StepRecord, default_passes, run
 from mpcompile.policy import Policy
 from mpcompile.runtime.device import emulated_kinds, settle_policy
 from mpcompile.runtime.inductor import compile_inductor, run_eagerly
@@ -73,8 +74,20 @@ class Plan:
     seconds: float
 
 
-def decide(module: fx.GraphModule, settings: Settings, device: str, *, text: bool = False) -> Plan:
-    """Read an ATen graph and run the passes over it."""
+def decide(
+    module: fx.GraphModule,
+    settings: Settings,
+    device: str,
+    *,
+    partial: bool = False,
+    observer: Observer | None = None,
+) -> Plan:
+    """Read an ATen graph and run the passes over it.
+
+    Args:
+      partial: the graph is one of several of the model, so an override may match in another.
+      observer: called after each pass (see `mpcompile.pipeline.run`).
+    """
     start = time.perf_counter()
     policy = settle_policy(settings.policy, device)
     capture = read(module, {"device": device, "policy": str(policy)})
@@ -86,26 +99,45 @@ def decide(module: fx.GraphModule, settings: Settings, device: str, *, text: boo
         force_low=settings.low,
         strict=settings.strict,
         fused=settings.inner == "inductor",
+        partial=partial,
     )
-    graph, steps = run(capture.graph, passes)
+    graph, steps = run(capture.graph, passes, observer)
     return Plan(capture, graph, steps, policy, device, time.perf_counter() - start)
 
 
 class Compiler:
-    """Dynamo's backend for one model: keeps the plan of every graph that it compiled."""
+    """Dynamo's backend for one model: keeps the plan of every graph that it compiled.
 
-    def __init__(self, settings: Settings, on_plan: Callable[[Plan], None] | None = None) -> None:
-        self.settings, self.on_plan = settings, on_plan
+    `paths` gives the paths of the model's modules by ``str(id(module))``, read at each compilation.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        on_plan: Callable[[Plan], None] | None = None,
+        paths: Callable[[], Mapping[str, str]] = dict,
+    ) -> None:
+        self.settings, self.on_plan, self.paths = settings, on_plan, paths
         self.plans: list[Plan] = []
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
         fakes = [n.meta.get("example_value", given) for n, given in zip(placeholders, inputs, strict=True)]
-        plan = decide(trace_dynamo(module, fakes), self.settings, device_of(fakes))
+        plan = decide(trace_dynamo(module, fakes, self.paths()), self.settings, device_of(fakes), partial=True)
         self.plans.append(plan)
         if self.on_plan is not None:
             self.on_plan(plan)
         return self._emit(plan, fakes)
+
+    def check_overrides(self) -> None:
+        """After a whole forward: an override that matched in no graph of it is an error.
+
+        Raises:
+          RuleError: MP203, with near names.
+        """
+        for option, globs in (("low", self.settings.low), ("keep_fp32", self.settings.keep_fp32)):
+            known = {name for plan in self.plans for node in plan.graph for name in (node.module, node.op, node.id) if name}
+            refuse_unmatched(unmatched([plan.graph for plan in self.plans], globs), option, sorted(known))
 
     def _emit(self, plan: Plan, fakes: list[Any]) -> Callable[..., Any]:
         compiled = self.settings.inner == "inductor"
