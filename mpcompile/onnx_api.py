@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -86,9 +88,10 @@ class OnnxMixedPrecision:
         return self.model if self.options.simulate else ir.to_proto(self._write(True))
 
     def _write(self, simulate: bool) -> ir.Model:
-        low_inputs = "" if self.options.keep_io else self.policy.low
-        return onnx_write.write(self.capture, self.graph, simulate=simulate, annotate=self.options.annotate,
-                                low_inputs=low_inputs if low_inputs in LOW else "")  # fmt: skip
+        low_inputs = "" if self.options.keep_io or self.policy.low not in LOW else self.policy.low
+        with no_garbage_collection():
+            return onnx_write.write(self.capture, self.graph, simulate=simulate, annotated=self.options.annotate,
+                                    low_inputs=low_inputs)  # fmt: skip
 
     def report(self) -> Any:
         """What was decided for each node, and why. See `mpcompile.report.model.Report`."""
@@ -122,8 +125,12 @@ class OnnxMixedPrecision:
         if self._needs_stand_in:
             loads = self.simulated()
         given = self.capture.source
-        self.notes += onnx_check.check(model, lambda: ir.to_proto(given) if isinstance(given, ir.Model) else given, loads=loads,
-                                       options=self.options.session_options)  # fmt: skip
+        self.notes += onnx_check.check(
+            model,
+            lambda: ir.to_proto(given) if isinstance(given, ir.Model) else given,
+            loads,
+            self.options.session_options,
+        )
 
     @property
     def _needs_stand_in(self) -> bool:
@@ -182,7 +189,9 @@ def convert(
       OnnxError: MP601 (not readable), MP602 and MP603 (the result would not load; nothing is written).
       RuleError: MP201 (policy), MP203 (an override that matches nothing).
     """
-    options = Options(_several(keep_fp32), _several(low), strict, keep_io, provider, simulate, annotate, session_options)
+    options = Options(
+        _several(keep_fp32), _several(low), strict, keep_io, provider, simulate, annotate, session_options
+    )
     made = plan(frontend_policy(policy), options, model)
     made.check()
     return made
@@ -199,9 +208,10 @@ def plan(policy: Policy, options: Options, model: Any) -> OnnxMixedPrecision:
     if not options.keep_io:
         policy = replace(policy, output="low")
     capture = model
-    if not isinstance(model, frontend.OnnxCapture):
-        capture = frontend.read(model, policy.low, provider=options.provider)
-    graph, steps = run(capture.graph, passes_for(policy, options, capture))
+    with no_garbage_collection():
+        if not isinstance(model, frontend.OnnxCapture):
+            capture = frontend.read(model, policy.low, provider=options.provider)
+        graph, steps = run(capture.graph, passes_for(policy, options, capture))
     graph.header.update(source="onnx", policy=str(policy), device=options.provider or "cpu")
     made = OnnxMixedPrecision(policy, options, capture, graph, steps, list(capture.notes))
     if unknown := sorted({node.op for node in graph if node.decided_by == "unknown"}):
@@ -212,13 +222,25 @@ def plan(policy: Policy, options: Options, model: Any) -> OnnxMixedPrecision:
 def passes_for(policy: Policy, options: Options, capture: frontend.OnnxCapture) -> list[Pass]:
     """The default passes, with the schemas' types held after the verdicts are given."""
     device = "cpu-onnx" if options.provider == "cpu" else options.provider or "cuda"
-    passes = default_passes(policy, device, "onnx", keep_fp32=options.keep_fp32, force_low=options.low,
-                            strict=options.strict, fused=False)  # fmt: skip
+    passes = default_passes(policy, device, "onnx", keep_fp32=options.keep_fp32,
+                            force_low=options.low, strict=options.strict, fused=False)  # fmt: skip
     if policy.low not in LOW:
         return passes
     passes = [replace(one, bind=True) if isinstance(one, Assign) else one for one in passes]
     after = next(i for i, one in enumerate(passes) if one.name == "classify") + 1
     return [*passes[:after], Legalize(policy.low, capture.signatures), *passes[after:]]
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Millions of small objects that all stay: looking for garbage among them takes as long as making them."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _several(overrides: Any) -> tuple[Any, ...]:

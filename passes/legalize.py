@@ -125,7 +125,7 @@ class Legalize:
 
 
 def _main(signature: Signature, reads: dict[int, str], gives: dict[int, str]) -> str:
-    """The type variable that the node's precision speaks of: that of its first float result, else of its first float."""
+    """The type variable that the node's precision speaks of: that of its first float result, else operand."""
     for index, dtype in gives.items():
         if dtype in CASTABLE:
             return signature.output(index)
@@ -136,7 +136,7 @@ def _leave(node: Node, reads: dict[int, str], gives: dict[int, str]) -> None:
     """Half precision that the model has already: read and give what is there."""
     dtypes = {index: dtype for index, dtype in gives.items() if dtype in CASTABLE}
     node.operands.update({slot: "fp32" if dtype == "fp32" else "any" for slot, dtype in reads.items()})
-    node.results.update({index: dtype for index, dtype in dtypes.items()})
+    node.results.update(dtypes)
     first = next(iter(dtypes.values()), "")
     if len(set(dtypes.values())) == 1:
         node.out_dtype = first
@@ -156,7 +156,8 @@ def _feeds_integers(graph: PrecisionGraph) -> Iterator[tuple[Node, str]]:
             continue
         level = list(node.inputs)
         for _ in range(INDEX_HOPS):
-            makers = [m for m in map(graph.producer, level) if m is not None and m.verdict == "propagate" and m.kind != "cast"]
+            found = [maker for name in level if (maker := graph.producer(name)) is not None]
+            makers = [maker for maker in found if maker.verdict == "propagate" and maker.kind != "cast"]
             yield from ((maker, "becomes integers: a rounded index is another index") for maker in makers)
             level = [name for maker in makers for name in maker.inputs]
 

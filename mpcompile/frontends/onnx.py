@@ -74,7 +74,8 @@ def load(model: Any) -> ir.Model:
     try:
         return ir.load(path)
     except Exception as error:  # protobuf's own error classes vary by version
-        raise OnnxError("MP601", "the file is not an ONNX model", where=path, why=f"{type(error).__name__}: {error}") from error
+        why = f"{type(error).__name__}: {error}"
+        raise OnnxError("MP601", "the file is not an ONNX model", where=path, why=why) from error
 
 
 def read(model: Any, low: str = "fp32", *, provider: str = "") -> OnnxCapture:
@@ -120,7 +121,8 @@ class _Reader:
                 self.value(value, scope, "activation")
         for value in graph.initializers.values():
             if value not in self.names:
-                self.value(value, scope, "constant" if value.const_value is None or value.const_value.size <= 1 else "parameter")
+                tensor = value.const_value
+                self.value(value, scope, "constant" if tensor is None or tensor.size <= 1 else "parameter")
         for node in graph:
             self.node(node, scope)
 
@@ -176,9 +178,9 @@ class _Reader:
         op, types = self.types[key]
         if node.op_type == "BatchNormalization" and len(node.outputs) > 1:
             types = Signature(why="it updates running statistics, which are FP32")
-        if node.op_type.startswith("Scatter") and "reduction" in node.attributes:
-            if node.attributes["reduction"].as_string() in ("add", "mul"):
-                types = Signature(why="it sums into one element, and runtimes refuse it in half precision")
+        reduction = node.attributes.get("reduction")
+        if reduction is not None and node.op_type.startswith("Scatter") and reduction.as_string() in ("add", "mul"):
+            types = Signature(why="it sums into one element, and runtimes refuse it in half precision")
         return op, types
 
     def fresh(self, node: ir.Node) -> str:

@@ -23,12 +23,12 @@ page(
     "MP602",
     "A converted model that fails onnx.checker",
     "The converted model breaks a rule of ONNX that the model given kept. Nothing was written.",
-    "This is a bug of mpcompile: report the operator that the message names; keep_fp32 on that node goes around it.",
+    "This is a bug of mpcompile: report the operator that the message names; keep_fp32 on it goes around it.",
 )
 page(
     "MP603",
     "A converted model that ONNX Runtime does not load",
-    "The model given loads, the converted one does not: a provider has no kernel for one of its types. Nothing was written.",
+    "The model given loads, the converted one does not: a provider lacks a kernel for a type. Nothing was written.",
     "Give the provider that will run it (provider='cpu' or 'cuda'), or keep_fp32 on the node that the message names.",
 )
 
@@ -42,7 +42,7 @@ def weight_bytes(model: ir.Model) -> int:
                for v in g.initializers.values() if v.const_value is not None)  # fmt: skip
 
 
-def check(model: Any, original: Callable[[], Any], *, loads: Any = None, options: Any = None) -> list[str]:
+def check(model: Any, original: Callable[[], Any], loads: Any = None, options: Any = None) -> list[str]:
     """Check `model` (a `ModelProto`, or a path for models with a data file).
 
     Args:
@@ -66,7 +66,8 @@ def check(model: Any, original: Callable[[], Any], *, loads: Any = None, options
         if not (before := _fails(lambda: session(original(), options=options))):
             raise OnnxError("MP603", "ONNX Runtime does not load the converted model", why=_first_lines(error),
                             try_="keep_fp32=[…] with the node or operator named above")  # fmt: skip
-        notes.append(f"not loaded in ONNX Runtime, which does not load the original either: {_first_lines(before, 1)}")
+        refusal = _first_lines(before, 1)
+        notes.append(f"not loaded in ONNX Runtime, which does not load the original either: {refusal}")
     return notes
 
 

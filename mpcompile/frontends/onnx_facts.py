@@ -74,7 +74,7 @@ def module_of(node: ir.Node) -> str:
 
 
 def source_of(node: ir.Node) -> str:
-    """ "model.py:41" from the exporter's stack trace; "" when there is none."""
+    """File and line ("model.py:41") from the exporter's stack trace; "" when there is none."""
     props = node.metadata_props
     if "mpcompile.source" in props:
         return props["mpcompile.source"]

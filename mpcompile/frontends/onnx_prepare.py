@@ -81,7 +81,8 @@ def _without_weights(model: ir.Model) -> Iterator[None]:
     held = [(v, v.const_value) for g in graphs(model) for v in g.initializers.values()
             if v.const_value is not None and v.const_value.nbytes > WEIGHT]  # fmt: skip
     for value, tensor in held:
-        value.const_value = ir.ExternalTensor("weights", 0, tensor.nbytes, tensor.dtype, shape=tensor.shape, name=value.name or "")
+        shape, name = ir.Shape([int(size) for size in tensor.shape]), value.name or ""
+        value.const_value = ir.ExternalTensor("weights", 0, tensor.nbytes, tensor.dtype, shape=shape, name=name)
     try:
         yield
     finally:
@@ -96,7 +97,8 @@ def _merge(graph: ir.Graph, inferred: onnx.GraphProto) -> None:
         for out in node.outputs:
             if out.name in infos:
                 ir.serde.deserialize_value_info_proto(infos[out.name], out)
-        bodies = {attr.name: [attr.g] if attr.type == onnx.AttributeProto.GRAPH else attr.graphs for attr in proto.attribute}
+        single = onnx.AttributeProto.GRAPH
+        bodies = {attr.name: [attr.g] if attr.type == single else attr.graphs for attr in proto.attribute}
         for name, body in subgraphs(node):
             stem, _, index = name.partition(".")
             _merge(body, bodies[stem][int(index or 0)])
@@ -126,7 +128,7 @@ def _raise_opset(model: ir.Model, low: str, notes: list[str]) -> ir.Model:
     """Raise the opset when operators of the model take `low` only in a newer one."""
     have, want = opset(model, ""), OPSETS[low]
     operators = {(n.domain, n.op_type) for g in graphs(model) for n in g if n.domain in ("", "ai.onnx")}
-    gained = sorted(op for domain, op in operators if _takes(domain, op, want, low) and not _takes(domain, op, have, low))
+    gained = sorted(op for name, op in operators if _takes(name, op, want, low) and not _takes(name, op, have, low))
     changed = any(op in CHANGED and have < CHANGED[op] for _, op in operators)
     if have >= want or not gained or changed:
         return model
@@ -137,12 +139,13 @@ def _raise_opset(model: ir.Model, low: str, notes: list[str]) -> ir.Model:
         try:
             version_converter.convert_version(raised, want, fallback=have < 18)
         except Exception as error:  # the converter raises what it likes; the old opset still works
-            notes.append(f"opset {have} is kept ({type(error).__name__} while raising it to {want}): {_list(gained)} stay FP32")
+            notes.append(f"opset {have} is kept, raising it met a {type(error).__name__}: {_list(gained)} stay FP32")
             return model
     if opset(raised, "") != want:
-        notes.append(f"opset {have} is kept, the version converter does not know all operators: {_list(gained)} stay FP32")
+        notes.append(f"opset {have} is kept, the converter does not know all operators: {_list(gained)} stay FP32")
         return model
-    raised.ir_version = max(raised.ir_version, onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", want)]))
+    least = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", want)])
+    raised.ir_version = max(raised.ir_version, least)
     notes.append(f"opset raised from {have} to {want}, in which {_list(gained)} take {low}")
     return raised
 
@@ -161,9 +164,10 @@ def _settle_cast_like(node: ir.Node) -> None:
     """CastLike takes its type from a value that may change its own: write down the type that it has now."""
     if node.op_type != "CastLike" or node.domain or node.outputs[0].dtype is None:
         return
-    to = ir.AttrInt64("to", node.outputs[0].dtype)
-    kept = [attr for name, attr in node.attributes.items() if name == "saturate"]
-    _replace(node, ir.Node("", "Cast", [node.inputs[0]], [to, *kept], name=node.name, metadata_props=node.metadata_props))
+    attrs = [ir.AttrInt64("to", node.outputs[0].dtype)]
+    attrs += [attr for name, attr in node.attributes.items() if name == "saturate"]
+    props = node.metadata_props
+    _replace(node, ir.Node("", "Cast", [node.inputs[0]], attrs, name=node.name, metadata_props=props))
 
 
 def _replace(old: ir.Node, new: ir.Node) -> None:
@@ -177,7 +181,7 @@ def _replace(old: ir.Node, new: ir.Node) -> None:
 
 
 def _own_body_outputs(model: ir.Model) -> None:
-    """A body that returns a value from outside, or an input or initializer, returns a copy: bodies give what they make."""
+    """Bodies give what they make: one that returns a value from outside, or an input, returns a copy."""
     for graph in model.graph.subgraphs():
         for index, out in enumerate(graph.outputs):
             maker = out.producer()

@@ -42,7 +42,7 @@ def dtype_name(element: Any) -> str:
 
 
 def op_name(domain: str, op: str) -> str:
-    """ "onnx::MatMul", "com.microsoft::FusedMatMul"."""
+    """How the rules name an operator: "onnx::MatMul", "com.microsoft::FusedMatMul"."""
     return f"{domain if domain not in ('', 'ai.onnx') else 'onnx'}::{op}"
 
 

@@ -25,27 +25,27 @@ LAZY = 1 << 20
 
 
 def write(capture: OnnxCapture, graph: PrecisionGraph, *, simulate: bool = False, casts: bool = True,
-          annotate: bool = True, low_inputs: str = "") -> ir.Model:  # fmt: skip
+          annotated: bool = True, low_inputs: str = "") -> ir.Model:  # fmt: skip
     """A new ONNX model with the decisions of `graph`, which the passes made from ``capture.graph``.
 
     Args:
       simulate: FP32 operators, each low result rounded through the low type.
       casts: False writes the FP32 model with the annotations only.
       low_inputs: the low type, when FP32 inputs are to be given in it.
-      annotate: write each node's decisions into its ``metadata_props`` ("mpcompile.verdict" and so on).
+      annotated: write each node's decisions into its ``metadata_props`` ("mpcompile.verdict" and so on).
     """
     twin = capture.model.clone()
     writer = _Writer(capture, graph, _pairs(capture.model, twin), simulate)
     if low_inputs and casts:
         writer.lower_inputs(low_inputs)
-    if annotate:
-        annotations(twin, graph, {key: writer.nodes[node] for key, node in capture.nodes.items() if key in graph.nodes})
+    if annotated:
+        annotate(twin, graph, {key: writer.nodes[node] for key, node in capture.nodes.items() if key in graph.nodes})
     if casts:
         writer.all()
     return twin
 
 
-def annotations(model: ir.Model, graph: PrecisionGraph, nodes: Mapping[str, ir.Node]) -> None:
+def annotate(model: ir.Model, graph: PrecisionGraph, nodes: Mapping[str, ir.Node]) -> None:
     """Write verdict, precision, reason, module and source line of every node into its metadata."""
     for key, made in nodes.items():
         node, props = graph.nodes[key], made.metadata_props

@@ -79,9 +79,9 @@ def _ortvalue(array: Any) -> ort.OrtValue:
 def _array(value: ort.OrtValue) -> Any:
     if value.element_type() != onnx.TensorProto.BFLOAT16:
         return value.numpy()
-    import torch  # DLPack is the only way out for BF16
+    import torch.utils.dlpack  # DLPack is the only way out for BF16
 
-    return torch.from_dlpack(value._ortvalue).view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+    return torch.utils.dlpack.from_dlpack(value._ortvalue).view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
 
 
 __all__ = ["has_provider", "run", "session"]
