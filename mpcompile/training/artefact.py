@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from mpcompile.errors import CaptureError
 from mpcompile.training.forward import Batch, Forward, Input, capture
+from mpcompile.training.graphs import outputs_of, values_of
 from mpcompile.training.joint import Joint, trace
 from mpcompile.training.parts import Run, decompositions, run_joint
 from mpcompile.training.shadows import SHADOWS
@@ -106,7 +107,7 @@ class Artefact:
 
     def gradients(self) -> list[Tensor]:
         """Fake tensors such as the gradients are."""
-        return [n.meta["val"] for n in self.joint.module.graph.output_node().args[0][len(self.buffers) + 1 :]]
+        return values_of(outputs_of(self.joint.module)[len(self.buffers) + 1 :])
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """True when the graph is right for tensors of these sizes."""
@@ -142,7 +143,7 @@ class Artefacts:
     def __post_init__(self) -> None:
         self._modules = list(self.model.modules())
         self._parameters = list(self.model.parameters())
-        self.named = dict(self.model.named_parameters(remove_duplicate=False))
+        self.named: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
 
     def clear(self) -> None:
         self.__post_init__()
@@ -188,7 +189,7 @@ class Artefacts:
 
     def _compiled(self, forward: Forward) -> Artefact:
         joint = trace(forward, decompositions(self.backend))
-        tensors = dict(self.model.named_parameters(remove_duplicate=False))
+        tensors: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
         tensors.update(self.model.named_buffers(remove_duplicate=False))
         tensors.update(forward.constants)
         fixed = [self._fixed(one, tensors) for one in forward.inputs]

@@ -40,9 +40,12 @@ class FloorWatch:
         if hits <= self._known:
             return
         self._known = hits
-        error = TrainingError("MP502", f"a step overflowed with the loss scale at its floor, {self._rule.floor:g}",
-                              why="either the loss is not finite, or an operation overflows whatever the scale",
-                              try_="step.explain_overflow(*batch) names the operation")  # fmt: skip
+        error = TrainingError(
+            "MP502",
+            f"a step overflowed with the loss scale at its floor, {self._rule.floor:g}",
+            why="either the loss is not finite, or an operation overflows whatever the scale",
+            try_="step.explain_overflow(*batch) names the operation",
+        )
         if self._rule.at_floor == "raise":
             raise error
         warnings.warn(str(error), stacklevel=4)

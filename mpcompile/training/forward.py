@@ -112,12 +112,21 @@ def loss_in(output: Any) -> Tensor:
     if isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point():
         return loss.reshape(())
     what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(output).__name__}"
-    raise TrainingError("MP531", f"the step found no scalar loss: it got {what}",
-                        try_="train_step(optimizer, loss_fn=lambda model, x, y: …) that returns a scalar")  # fmt: skip
+    raise TrainingError(
+        "MP531",
+        f"the step found no scalar loss: it got {what}",
+        try_="train_step(optimizer, loss_fn=lambda model, x, y: …) that returns a scalar",
+    )
 
 
-def capture(model: nn.Module, loss_fn: Callable[..., Any] | None, batch: Batch, settings: Settings, trained: set[int],
-            dynamic: Sequence[tuple[int, int]] = ()) -> Forward:  # fmt: skip
+def capture(
+    model: nn.Module,
+    loss_fn: Callable[..., Any] | None,
+    batch: Batch,
+    settings: Settings,
+    trained: set[int],
+    dynamic: Sequence[tuple[int, int]] = (),
+) -> Forward:
     """Capture, decide and rewrite the model's loss.
 
     Args:
@@ -135,7 +144,12 @@ def capture(model: nn.Module, loss_fn: Callable[..., Any] | None, batch: Batch, 
     sources = _name_inputs(program, module)
     device = next((p.device.type for p in model.parameters()), "cpu")
     plan = decide(module, settings, "cuda" if device == "cuda" else "cpu")
-    written = write(plan.capture, plan.graph, use_shadow=_shadow_alone, emulate=emulated_kinds(plan.device, plan.policy.low, compiled=True))
+    written = write(
+        plan.capture,
+        plan.graph,
+        use_shadow=_shadow_alone,
+        emulate=emulated_kinds(plan.device, plan.policy.low, compiled=True),
+    )
     for node in written.module.graph.find_nodes(op="call_function", target=_shadow_alone):
         node.replace_all_uses_with(node.args[1])
         written.module.graph.erase_node(node)
@@ -150,8 +164,12 @@ def _shadow_alone(master: Tensor, shadow: Tensor) -> Tensor:
 
 def _name_inputs(program: Any, module: fx.GraphModule) -> dict[str, Input]:
     """Placeholder -> what it is, in the user's names; a tied parameter enters once."""
-    kinds = {InputKind.PARAMETER: "param", InputKind.BUFFER: "buffer", InputKind.CONSTANT_TENSOR: "constant",
-             InputKind.USER_INPUT: "arg"}  # fmt: skip
+    kinds = {
+        InputKind.PARAMETER: "param",
+        InputKind.BUFFER: "buffer",
+        InputKind.CONSTANT_TENSOR: "constant",
+        InputKind.USER_INPUT: "arg",
+    }
     state, first, found, leaf = program.state_dict, dict[int, fx.Node](), dict[str, Input](), 0
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     for node in module.graph.find_nodes(op="placeholder"):
@@ -172,8 +190,15 @@ def _name_inputs(program: Any, module: fx.GraphModule) -> dict[str, Input]:
 _ROLES = {"param": "parameter", "buffer": "buffer", "constant": "constant", "arg": "input"}
 
 
-def _assemble(module: fx.GraphModule, shadows: Sequence[tuple[str, str]], sources: dict[str, Input], plan: Plan,
-              program: Any, model: nn.Module, trained: set[int]) -> Forward:  # fmt: skip
+def _assemble(
+    module: fx.GraphModule,
+    shadows: Sequence[tuple[str, str]],
+    sources: dict[str, Input],
+    plan: Plan,
+    program: Any,
+    model: nn.Module,
+    trained: set[int],
+) -> Forward:
     """Drop the inputs that nothing reads, and give each that is left its fake tensor."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     low = {f"{name}.shadow": TORCH_DTYPES[to] for name, to in shadows}

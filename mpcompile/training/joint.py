@@ -21,6 +21,7 @@ from torch._guards import TracingContext, tracing
 
 from mpcompile.runtime.inductor import plain_autograd
 from mpcompile.training.forward import Forward
+from mpcompile.training.graphs import inputs_of, outputs_of, values_of
 
 
 @dataclass
@@ -48,7 +49,9 @@ def trace(forward: Forward, decompositions: dict[Any, Callable[..., Any]] | None
     fake_mode = forward.fakes[0].fake_mode  # type: ignore[attr-defined]
     with contextlib.ExitStack() as stack, fresh_tracing(fake_mode):
         stack.enter_context(plain_autograd())
-        made = aot_export_joint_with_descriptors(stack, forward.module, tuple(forward.fakes), decompositions=decompositions)
+        made = aot_export_joint_with_descriptors(
+            stack, forward.module, tuple(forward.fakes), decompositions=decompositions
+        )
     return _read(made.graph_module, forward)
 
 
@@ -63,9 +66,10 @@ def _read(module: fx.GraphModule, forward: Forward) -> Joint:
     graph = module.graph
     graph.set_codegen(fx.graph.CodeGen())
     output = graph.output_node()
+    described = zip(outputs_of(module), output.meta["desc"], strict=True)
     mutated, grads, kept = list[int](), list[int](), list[Any]()
     loss: Any = None
-    for node, description in zip(output.args[0], output.meta["desc"], strict=True):
+    for node, description in described:
         if node is None:
             continue
         if isinstance(description, InputMutationAOTOutput):
@@ -80,7 +84,7 @@ def _read(module: fx.GraphModule, forward: Forward) -> Joint:
     output.args = (tuple(kept),)
     graph.eliminate_dead_code()
     module.recompile()
-    fakes = [n.meta["val"] for n in graph.find_nodes(op="placeholder")]
+    fakes = values_of(inputs_of(module))
     return Joint(module, forward, fakes, mutated, grads)
 
 

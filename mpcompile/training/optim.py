@@ -62,11 +62,15 @@ class Slot:
 
 @dataclass
 class Shared:
-    """A 0-dim state that the parameters `members` share: `base[j]` is the state of member j."""
+    """A 0-dim state that the parameters `members` share: `base[j]` is the state of member j.
+
+    `value` is what a graph reads: storage of its own, as a graph that writes `base` must not read an element of it.
+    """
 
     key: str
     members: list[int]
     base: Tensor
+    value: Tensor
 
 
 @dataclass
@@ -112,8 +116,14 @@ class Binding:
         """Every 0-dim state tensor of `shared`, as fused kernels take them: one per parameter."""
         return [base for one in self.shared for base in one.base.unbind()]
 
-    def apply(self, numbers: Tensor, shared: Sequence[Tensor], params: Sequence[Tensor], grads: Sequence[Tensor],
-              states: Sequence[Tensor]) -> list[Tensor]:  # fmt: skip
+    def apply(
+        self,
+        numbers: Tensor,
+        shared: Sequence[Tensor],
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[Tensor],
+    ) -> list[Tensor]:
         """In a trace: the optimizer's own step on `params` and `states`, in place; returns the new shared scalars.
 
         Args:
@@ -125,7 +135,9 @@ class Binding:
           UndecidableError: the code asks a tensor for its truth value.
         """
         values = [numbers[i] for i in range(len(self.slots))]
-        started = {self.groups[one.members[0]]: s for one, s in zip(self.shared, shared, strict=True) if one.key == STARTED}
+        started = {
+            self.groups[one.members[0]]: s for one, s in zip(self.shared, shared, strict=True) if one.key == STARTED
+        }
         self.guards.clear()
         with NumbersAsTensors(list(zip(values, self.numbers(), strict=True)), self.guards):
             twin = self._twin(values, params, grads, started)
@@ -135,12 +147,21 @@ class Binding:
                 for i in one.members if one.key != STARTED else ():
                     twin.state[params[i]][one.key] = scalar.clone()
             self._step(twin)
-        return [torch.ones_like(s) if one.key == STARTED else twin.state[params[one.members[0]]][one.key]
-                for one, s in zip(self.shared, shared, strict=True)]  # fmt: skip
+        return [
+            torch.ones_like(s) if one.key == STARTED else twin.state[params[one.members[0]]][one.key]
+            for one, s in zip(self.shared, shared, strict=True)
+        ]
 
-    def apply_fused(self, lr: Callable[[int], Tensor], params: Sequence[Tensor], grads: Sequence[Tensor],
-                    states: Sequence[Tensor], counters: Sequence[Tensor], found_inf: Tensor,
-                    grad_scale: Tensor | None) -> None:  # fmt: skip
+    def apply_fused(
+        self,
+        lr: Callable[[int], Tensor],
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        states: Sequence[Tensor],
+        counters: Sequence[Tensor],
+        found_inf: Tensor,
+        grad_scale: Tensor | None,
+    ) -> None:
         """In a trace: the optimizer's own fused step, in place; `found_inf` is 0 or 1, `lr(i)` the lr of group i."""
         groups = self.optimizer.param_groups
         values = [lr(s.group) if s.key == "lr" else float(s.read(groups)) for s in self.slots]
@@ -162,8 +183,9 @@ class Binding:
                 stack.enter_context(mock.patch.object(torch.compiler, "is_compiling", return_value=True))
             step(twin)
 
-    def _twin(self, values: Sequence[Any], params: Sequence[Tensor], grads: Sequence[Tensor],
-              started: dict[int, Tensor]) -> Any:  # fmt: skip
+    def _twin(
+        self, values: Sequence[Any], params: Sequence[Tensor], grads: Sequence[Tensor], started: dict[int, Tensor]
+    ) -> Any:
         """An optimizer of the same class whose groups hold stand-ins; the user's own is not touched."""
         twin = object.__new__(type(self.optimizer))
         twin.__dict__.update(self.optimizer.__dict__)
@@ -205,8 +227,12 @@ def bind(optimizer: torch.optim.Optimizer, trained: Sequence[Tensor], fused: boo
 
 
 def untraceable(optimizer: torch.optim.Optimizer, why: str) -> TrainingError:
-    return TrainingError("MP521", f"the update of {type(optimizer).__name__} cannot be emitted as a graph", why=why,
-                         try_="the drop-in way: loss = mp(x); loss.backward(); optimizer.step()")  # fmt: skip
+    return TrainingError(
+        "MP521",
+        f"the update of {type(optimizer).__name__} cannot be emitted as a graph",
+        why=why,
+        try_="the drop-in way: loss = mp(x); loss.backward(); optimizer.step()",
+    )
 
 
 def can_fuse(optimizer: torch.optim.Optimizer, trained: Sequence[Tensor]) -> bool:
@@ -257,7 +283,8 @@ def _list_state(binding: Binding, fresh: set[int]) -> None:
         alike[binding.groups[i], p.device, values].append(i)
     for (_, device, values), members in alike.items():
         for key, value, dtype in values:
-            one = Shared(key, members, torch.full((len(members),), value, dtype=dtype, device=device))
+            base = torch.full((len(members),), value, dtype=dtype, device=device)
+            one = Shared(key, members, base, base[0].clone())
             for i, element in zip(members, one.base.unbind(), strict=True):
                 binding.optimizer.state[binding.params[i]][key] = element
             binding.shared.append(one)
@@ -266,7 +293,7 @@ def _list_state(binding: Binding, fresh: set[int]) -> None:
         if members and isinstance(binding.optimizer, torch.optim.SGD) and group["momentum"] and group["dampening"]:
             begun = float(not fresh & {id(binding.params[i]) for i in members})
             base = torch.full((1,), begun, device=binding.params[members[0]].device)
-            binding.shared.append(Shared(STARTED, members[:1], base))
+            binding.shared.append(Shared(STARTED, members[:1], base, base[0].clone()))
 
 
 def _slots(groups: Sequence[dict[str, Any]]) -> Iterator[Slot]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from mpcompile.training.graphs import inputs_of, values_of
 from mpcompile.training.joint import Joint, fresh_tracing
 from mpcompile.training.update import InPlace
 
@@ -57,9 +58,9 @@ def _in_two(joint: Joint) -> Run:
     fixed = [i for i, one in enumerate(joint.forward.inputs) if one.kind != "arg"]
     with fresh_tracing(mode), V.set_fake_mode(mode):
         first, second = partition_fn(joint.module, joint.fakes, num_fwd_outputs=joint.outputs_of_forward)
-        forward: Any = compile_fx_inner(first, _values(first), static_input_idxs=fixed)
-        backward: Any = compile_fx_inner(second, _values(second), is_backward=True)
-    seeds = [n.name.startswith("tangents") for n in second.graph.find_nodes(op="placeholder")]
+        forward: Any = compile_fx_inner(first, values_of(inputs_of(first)), static_input_idxs=fixed)
+        backward: Any = compile_fx_inner(second, values_of(inputs_of(second)), is_backward=True)
+    seeds = [n.name.startswith("tangents") for n in inputs_of(second)]
     kept, needs_seed = joint.outputs_of_forward, any(seeds)
 
     def run(inputs: list[Any]) -> Sequence[Any]:
@@ -92,7 +93,3 @@ def compile_inference(module: fx.GraphModule, fakes: Sequence[Any]) -> Run:
             return compiled(inputs)  # type: ignore[no-any-return]
 
     return run
-
-
-def _values(module: fx.GraphModule) -> list[Any]:
-    return [n.meta["val"] for n in module.graph.find_nodes(op="placeholder")]

@@ -19,9 +19,13 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
-    "eq": lambda a, b: a == b, "ne": lambda a, b: a != b, "lt": lambda a, b: a < b,
-    "le": lambda a, b: a <= b, "gt": lambda a, b: a > b, "ge": lambda a, b: a >= b,
-}  # fmt: skip
+    "eq": lambda a, b: a == b,
+    "ne": lambda a, b: a != b,
+    "lt": lambda a, b: a < b,
+    "le": lambda a, b: a <= b,
+    "gt": lambda a, b: a > b,
+    "ge": lambda a, b: a >= b,
+}
 Test = Callable[[Sequence[float]], bool]
 
 
@@ -139,10 +143,21 @@ def _square(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 _REWRITES: dict[str, Callable[[Any, Any, Any], Any]] = {
-    "add": _scaled, "add_": _scaled, "sub": _scaled, "sub_": _scaled, "lerp": _lerp, "lerp_": _lerp,
-    "addcmul": _product, "addcmul_": _product, "addcdiv": _product, "addcdiv_": _product, "addmm": _addmm,
-    "square_": _square, "clamp": _clamp, "clamp_": _clamp,
-}  # fmt: skip
+    "add": _scaled,
+    "add_": _scaled,
+    "sub": _scaled,
+    "sub_": _scaled,
+    "lerp": _lerp,
+    "lerp_": _lerp,
+    "addcmul": _product,
+    "addcmul_": _product,
+    "addcdiv": _product,
+    "addcdiv_": _product,
+    "addmm": _addmm,
+    "square_": _square,
+    "clamp": _clamp,
+    "clamp_": _clamp,
+}
 
 
 def _extreme(builtin: Callable[..., Any], keeps_first: str) -> Callable[..., Any]:
@@ -170,5 +185,5 @@ def _like(number: float, args: Sequence[Any]) -> Tensor:
 def tensor_builtins(module: str) -> Iterator[None]:
     """While active, code of `module` sees a min and max that take tensors."""
     names = {"min": _extreme(builtins.min, "min"), "max": _extreme(builtins.max, "max")}
-    with mock.patch.multiple(sys.modules[module], create=True, **names):
+    with mock.patch.dict(sys.modules[module].__dict__, names):
         yield

@@ -76,10 +76,18 @@ class LossScale:
                 raise TrainingError("MP501", f"{self!r} is not a loss scale", why=f"it must be that {rule}")
 
     @classmethod
-    def dynamic(cls, init: float = 65536.0, growth: float = 2.0, backoff: float = 0.5, interval: int = 2000,
-                floor: float = 1.0, cap: float = 2.0**24, hysteresis: int = 1,
-                refill: Literal["growth", "clean-step"] = "growth",
-                at_floor: Literal["keep", "warn", "raise"] = "keep") -> LossScale:  # fmt: skip
+    def dynamic(
+        cls,
+        init: float = 65536.0,
+        growth: float = 2.0,
+        backoff: float = 0.5,
+        interval: int = 2000,
+        floor: float = 1.0,
+        cap: float = 2.0**24,
+        hysteresis: int = 1,
+        refill: Literal["growth", "clean-step"] = "growth",
+        at_floor: Literal["keep", "warn", "raise"] = "keep",
+    ) -> LossScale:
         """A scale that halves on overflow and doubles after `interval` finite steps (see the class)."""
         return cls("dynamic", init, growth, backoff, interval, floor, cap, hysteresis, refill, at_floor)
 
@@ -101,7 +109,9 @@ class LossScale:
             return cls.dynamic() if low == "fp16" else cls.static(1.0)
         if isinstance(scale, (int, float)) and not isinstance(scale, bool):
             return cls.static(float(scale))
-        raise TrainingError("MP501", f"scale={scale!r} is not a loss scale", try_="'auto', a number, or LossScale.dynamic(…)")
+        raise TrainingError(
+            "MP501", f"scale={scale!r} is not a loss scale", try_="'auto', a number, or LossScale.dynamic(…)"
+        )
 
     @property
     def is_off(self) -> bool:
@@ -176,11 +186,17 @@ def to_dict(rule: LossScale, state: ScaleState) -> dict[str, Any]:
     """Every field of rule and state as numbers and words, with GradScaler's five keys among them. Reads the device."""
     now = ScaleState(*(value.item() if isinstance(value, Tensor) else value for value in state))
     return {
-        "scale": now.scale, "growth_factor": rule.growth, "backoff_factor": rule.backoff,
-        "growth_interval": rule.interval, "_growth_tracker": now.growth_tracker,
+        "scale": now.scale,
+        "growth_factor": rule.growth,
+        "backoff_factor": rule.backoff,
+        "growth_interval": rule.interval,
+        "_growth_tracker": now.growth_tracker,
         **{k: v for k, v in asdict(rule).items() if k not in ("growth", "backoff", "interval")},
-        "hysteresis_left": now.hysteresis_left, "steps": now.steps, "skipped": now.skipped, "floor_hits": now.floor_hits,
-    }  # fmt: skip
+        "hysteresis_left": now.hysteresis_left,
+        "steps": now.steps,
+        "skipped": now.skipped,
+        "floor_hits": now.floor_hits,
+    }
 
 
 def from_dict(saved: dict[str, Any], rule: LossScale) -> tuple[LossScale, ScaleState]:
@@ -192,18 +208,36 @@ def from_dict(saved: dict[str, Any], rule: LossScale) -> tuple[LossScale, ScaleS
     five = ("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker")
     missing = [key for key in five if key not in saved]
     if missing:
-        raise TrainingError("MP501", f"a loss scale's saved state lacks {', '.join(missing)}",
-                            why=f"it has {', '.join(saved) or 'nothing (a disabled GradScaler saves nothing)'}")  # fmt: skip
+        raise TrainingError(
+            "MP501",
+            f"a loss scale's saved state lacks {', '.join(missing)}",
+            why=f"it has {', '.join(saved) or 'nothing (a disabled GradScaler saves nothing)'}",
+        )
     named = {f.name: saved[f.name] for f in fields(LossScale) if f.name in saved}
-    known = {**asdict(rule), **named, "growth": saved["growth_factor"], "backoff": saved["backoff_factor"],
-             "interval": saved["growth_interval"]}  # fmt: skip
+    known = {
+        **asdict(rule),
+        **named,
+        "growth": saved["growth_factor"],
+        "backoff": saved["backoff_factor"],
+        "interval": saved["growth_interval"],
+    }
     if "kind" not in saved:
         # GradScaler knows no bounds: its scale may stand outside ours, which then give way.
-        known.update(kind="dynamic", init=saved["scale"], floor=min(known["floor"], saved["scale"]),
-                     cap=max(known["cap"], saved["scale"]))  # fmt: skip
+        known.update(
+            kind="dynamic",
+            init=saved["scale"],
+            floor=min(known["floor"], saved["scale"]),
+            cap=max(known["cap"], saved["scale"]),
+        )
     loaded = LossScale(**known)
-    state = ScaleState(saved["scale"], saved["_growth_tracker"], saved.get("hysteresis_left", loaded.hysteresis),
-                       saved.get("steps", 0), saved.get("skipped", 0), saved.get("floor_hits", 0))  # fmt: skip
+    state = ScaleState(
+        saved["scale"],
+        saved["_growth_tracker"],
+        saved.get("hysteresis_left", loaded.hysteresis),
+        saved.get("steps", 0),
+        saved.get("skipped", 0),
+        saved.get("floor_hits", 0),
+    )
     return loaded, state
 
 

@@ -38,8 +38,9 @@ FORMAT = "mpcompile.checkpoint/1"
 _PLAIN = (str, int, float, bool, type(None))
 
 
-def save_checkpoint(path: str | os.PathLike[str], *, model: Any = None, optimizer: Any = None, step: Any = None,
-                    extra: Any = None) -> None:  # fmt: skip
+def save_checkpoint(
+    path: str | os.PathLike[str], *, model: Any = None, optimizer: Any = None, step: Any = None, extra: Any = None
+) -> None:
     """Write model, optimizer, training step, `extra` and every random generator's state to `path`, atomically.
 
     Args:
@@ -58,8 +59,9 @@ def save_checkpoint(path: str | os.PathLike[str], *, model: Any = None, optimize
     _write_whole(Path(path), packer.tensors, {"format": FORMAT, "tree": json.dumps(tree), "crc": json.dumps(crc)})
 
 
-def load_checkpoint(path: str | os.PathLike[str], *, model: Any = None, optimizer: Any = None, step: Any = None,
-                    rng: bool = True) -> Any:  # fmt: skip
+def load_checkpoint(
+    path: str | os.PathLike[str], *, model: Any = None, optimizer: Any = None, step: Any = None, rng: bool = True
+) -> Any:
     """Put back what `save_checkpoint` wrote, and return its `extra`. Nothing is touched unless the file is sound.
 
     Args:
@@ -117,12 +119,14 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _unreadable(path: Any, why: str) -> TrainingError:
-    return TrainingError("MP511", f"the checkpoint {os.fspath(path)!r} cannot be read", why=why,
-                         try_="an older checkpoint")  # fmt: skip
+    return TrainingError(
+        "MP511", f"the checkpoint {os.fspath(path)!r} cannot be read", why=why, try_="an older checkpoint"
+    )
 
 
 def _crc(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    flat: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+    return zlib.crc32(flat)
 
 
 class _Packer:

@@ -26,7 +26,7 @@ page(
     "MP541",
     "A training step option that does not exist",
     "An argument of `train_step` has a value that it cannot take.",
-    "accumulate is 1 or more, masters 'full' or 'split', backend 'inductor' or 'eager', cuda_graph 'auto', True or False.",
+    "accumulate is 1 or more, masters 'full' or 'split', backend 'inductor' or 'eager', cuda_graph 'auto' or a bool.",
 )
 
 
@@ -66,24 +66,46 @@ class TrainStep:
       TrainingError: MP5xx.
     """
 
-    def __init__(self, owner: Any, optimizer: torch.optim.Optimizer, loss_fn: Callable[..., Any] | None = None, *,
-                 scale: str | float | LossScale = "auto", max_grad_norm: float | None = None, accumulate: int = 1,
-                 masters: Literal["full", "split"] = "full", backend: str | None = None,
-                 cuda_graph: Literal["auto"] | bool = "auto") -> None:  # fmt: skip
+    def __init__(
+        self,
+        owner: Any,
+        optimizer: torch.optim.Optimizer,
+        loss_fn: Callable[..., Any] | None = None,
+        *,
+        scale: str | float | LossScale = "auto",
+        max_grad_norm: float | None = None,
+        accumulate: int = 1,
+        masters: Literal["full", "split"] = "full",
+        backend: str | None = None,
+        cuda_graph: Literal["auto"] | bool = "auto",
+    ) -> None:
         self.model, self.optimizer, self.policy = owner.model, optimizer, owner.settings.policy
         self.device = next(p.device for p in self.model.parameters())
         self.backend = backend or owner.backend
         _check_options(self.backend, accumulate, masters)
         self.policy = settle_policy(owner.settings.policy, self.device.type)
         if not self._trained() & {id(p) for p in self.model.parameters()}:
-            raise TrainingError("MP522", f"the {type(optimizer).__name__} holds no parameter of the model that is trained",
-                                try_=f"{type(optimizer).__name__}(model.parameters(), …)")  # fmt: skip
+            raise TrainingError(
+                "MP522",
+                f"the {type(optimizer).__name__} holds no parameter of the model that is trained",
+                try_=f"{type(optimizer).__name__}(model.parameters(), …)",
+            )
         self.rule = LossScale.of(scale, self.policy.low)
         self.state: ScaleState = self.rule.initial(self.device)
         seed, shadows = self.state.scale * (1.0 / accumulate), ShadowSet()
-        self.plan = Plan(self.model, optimizer, self.rule, self.state, seed, shadows, self.backend, max_grad_norm, accumulate)
-        self.artefacts = Artefacts(self.model, loss_fn, owner.settings, self.backend, owner.dynamic, self._trained, shadows,
-                                   lambda _: self._updaters.clear())  # fmt: skip
+        self.plan = Plan(
+            self.model, optimizer, self.rule, self.state, seed, shadows, self.backend, max_grad_norm, accumulate
+        )
+        self.artefacts = Artefacts(
+            self.model,
+            loss_fn,
+            owner.settings,
+            self.backend,
+            owner.dynamic,
+            self._trained,
+            shadows,
+            lambda _: self._updaters.clear(),
+        )
         self._updaters: dict[Any, Updater] = {}
         self._window = Window(accumulate, self.policy.grads == "low")
         self._sizes = self._group_sizes()
@@ -111,7 +133,9 @@ class TrainStep:
         self._window.count = 0
         return self._update(self._window.layout(), loss, list(self._window.sums.values()))
 
-    def _update(self, layout: Layout, loss: Tensor, grads: Sequence[Tensor], artefact: Artefact | None = None) -> StepResult:
+    def _update(
+        self, layout: Layout, loss: Tensor, grads: Sequence[Tensor], artefact: Artefact | None = None
+    ) -> StepResult:
         updater = self._updaters.get(layout)
         if updater is None or not updater.holds():
             like = grads if artefact is None else artefact.gradients()
@@ -163,8 +187,11 @@ class TrainStep:
 
 
 def _check_options(backend: str, accumulate: int, masters: str) -> None:
-    wrong = {"backend": backend not in ("inductor", "eager"), "accumulate": accumulate < 1,
-             "masters": masters not in ("full", "split")}  # fmt: skip
+    wrong = {
+        "backend": backend not in ("inductor", "eager"),
+        "accumulate": accumulate < 1,
+        "masters": masters not in ("full", "split"),
+    }
     for name, bad in wrong.items():
         if bad:
             given = {"backend": backend, "accumulate": accumulate, "masters": masters}[name]

@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
+from mpcompile.training.graphs import outputs_of
 from mpcompile.training.optim import Binding, untraceable
 from mpcompile.training.scalars import UndecidableError
 from mpcompile.training.scaler import LossScale, ScaleState, inverse, transition
@@ -29,7 +30,7 @@ class Operands(NamedTuple):
     Fields:
       numbers: FP64 vector of the groups' numbers.
       scale: the loss scale's state.
-      shared: 1-D, one per `Binding.shared`.
+      shared: 0-dim, one per `Binding.shared`.
       params, states: FP32 tensors.
       grads: raw gradients, still scaled, any float dtype; `Spec.parts` says whose.
     """
@@ -107,10 +108,11 @@ def update(spec: Spec, binding: Binding, given: Operands) -> Outcome:
         factor = clip_factor(norm, spec.max_grad_norm)
         grads = [g * factor for g in grads]
     params, states = [p.clone() for p in given.params], [s.clone() for s in given.states]
-    before = [one[0] for one in given.shared]
-    after = binding.apply(given.numbers, [s.double() for s in before], params, grads, states)
-    chosen = [torch.where(finite, new.to(old.dtype), old) for new, old in zip(
-        [*after, *params, *states], [*before, *given.params, *given.states], strict=True)]  # fmt: skip
+    after = binding.apply(given.numbers, [s.double() for s in given.shared], params, grads, states)
+    chosen = [
+        torch.where(finite, new.to(old.dtype), old)
+        for new, old in zip([*after, *params, *states], [*given.shared, *given.params, *given.states], strict=True)
+    ]
     n, m = len(after), len(params)
     scale = transition(spec.rule, given.scale, finite)
     new_params = chosen[n : n + m]
@@ -134,8 +136,9 @@ class Traced:
     fakes: list[Any]
 
 
-def trace(spec: Spec, binding: Binding, given: Operands,
-          decompositions: dict[Any, Callable[..., Any]] | None = None) -> Traced:  # fmt: skip
+def trace(
+    spec: Spec, binding: Binding, given: Operands, decompositions: dict[Any, Callable[..., Any]] | None = None
+) -> Traced:
     """`update` as a functional graph with flat inputs (the leaves of `Operands`) and outputs (those of `Outcome`).
 
     Raises:
@@ -156,8 +159,9 @@ def trace(spec: Spec, binding: Binding, given: Operands,
     raise untraceable(binding.optimizer, str(problem).splitlines()[0]) from problem
 
 
-def trace_functional(function: Callable[..., Any], leaves: Sequence[Any],
-                     decompositions: dict[Any, Callable[..., Any]] | None = None) -> Traced:  # fmt: skip
+def trace_functional(
+    function: Callable[..., Any], leaves: Sequence[Any], decompositions: dict[Any, Callable[..., Any]] | None = None
+) -> Traced:
     """A functional ATen graph of `function`, copies of unchanged values left out."""
     mode = next((t.fake_mode for t in leaves if isinstance(t, FakeTensor)), None)
     mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
@@ -182,24 +186,24 @@ def _tidy(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-
-
 @dataclass
 class InPlace:
-    """The update as it runs: (*operand leaves, seed, *shadows) -> (finite, norm, scale), the rest written in place."""
+    """The update as it runs: (*operand leaves, seed, *bases, *shadows) -> (finite, norm, scale), the rest in place."""
 
     module: fx.GraphModule
     fakes: list[Any]
 
 
-def in_place(traced: Traced, given: Operands, shadows: Sequence[Tensor], seed: Tensor) -> InPlace:
+def in_place(
+    traced: Traced, given: Operands, seed: Tensor, bases: Sequence[Tensor], shadows: Sequence[Tensor]
+) -> InPlace:
     """End the functional update with the writes: every next value is copied over the one it follows."""
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     for node in traced.module.graph.nodes:
         if node.op != "output":
             env[node] = graph.node_copy(node, lambda n: env[n])
-    outputs = [env[n] for n in traced.module.graph.output_node().args[0]]
+    outputs = [env[n] for n in outputs_of(traced.module)]
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     counts = [len(pytree.tree_leaves(part)) for part in given]
     starts = dict(zip(given._fields, [sum(counts[:i]) for i in range(len(counts))], strict=True))
@@ -208,7 +212,12 @@ def in_place(traced: Traced, given: Operands, shadows: Sequence[Tensor], seed: T
     after = graph._root.prev if not inputs else inputs[-1]
     targets = [inputs[i] for i in written]
     fakes = list(traced.fakes)
-    for name, tensor in [("seed", seed), *((f"shadow_{i}", s) for i, s in enumerate(shadows))]:
+    named = [
+        ("seed", seed),
+        *((f"counters_{i}", b) for i, b in enumerate(bases)),
+        *((f"shadow_{i}", s) for i, s in enumerate(shadows)),
+    ]
+    for name, tensor in named:
         with graph.inserting_after(after):
             after = graph.placeholder(name)
         after.meta["val"] = mode.from_tensor(tensor.detach(), static_shapes=True)
@@ -216,9 +225,8 @@ def in_place(traced: Traced, given: Operands, shadows: Sequence[Tensor], seed: T
         targets.append(after)
     finite, norm, next_seed, *values = outputs
     moved = values[: len(written)]
-    pairs = [*zip(targets[: len(written)], moved, strict=True),
-             *zip(targets[len(written) :], [next_seed, *values[len(written) :]], strict=True)]  # fmt: skip
-    for target, value in pairs:
+    counters = moved[starts["shared"] - starts["scale"] :][: len(bases)]
+    for target, value in zip(targets, [*moved, next_seed, *counters, *values[len(written) :]], strict=True):
         if target is not value:
             graph.call_function(torch.ops.aten.copy_.default, (target, value)).meta["val"] = target.meta["val"]
     graph.output((finite, norm, moved[0]))

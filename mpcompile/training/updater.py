@@ -74,14 +74,24 @@ class Plan:
             parts.setdefault(id(parameters[name]), []).append(position)
         binding = bind(self.optimizer, [p for p in self.model.parameters() if id(p) in parts])
         index = {id(p): i for i, p in enumerate(binding.params)}
-        held = [(index[id(m)], s) for m, s in zip(self.shadows.masters, self.shadows.shadows, strict=True) if id(m) in index]
-        spec = Spec(self.rule, tuple(tuple(parts[id(p)]) for p in binding.params),
-                    tuple((i, s.dtype) for i, s in held), self.max_grad_norm, self.accumulate)  # fmt: skip
+        held = [
+            (index[id(m)], s) for m, s in zip(self.shadows.masters, self.shadows.shadows, strict=True) if id(m) in index
+        ]
+        spec = Spec(
+            self.rule,
+            tuple(tuple(parts[id(p)]) for p in binding.params),
+            tuple((i, s.dtype) for i, s in held),
+            self.max_grad_norm,
+            self.accumulate,
+        )
         now = binding.numbers()
         numbers = torch.tensor(now, dtype=torch.float64, device=self.seed.device)
-        given = Operands(numbers, self.state, [s.base for s in binding.shared], binding.params,
-                         binding.state_tensors(), list(grads))  # fmt: skip
-        shadows = [s for _, s in held]
-        emitted = in_place(trace(spec, binding, given, decompositions(self.backend)), given, shadows, self.seed)
+        given = Operands(
+            numbers, self.state, [s.value for s in binding.shared], binding.params, binding.state_tensors(), list(grads)
+        )
+        bases, shadows = [s.base for s in binding.shared], [s for _, s in held]
+        emitted = in_place(trace(spec, binding, given, decompositions(self.backend)), given, self.seed, bases, shadows)
         before = pytree.tree_leaves(given._replace(grads=[]))
-        return Updater(binding, emitted, run_update(emitted, self.backend), before, [self.seed, *shadows], numbers, now)
+        return Updater(
+            binding, emitted, run_update(emitted, self.backend), before, [self.seed, *bases, *shadows], numbers, now
+        )

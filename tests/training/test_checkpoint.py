@@ -19,16 +19,22 @@ from hypothesis import strategies as st
 from mpcompile.errors import TrainingError
 from mpcompile.training.state import load_checkpoint, save_checkpoint
 
-dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32,
-                          torch.uint8, torch.bool])  # fmt: skip
-arrays = st.builds(lambda d, s: (torch.arange(s[0] * s[1]).reshape(s) % 3).to(d), dtypes, st.tuples(*[st.integers(0, 3)] * 2))
+dtypes = st.sampled_from(
+    [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool]
+)
+arrays = st.builds(
+    lambda d, s: (torch.arange(s[0] * s[1]).reshape(s) % 3).to(d), dtypes, st.tuples(*[st.integers(0, 3)] * 2)
+)
 plain = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
 trees = st.recursive(
     plain | arrays,
-    lambda inner: st.lists(inner, max_size=3) | st.tuples(inner, inner)
-    | st.dictionaries(st.text(max_size=4) | st.integers(), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.tuples(inner, inner)
+        | st.dictionaries(st.text(max_size=4) | st.integers(), inner, max_size=3)
+    ),
     max_leaves=8,
-)  # fmt: skip
+)
 
 
 def same(a, b):

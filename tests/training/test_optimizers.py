@@ -31,7 +31,7 @@ CASES = [
     (optim.Rprop, {"etas": (0.3, 1.3)}),
     (optim.Adafactor, {"weight_decay": 0.1}),
     (optim.Muon, {}),
-]  # fmt: skip
+]
 
 
 class Net(nn.Module):
@@ -91,7 +91,7 @@ def test_a_skipped_step_leaves_every_bit(kind, options):
     model = Net(matrices_alone=kind is optim.Muon)
     optimizer = kind(model.parameters(), **copy.deepcopy(options))
     step = mpcompile(model, "fp32", backend="eager").train_step(optimizer)
-    (x, y), = batches(1)
+    ((x, y),) = batches(1)
     step(x, y)
     weights, state = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
     result = step(x, y * float("inf"))

@@ -110,9 +110,19 @@ def test_inverse_is_rounded_once_from_fp64():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"init": 0.0}, {"growth": 1.0}, {"backoff": 1.0}, {"interval": 0}, {"hysteresis": 0}, {"floor": 1e9},
-              {"refill": "never"}, {"at_floor": "cry"}, {"init": math.inf}],
-)  # fmt: skip
+    "wrong",
+    [
+        {"init": 0.0},
+        {"growth": 1.0},
+        {"backoff": 1.0},
+        {"interval": 0},
+        {"hysteresis": 0},
+        {"floor": 1e9},
+        {"refill": "never"},
+        {"at_floor": "cry"},
+        {"init": math.inf},
+    ],
+)
 def test_impossible_rules_are_refused(wrong):
     with pytest.raises(TrainingError, match="MP501"):
         LossScale.dynamic(**wrong)

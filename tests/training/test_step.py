@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mpcompile.api import mpcompile
 from mpcompile.errors import TrainingError
 from mpcompile.training.scaler import LossScale
-from mpcompile.training.state import load_checkpoint, save_checkpoint
+from mpcompile.training.state import save_checkpoint
 
 
 class Net(nn.Module):
@@ -161,8 +161,9 @@ class NoSync(TorchDispatchMode):
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_steady_state_never_asks_the_device(backend, accumulate):
-    _, optimizer, step = make(scale=LossScale.dynamic(8.0, interval=1), max_grad_norm=1.0, accumulate=accumulate,
-                              backend=backend)  # fmt: skip
+    _, optimizer, step = make(
+        scale=LossScale.dynamic(8.0, interval=1), max_grad_norm=1.0, accumulate=accumulate, backend=backend
+    )
     schedule = optim.lr_scheduler.LinearLR(optimizer, total_iters=50)
     data = batches(4)
     for batch in data[: 2 * accumulate]:
@@ -243,7 +244,9 @@ def test_keyword_arguments_and_constants():
 @given(st.lists(st.booleans(), max_size=6), st.integers(1, 3), st.sampled_from(["growth", "clean-step"]))
 @settings(max_examples=8)
 def test_state_dict_round_trips_every_field(outcomes, accumulate, refill):
-    model, optimizer, step = make(scale=LossScale.dynamic(64.0, interval=2, hysteresis=2, refill=refill), accumulate=accumulate)
+    model, optimizer, step = make(
+        scale=LossScale.dynamic(64.0, interval=2, hysteresis=2, refill=refill), accumulate=accumulate
+    )
     data = batches(len(outcomes))
     for (x, y), finite in zip(data, outcomes, strict=True):
         with torch.no_grad():
@@ -270,7 +273,8 @@ def test_state_dict_round_trips_every_field(outcomes, accumulate, refill):
 RESUME = """
 import sys, torch
 sys.path[:0] = [sys.argv[1]]
-from tests.training.test_step import batches, load_checkpoint, make
+from mpcompile.training.state import load_checkpoint
+from tests.training.test_step import batches, make
 model, optimizer, step = make(sys.argv[4], dropout=0.3, backend=sys.argv[3], scale=8.0)
 extra = load_checkpoint(sys.argv[2], model=model, optimizer=optimizer, step=step)
 for x, y in extra["data"]:
@@ -281,7 +285,9 @@ print(sum(p.double().sum().item() for p in model.parameters()))
 
 def resumed(path, backend, policy):
     root = __file__.rsplit("/tests/", 1)[0]
-    done = subprocess.run([sys.executable, "-c", RESUME, root, str(path), backend, policy], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", RESUME, root, str(path), backend, policy], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return [float(line) for line in done.stdout.split()]
 
@@ -294,7 +300,10 @@ def test_resume_in_a_new_process_is_bit_equal_dropout_included(tmp_path, backend
         step(*batch)
     save_checkpoint(tmp_path / "a", model=model, optimizer=optimizer, step=step, extra={"data": data[2:]})
     losses = [step(*batch).loss.item() for batch in data[2:]]
-    assert resumed(tmp_path / "a", backend, "fp32") == [*losses, sum(p.double().sum().item() for p in model.parameters())]
+    assert resumed(tmp_path / "a", backend, "fp32") == [
+        *losses,
+        sum(p.double().sum().item() for p in model.parameters()),
+    ]
 
 
 def test_options_that_do_not_exist():

@@ -1,0 +1,23 @@
+"""Small readings of fx graphs that several files of this room share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+
+def inputs_of(module: fx.GraphModule) -> list[fx.Node]:
+    """The placeholders, in order."""
+    return module.graph.find_nodes(op="placeholder")
+
+
+def outputs_of(module: fx.GraphModule) -> list[Any]:
+    """The flat outputs (nodes, or None)."""
+    found: Any = module.graph.output_node().args[0]
+    return list(found)
+
+
+def values_of(nodes: list[fx.Node]) -> list[Any]:
+    """The fake results of nodes."""
+    return [node.meta["val"] for node in nodes]
