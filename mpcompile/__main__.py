@@ -1,6 +1,6 @@
 """`python -m mpcompile` is the command line."""
 
-from mpcompile.tools.cli import main
+from mpcompile.tools.main import main
 
 if __name__ == "__main__":
     main()

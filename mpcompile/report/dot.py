@@ -27,8 +27,8 @@ def _given(graph: PrecisionGraph) -> list[str]:
 def _box(node: Node) -> str:
     if node.is_cast:
         return f"  {_name(node.id)} [label={_name(str(node.attrs['to']))}, shape=diamond, height=0.2, fillcolor=white];"
-    label = _name(f"{node.id}\n{node.op}\n{node.precision or '?'}")
-    return f'  {_name(node.id)} [label={label}, tooltip={_name(node.reason)}, fillcolor="{FILL.get(node.precision, "white")}"];'
+    label, fill = _name(f"{node.id}\n{node.op}\n{node.precision or '?'}"), _name(FILL.get(node.precision, "white"))
+    return f"  {_name(node.id)} [label={label}, tooltip={_name(node.reason)}, fillcolor={fill}];"
 
 
 def _edges(graph: PrecisionGraph) -> Iterator[str]:

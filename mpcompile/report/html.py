@@ -21,23 +21,25 @@ def write_html(report: Report, path: str | os.PathLike[str]) -> None:
 
 def render(report: Report) -> str:
     """The whole page."""
-    return _template("page.html.jinja").render(**_facts(report), text=print_graph(report.graph, detail="short"))
+    return _render("page.html.jinja", report)
 
 
 def fragment(report: Report) -> str:
     """The counts and the table, for a notebook."""
-    return _template("fragment.html.jinja").render(**_facts(report))
+    return _render("fragment.html.jinja", report)
 
 
-def _facts(report: Report) -> dict[str, Any]:
-    longest = max((step.seconds for step in report.steps), default=0.0) or 1.0
-    return {"report": report, "tree": _tree(report.nodes), "longest": longest,
-            "seconds": sum(step.seconds for step in report.steps)}  # fmt: skip
-
-
-def _template(name: str) -> Any:
-    return Environment(loader=PackageLoader("mpcompile.report", "."), autoescape=True, trim_blocks=True,
-                       lstrip_blocks=True).get_template(name)  # fmt: skip
+def _render(template: str, report: Report) -> str:
+    loader = PackageLoader("mpcompile.report", ".")
+    pages = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    facts = {
+        "report": report,
+        "tree": _tree(report.nodes),
+        "longest": max((step.seconds for step in report.steps), default=0.0) or 1.0,
+        "seconds": sum(step.seconds for step in report.steps),
+        "text": print_graph(report.graph, detail="short"),
+    }
+    return str(pages.get_template(template).render(facts))
 
 
 def _tree(rows: tuple[NodeRow, ...]) -> dict[str, Any]:

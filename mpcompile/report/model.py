@@ -165,8 +165,10 @@ class Report:
 
 
 # What --only takes. "low" is a verdict and fp16/bf16 are precisions; "fp32" is both, and means what runs in FP32.
-_FILTERS = ("low", "propagate", "fp16", "bf16", "fp32", "keep", "rule", "override", "hazard", "cost", "unknown", "user-cast",
-            "autocast-region")  # fmt: skip
+_FILTERS = (
+    *("low", "propagate", "fp16", "bf16", "fp32", "keep"),
+    *("rule", "override", "hazard", "cost", "unknown", "user-cast", "autocast-region"),
+)
 
 
 def _words(row: NodeRow) -> set[str]:

@@ -1,0 +1,5 @@
+"""`mpcompile bench`."""
+
+
+def bench() -> None:
+    """Measure."""

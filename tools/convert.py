@@ -1,0 +1,53 @@
+"""`mpcompile convert`: an ONNX model in, the same in mixed precision out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mpcompile.tools import options, target
+
+
+def convert(
+    model: Annotated[str, typer.Argument(metavar="IN", help="The model to read.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The file to write.", show_default=False)],
+    policy: options.Policy = "fp16",
+    keep_fp32: options.KeepFp32 = None,
+    low: options.Low = None,
+    provider: Annotated[str, typer.Option(help="Whose kernels it is for: cuda, cpu, or '' for any.")] = "cuda",
+    low_io: Annotated[bool, typer.Option("--low-io", help="FP32 inputs and outputs become low too.")] = False,
+    simulate: Annotated[
+        bool, typer.Option(help="FP32 operators, results rounded: the numbers, on any provider.")
+    ] = False,
+    annotate: Annotated[bool, typer.Option(help="Write each node's decision into its metadata.")] = True,
+    strict: Annotated[bool, typer.Option(help="An operator without a rule is an error.")] = False,
+    json: options.Json = False,
+) -> None:
+    """Convert an ONNX model; nothing is written unless the result loads."""
+    from mpcompile import mpcompile
+
+    made = mpcompile(
+        target.existing(model),
+        policy,
+        keep_fp32=tuple(keep_fp32 or ()),
+        low=tuple(low or ()),
+        strict=strict,
+        keep_io=not low_io,
+        provider=provider,
+        simulate=simulate,
+        annotate=annotate,
+    )
+    made.save(out)
+    report = made.report()
+    if json:
+        sizes = {"bytes_in": Path(model).stat().st_size, "bytes_out": out.stat().st_size}
+        options.print_json({"written": str(out), **sizes, "notes": made.notes, "summary": report.summary})
+        return
+    from mpcompile.report.table import foot
+
+    typer.echo(f"written: {out} ({out.stat().st_size:,} bytes; {Path(model).stat().st_size:,} before)")
+    typer.echo(foot(report).splitlines()[0])
+    for note in made.notes:
+        typer.echo(f"note: {note}")

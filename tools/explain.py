@@ -1,0 +1,144 @@
+"""`mpcompile explain`: one node's decision in full, or one error code's page."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mpcompile.errors import Page, UsageError, page, suggest
+from mpcompile.tools import options, target
+from mpcompile.tools.pages import error_pages
+
+if TYPE_CHECKING:
+    from mpcompile.graph import Node
+    from mpcompile.report.model import Report
+
+page(
+    "MP806",
+    "Nothing of that name to explain",
+    "`mpcompile explain` was given a node or an error code that does not exist.",
+    "`mpcompile inspect TARGET` lists the nodes; docs/reference/errors.md lists the codes.",
+)
+
+
+def explain(
+    what: Annotated[
+        str, typer.Argument(metavar="TARGET|CODE", help="A model (then NODE too), or a code such as MP203.")
+    ],
+    node: Annotated[str, typer.Argument(help="The node's name in the report.", show_default=False)] = "",
+    policy: options.Policy = "auto",
+    keep_fp32: options.KeepFp32 = None,
+    low: options.Low = None,
+    json: options.Json = False,
+) -> None:
+    """Explain a node's precision (TARGET NODE), or an error (CODE)."""
+    if re.fullmatch(r"(?i)mp\d+", what):
+        found = _page(what.upper())
+        options.print_json(asdict(found)) if json else typer.echo(_page_text(found))
+        return
+    if not node:
+        raise UsageError("MP806", f"which node of {what}?", try_=f"mpcompile explain {what} NODE")
+    report = target.study(what, policy, keep_fp32, low).report
+    facts = node_facts(report, _find(report, node))
+    options.print_json(facts) if json else typer.echo(_node_text(facts))
+
+
+def _page(code: str) -> Page:
+    pages = error_pages(code)
+    if code not in pages:
+        pages = error_pages()
+        raise UsageError("MP806", f"there is no error {code}", try_=suggest(code, pages) or "docs/reference/errors.md")
+    return pages[code]
+
+
+def _page_text(found: Page) -> str:
+    return f"{found.code}: {found.title}\n\n  cause:  {found.cause}\n  remedy: {found.remedy}"
+
+
+def _find(report: Report, name: str) -> Node:
+    node = report.graph.nodes.get(name)
+    if node is None:
+        raise UsageError("MP806", f"the graph has no node {name!r}", try_=suggest(name, report.graph.nodes))
+    return node
+
+
+def node_facts(report: Report, node: Node) -> dict[str, Any]:
+    """All that is known of one node: its row, its rule, what it reads and who reads it, and what each choice costs."""
+    graph = report.graph
+    uses = graph.uses()
+    row = next(
+        (asdict(r) for r in report.nodes if r.id == node.id), {"id": node.id, "op": node.op, "reason": node.reason}
+    )
+    row = {key: list(value) if isinstance(value, tuple) else value for key, value in row.items()}
+    reads = [
+        {
+            "value": name,
+            "dtype": graph.values[name].dtype,
+            "from": graph.values[name].producer or graph.values[name].role,
+        }
+        for name in node.inputs
+    ]
+    gives = [
+        {
+            "value": name,
+            "dtype": graph.values[name].dtype,
+            "readers": list(dict.fromkeys(reader for reader, _ in uses[name])),
+        }
+        for name in node.outputs
+    ]
+    return {"node": row, "rule": _rule(report, node), "reads": reads, "gives": gives, "cost": _choices(report, node)}
+
+
+def _rule(report: Report, node: Node) -> dict[str, Any]:
+    from mpcompile.rules import rules_for
+
+    rule = rules_for("onnx" if report.source == "onnx" else "aten").get(node.op)
+    if rule is None:
+        return {"kind": "", "verdict": "fp32", "why": "no rule: mpcompile.rules.register() teaches one"}
+    return {"kind": rule.kind.name, "verdict": rule.verdict_for(_low(report)), "why": rule.why()}
+
+
+def _choices(report: Report, node: Node) -> dict[str, dict[str, float]]:
+    """Seconds of the node's own work, and bytes of its results, in the low type and in FP32."""
+    from mpcompile.cost import CostModel, device
+
+    low = _low(report)
+    model = CostModel(report.graph, device(report.device), low, report.source != "onnx")
+    values = [report.graph.values[name] for name in node.outputs]
+    return {
+        precision: {"seconds": model.work(node, precision), "bytes": sum(v.bytes_at(precision) for v in values)}
+        for precision in (low, "fp32")
+    }
+
+
+def _low(report: Report) -> str:
+    low = report.policy.removeprefix("low=").partition(",")[0]
+    return low if low in ("fp16", "bf16") else "bf16"
+
+
+def _node_text(facts: dict[str, Any]) -> str:
+    row, rule = facts["node"], facts["rule"]
+    lines = [f"{row['id']} = {row['op']}"]
+    if where := " ".join(filter(None, (row.get("module"), row.get("source")))):
+        lines.append(f"  where:   {where}")
+    if "precision" in row:
+        lines.append(f"  now:     {row['precision']} (was {row['was'] or 'no floating result'})")
+        lines.append(f"  verdict: {row['verdict']}, by {row['decided_by']}")
+    lines.append(f"  why:     {row['reason']}")
+    lines.append(f"  rule:    {rule['kind'] or 'none'}: {rule['verdict']}; {rule['why']}")
+    lines += [f"  reads:   {r['value']} {r['dtype']} from {r['from']}" for r in facts["reads"]]
+    lines += [
+        f"  gives:   {g['value']} {g['dtype']} to {', '.join(g['readers']) or 'the caller'}" for g in facts["gives"]
+    ]
+    for precision, cost in facts["cost"].items():
+        lines.append(
+            f"  as {precision}: {cost['bytes']:,} bytes of results, {cost['seconds'] * 1e6:.3g} µs of matrix work (estimated)"
+        )
+    if row.get("precision") in ("fp16", "bf16"):
+        lines.append(f"  to keep it FP32:  --keep-fp32 '{row['id']}', or mpcompile(model, keep_fp32=['{row['id']}'])")
+    elif row.get("precision") == "fp32":
+        lines.append(f"  to make it low:   --low '{row['id']}', or mpcompile(model, low=['{row['id']}'])")
+    return "\n".join(lines)

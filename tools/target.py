@@ -1,0 +1,197 @@
+"""From what the user typed to a model that is decided on."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from mpcompile.errors import MPCompileError, UsageError, page, suggest
+
+if TYPE_CHECKING:
+    from mpcompile.graph import PrecisionGraph
+    from mpcompile.report.model import Report
+
+page(
+    "MP802",
+    "A model that is not named as the command line names models",
+    "The argument is neither FILE.py:FACTORY, PACKAGE.MODULE:FACTORY nor MODEL.onnx, or the file is not there.",
+    "For example: mpcompile inspect model.py:make",
+)
+page(
+    "MP803",
+    "A factory that cannot be imported",
+    "The file or module could not be imported, or has no function of that name.",
+    "Import it in a Python shell; run from the directory that its imports need.",
+)
+page(
+    "MP804",
+    "A factory that failed, or returned something else",
+    "The factory must return (model, args) or (model, args, kwargs): an nn.Module and its example arguments.",
+    "def make(): return MyModel(), (torch.randn(8, 16),)",
+)
+page(
+    "MP805",
+    "A pass that is not in the pipeline",
+    "--after names a pass that this policy's pipeline does not have.",
+    "The passes are listed in docs/reference/passes.md.",
+)
+
+
+@dataclass(frozen=True)
+class Factory:
+    """What a factory gave."""
+
+    model: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A model that is decided on: its report, the graph before the passes, and the passes."""
+
+    report: Report
+    before: PrecisionGraph
+    passes: Sequence[Any]
+
+    def text_after(self, name: str) -> str:
+        """The graph's text after pass `name`.
+
+        Raises:
+          UsageError: MP805.
+        """
+        from mpcompile.pipeline import keep_text, run
+
+        names = [one.name for one in self.passes]
+        if name not in names:
+            raise UsageError("MP805", f"there is no pass {name!r} here", try_=suggest(name, names) or ", ".join(names))
+        _, records = run(self.before, self.passes[: names.index(name) + 1], keep_text([name]))
+        return records[-1].text
+
+
+def is_onnx(target: str) -> bool:
+    return target.endswith(".onnx")
+
+
+def study(target: str, policy: str, keep_fp32: Sequence[str] | None = (), low: Sequence[str] | None = ()) -> Study:
+    """Read the model that `target` names, and decide on it.
+
+    Raises:
+      MPCompileError: MP802 to MP804 for the target, and what the compiler has to say.
+    """
+    overrides = {"keep_fp32": tuple(keep_fp32 or ()), "low": tuple(low or ())}
+    return _study_onnx(target, policy, overrides) if is_onnx(target) else _study_fx(target, policy, overrides)
+
+
+def _study_fx(target: str, policy: str, overrides: dict[str, Any]) -> Study:
+    from mpcompile import mpcompile
+    from mpcompile.pipeline import default_passes
+    from mpcompile.report.model import build_report
+
+    made = load(target)
+    plan = mpcompile(made.model, policy, **overrides).plan(*made.args, **made.kwargs)
+    before = plan.capture.graph
+    passes = default_passes(
+        plan.policy, plan.device, "aten", keep_fp32=overrides["keep_fp32"], force_low=overrides["low"]
+    )
+    return Study(build_report(plan.graph, plan.policy, plan.device, steps=plan.steps, before=before), before, passes)
+
+
+def _study_onnx(target: str, policy: str, overrides: dict[str, Any]) -> Study:
+    from mpcompile import mpcompile
+    from mpcompile.onnx_api import passes_for
+
+    made = mpcompile(existing(target), policy, **overrides)
+    return Study(made.report(), made.capture.graph, passes_for(made.policy, made.options, made.capture))
+
+
+def existing(path: str) -> str:
+    """`path`, which must be a file.
+
+    Raises:
+      UsageError: MP802, with near names of the same directory.
+    """
+    if Path(path).is_file():
+        return path
+    folder = Path(path).parent
+    near = suggest(Path(path).name, [p.name for p in folder.iterdir()]) if folder.is_dir() else ""
+    raise UsageError("MP802", f"there is no file {path!r}", try_=f"did you mean {near}?" if near else "")
+
+
+def load(target: str) -> Factory:
+    """Import the factory that `target` names, and call it.
+
+    Raises:
+      UsageError: MP802, MP803, MP804.
+    """
+    place, colon, name = target.rpartition(":")
+    if not colon or not place or not name:
+        raise UsageError(
+            "MP802", f"{target!r} does not name a model", try_="FILE.py:FACTORY, PACKAGE.MODULE:FACTORY or MODEL.onnx"
+        )
+    module = _import(place)
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        near = suggest(name, [n for n in vars(module) if callable(getattr(module, n)) and not n.startswith("_")])
+        raise UsageError("MP803", f"{place} has no function {name!r}", try_=f"did you mean {near}?" if near else "")
+    try:
+        given = factory()
+    except Exception as error:
+        raise UsageError("MP804", f"{target} failed: {type(error).__name__}: {error}", where=_place(error)) from error
+    return _checked(target, given)
+
+
+def _import(place: str) -> ModuleType:
+    try:
+        return _import_file(existing(place)) if place.endswith(".py") else importlib.import_module(place)
+    except MPCompileError:
+        raise
+    except BaseException as error:  # a script without a main guard may exit
+        raise UsageError(
+            "MP803", f"{place} does not import: {type(error).__name__}: {error}", where=_place(error)
+        ) from error
+    finally:
+        importlib.invalidate_caches()
+
+
+def _import_file(path: str) -> ModuleType:
+    """Import a file as Python would run it: with its own directory first on the path."""
+    folder = os.path.dirname(os.path.abspath(path))
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _checked(target: str, given: Any) -> Factory:
+    shape = "(model, args) or (model, args, kwargs)"
+    if not isinstance(given, tuple) or len(given) not in (2, 3):
+        raise UsageError("MP804", f"{target} returned a {type(given).__name__}", try_=f"return {shape}")
+    model, args, kwargs = (*given, {})[:3]
+    if not isinstance(args, (tuple, list)) or not isinstance(kwargs, dict) or not hasattr(model, "parameters"):
+        kinds = ", ".join(type(part).__name__ for part in given)
+        raise UsageError("MP804", f"{target} returned ({kinds})", try_=f"return {shape}: an nn.Module, a tuple, a dict")
+    return Factory(model, tuple(args), kwargs)
+
+
+def _place(error: BaseException) -> str:
+    """The last line of the user's own code in a traceback."""
+    trace, place = error.__traceback__, ""
+    while trace:
+        file = trace.tb_frame.f_code.co_filename
+        if "site-packages" not in file and os.sep + "importlib" not in file and file != __file__ and "<" not in file:
+            place = f"{file}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    return place
