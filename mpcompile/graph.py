@@ -192,9 +192,9 @@ class PrecisionGraph:
     def casts(self) -> list[Node]:
         return [node for node in self.nodes.values() if node.is_cast]
 
-    def to_networkx(self) -> nx.DiGraph:
+    def to_networkx(self) -> nx.DiGraph[str]:
         """Node ids as vertices, one edge per (producer, reader), with the values on it."""
-        graph = nx.DiGraph()
+        graph: nx.DiGraph[str] = nx.DiGraph()
         graph.add_nodes_from(self.nodes)
         for node in self.nodes.values():
             for name in node.inputs:

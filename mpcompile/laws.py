@@ -16,8 +16,8 @@ from mpcompile.text import print_node
 
 for _code, _title, _cause, _remedy in (
     ("MP401", "A value is read or given in the wrong precision",
-     "Law 1: a node that runs in fp32 reads and gives fp32, a low node the low type, unless its rule names the operand.",
-     "A pass forgot a cast, or changed a precision after the casts were inserted: run with verify='each' to see which."),
+     "Law 1: an fp32 node reads and gives fp32, a low node the low type, unless its rule names the operand.",
+     "A pass forgot a cast, or changed a precision after they were inserted: `pipeline.verify_each` finds which."),
     ("MP402", "A cast on something that is never cast",
      "Law 2: integers, bools, fp64, complex and random-generator state keep their type.",
      "Mark the operand 'any' in the operation's rule."),
@@ -94,20 +94,22 @@ def structure(graph: PrecisionGraph) -> Iterator[Breach]:
         if name not in made:
             yield Breach("MP410", f"graph input {name!r} is no value, or has a producer")
     for key, node in graph.nodes.items():
-        if key != node.id:
-            yield Breach("MP410", f"node {node.id!r} is filed under {key!r}", node.id)
-        if len(node.slots) != len(node.inputs):
-            yield Breach("MP410", f"node {node.id!r} has {len(node.inputs)} operands and {len(node.slots)} slots", node.id)
-        for name in node.inputs:
-            if name not in made:
-                yield Breach("MP410", f"node {node.id!r} reads {name!r} before it is made", node.id)
-        for name in node.outputs:
-            if name in made or name not in graph.values or graph.values[name].producer != node.id:
-                yield Breach("MP410", f"value {name!r} of node {node.id!r} is missing, made twice, or not its own", node.id)
-            made.add(name)
+        if key != node.id or len(node.slots) != len(node.inputs):
+            yield Breach("MP410", f"node {node.id!r} is filed under {key!r}, or lacks slots of its operands", node.id)
+        yield from _in_order(graph, node, made)
     for name in [*graph.outputs, *graph.values]:
         if name not in made:
             yield Breach("MP410", f"nothing makes the value {name!r}")
+
+
+def _in_order(graph: PrecisionGraph, node: Node, made: set[str]) -> Iterator[Breach]:
+    for name in node.inputs:
+        if name not in made:
+            yield Breach("MP410", f"node {node.id!r} reads {name!r} before it is made", node.id)
+    for name in node.outputs:
+        if name in made or name not in graph.values or graph.values[name].producer != node.id:
+            yield Breach("MP410", f"{name!r} of node {node.id!r} is missing, made twice, or not its own", node.id)
+        made.add(name)
 
 
 def precision(graph: PrecisionGraph) -> Iterator[Breach]:

@@ -182,7 +182,9 @@ def _read_node(graph: PrecisionGraph, cursor: Cursor) -> None:
     fields["id"] = outputs[0][0] if outputs else ""
     fields |= cursor.pairs()
     slots = [number if slot is None else slot for number, (_, slot) in enumerate(operands)]
-    node = Node(op=op, inputs=[name for name, _ in operands], outputs=[name for name, _ in outputs], slots=slots, **fields)
+    node = Node(
+        op=op, inputs=[name for name, _ in operands], outputs=[name for name, _ in outputs], slots=slots, **fields
+    )
     graph.nodes[node.id] = node
     for name, given in outputs:
         _add_value(graph, name, given, node)

@@ -3,7 +3,7 @@
     graph source=fx device=cpu
     input x: fp32[8, s0]
     input w: fp32[4, 8] <role='parameter'>
-    y: bf16[8, 4] = aten.linear.default(x_bf16, w_bf16) {'alpha': 1} | low bf16 matmul rule 'tensor cores' @ head 'm.py:4'
+    y: bf16[8, 4] = aten.linear.default(x_bf16, w_bf16) | low bf16 matmul rule 'tensor cores' @ head 'm.py:4'
     return y_fp32
 
 A node's line is its outputs, op, operands (``2:b`` is b at slot 2), arguments, then after ``|`` verdict, precision,
@@ -13,7 +13,6 @@ with odd characters are quoted.  Printing never fails: what a half-built graph l
 
 from __future__ import annotations
 
-import ast
 import difflib
 import math
 import re
@@ -68,7 +67,9 @@ def print_node(graph: PrecisionGraph, node: Node, *, detail: str = "full") -> st
     """The line of one node."""
     outputs = ", ".join(_value(graph, name, node) for name in node.outputs)
     slots = node.slots if len(node.slots) == len(node.inputs) else range(len(node.inputs))
-    operands = (_name(n) if i == s else f"{s}:{_name(n)}" for i, (n, s) in enumerate(zip(node.inputs, slots, strict=True)))
+    operands = (
+        _name(n) if i == s else f"{s}:{_name(n)}" for i, (n, s) in enumerate(zip(node.inputs, slots, strict=True))
+    )
     call = f"{_name(node.op)}({', '.join(operands)})"
     line = f"{outputs} = {call}" if outputs else call
     short = detail == "short"

@@ -63,6 +63,8 @@ class _Sweep:
     def visit(self, node: Node) -> None:
         """Carry and end the hazards that `node` is given; start those that begin here."""
         name = base(node.op)
+        if not any(self.values[v].castable for v in (*node.inputs, *node.outputs)):
+            return  # integers have no such trouble
         came = {row: trail for given in reversed(node.inputs) for row, trail in self.carried.get(given, {}).items()}
         for row, trail in came.items():
             if name in row.carries | row.ends and self.joins(row, node):
@@ -77,7 +79,9 @@ class _Sweep:
     def joins(self, row: Hazard, node: Node) -> bool:
         """False when `row` travels alone and `node` reads numbers that the model computes or learns."""
         return not row.alone or all(
-            row in self.carried.get(name, ()) or name in self.fixed for name in node.inputs if self.values[name].castable
+            row in self.carried.get(name, ()) or name in self.fixed
+            for name in node.inputs
+            if self.values[name].castable
         )
 
     def go_on(self, row: Hazard, trail: Trail, node: Node, ends: bool = False) -> None:
@@ -88,7 +92,9 @@ class _Sweep:
             step = step.before if row.only_if_ended else None
         for out in node.outputs if not ends else ():
             value = self.values[out]
-            lost = not value.castable or node.out_dtype not in ("", "fp32") or (row.shrinks and value.numel > trail.numel)
+            lost = (
+                not value.castable or node.out_dtype not in ("", "fp32") or (row.shrinks and value.numel > trail.numel)
+            )
             if not lost:
                 self.carried.setdefault(out, {})[row] = trail
 

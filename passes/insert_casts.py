@@ -64,7 +64,8 @@ class _Writer:
             want, dtype = laws.reads(node, operand), self.graph.values[name].dtype
             if want in CASTABLE and dtype in CASTABLE and dtype != want:
                 node.inputs[operand] = self.cast(name, want, node.id)
-        for alias in self.writers.get(node.id, ()):
+        # Asked again, since a node does not write to what it now reads through a cast.
+        for alias in laws.writes(self.graph, node) if node.id in self.writers else ():
             self.written[alias] = self.written.get(alias, 0) + 1
 
     def outputs(self, want: str) -> None:

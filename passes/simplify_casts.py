@@ -1,8 +1,8 @@
 """Remove casts that buy nothing, and move casts across views to where there is less to cast.
 
 Never costs more: each step removes a cast, or leaves fewer bytes to read and write.  The user's own casts stay as they
-are, with their rounding and their readers: whether one of his could serve for one of ours depends on the order of nodes,
-and both compilers behind us merge equal casts anyway.
+are, with their rounding and their readers: whether one of his could serve for one of ours would depend on the order of
+nodes, and both compilers behind us merge equal casts anyway.
 """
 
 from __future__ import annotations
@@ -157,7 +157,7 @@ class _Editor:
         """The operand that `view` shows, when its precision is free to change; else None."""
         values = self.graph.values
         floats = [operand for operand, name in enumerate(view.inputs) if values[name].castable]
-        fixed = view.verdict != "propagate" or view.group or view.out_dtype or view.results or view.region
+        fixed = bool(view.verdict != "propagate" or view.group or view.out_dtype or view.results or view.region)
         fixed = fixed or view.phase == "optimizer"
         if view.kind not in self.views or fixed or len(floats) != 1 or len(view.outputs) != 1:
             return None

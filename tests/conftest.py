@@ -11,4 +11,6 @@ settings.load_profile("mpcompile")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-goldens", action="store_true", help="rewrite the golden texts from what the code does now")
+    parser.addoption(
+        "--update-goldens", action="store_true", help="rewrite the golden texts from what the code does now"
+    )

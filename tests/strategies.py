@@ -18,8 +18,13 @@ from mpcompile.graph import CASTABLE, Node, PrecisionGraph, Value
 
 names = st.text(min_size=1, max_size=8) | st.from_regex(r"[a-z]{1,3}(\.[0-9])?", fullmatch=True)
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
-literals = st.recursive(scalars, lambda inner: st.lists(inner, max_size=3) | st.lists(inner, max_size=3).map(tuple)
-                        | st.dictionaries(st.text(max_size=3) | st.integers(), inner, max_size=2), max_leaves=6)  # fmt: skip
+keys = st.text(max_size=3) | st.integers()
+lists = lambda inner: st.lists(inner, max_size=3)  # noqa: E731
+literals = st.recursive(
+    scalars,
+    lambda inner: lists(inner) | lists(inner).map(tuple) | st.dictionaries(keys, inner, max_size=2),
+    max_leaves=6,
+)
 dtypes = st.sampled_from(["fp32", "fp16", "bf16", "fp64", "int64", "bool", "complex64", "scalar"])
 shapes = st.lists(st.integers(0, 64) | names, max_size=3).map(tuple)
 

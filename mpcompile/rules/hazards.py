@@ -29,9 +29,36 @@ REDUCTIONS = frozenset({"sum", "mean", "reducesum", "reducemean", "nansum"})
 SPREADS = frozenset({"var", "std", "var_mean", "std_mean", "norm", "linalg_vector_norm", "reducel1", "reducel2",
                      "reducesumsquare", "reducelogsumexp"})  # fmt: skip
 SCANS = frozenset({"cumsum", "cumprod"})
-VIEWS = frozenset({"view", "reshape", "expand", "unsqueeze", "squeeze", "slice", "select", "permute", "transpose", "t",
-                   "narrow", "expand_as", "broadcast_to", "flatten", "unflatten", "clone", "contiguous", "alias", "detach",
-                   "identity", "lift_fresh_copy", "index", "gather", "split", "chunk", "unbind"})
+VIEWS = frozenset(
+    {
+        "view",
+        "reshape",
+        "expand",
+        "unsqueeze",
+        "squeeze",
+        "slice",
+        "select",
+        "permute",
+        "transpose",
+        "t",
+        "narrow",
+        "expand_as",
+        "broadcast_to",
+        "flatten",
+        "unflatten",
+        "clone",
+        "contiguous",
+        "alias",
+        "detach",
+        "identity",
+        "lift_fresh_copy",
+        "index",
+        "gather",
+        "split",
+        "chunk",
+        "unbind",
+    }
+)
 CASTS = frozenset({"to", "to_copy", "cast", "convert_element_type", "type_as"})
 THROUGH = VIEWS | CASTS  # fmt: skip
 ADDS = frozenset({"add", "sub", "rsub"})
@@ -40,8 +67,8 @@ SELECTS = frozenset({"where", "masked_fill", "cat", "concat", "stack", "pad", "c
 FILLS = frozenset({"full", "full_like", "new_full", "fill", "scalar_tensor", "threshold"})
 SOFTMAXES = frozenset({"softmax", "log_softmax", "logsoftmax", "safe_softmax", "logsumexp"})
 ROOTS = frozenset({"sqrt", "rsqrt", "pow", "reciprocal"})
-ARITHMETIC = ADDS | BOUNDS | frozenset({"mul", "div", "true_divide", "pow", "log", "log2", "exp", "exp2", "neg", "abs", "sqrt",
-                                        "reciprocal", "fmod", "remainder", "mod"})  # fmt: skip
+ARITHMETIC = ADDS | BOUNDS | {"mul", "div", "true_divide", "pow", "log", "log2", "exp", "exp2", "neg", "abs", "sqrt",
+                              "reciprocal", "fmod", "remainder", "mod"}  # fmt: skip
 BOUNDED = frozenset({"exp", "sigmoid", "tanh"})
 PRODUCTS = frozenset({"matmul", "mm", "bmm", "einsum", "outer", "ger"})
 ROUNDINGS = frozenset({"floor", "ceil", "round", "trunc", "sin", "cos"})
@@ -213,13 +240,14 @@ HAZARDS = (
     Hazard("out-of-range", BOTH, ARITHMETIC | SELECTS | FILLS, out_of_range,
            ADDS | SELECTS | THROUGH | {"mul", "neg", "maximum", "minimum"}, SOFTMAXES | BOUNDED),
     Hazard("square", FP16, SQUARES, square, THROUGH, REDUCTIONS, only_if_ended=True),
-    Hazard("mean-of-squares", BOTH, REDUCTIONS, mean_of_squares, ADDS | BOUNDS | THROUGH | {"div", "mul"}, ROOTS, shrinks=True),
+    Hazard("mean-of-squares", BOTH, REDUCTIONS, mean_of_squares,
+           ADDS | BOUNDS | THROUGH | {"div", "mul"}, ROOTS, shrinks=True),
     Hazard("tiny-number", FP16, ADDS | BOUNDS, tiny_number, THROUGH | ADDS, DIVISIONS, only_if_ended=True),
     Hazard("rounds-to-one", BOTH, BOUNDS, rounds_to_one, THROUGH | ADDS | {"neg"}, DIVISIONS, only_if_ended=True),
     Hazard("deep-reduction", BOTH, REDUCTIONS | SPREADS, deep_reduction),
     Hazard("long-scan", BOTH, SCANS, long_scan),
-    Hazard("scaled-logits", FP16, frozenset({"mul", "div"}), scaled_up, ADDS | SELECTS | THROUGH, SOFTMAXES,
-           only_if_ended=True, shrinks=True),
-    Hazard("float-index", BOTH, COUNTS, float_index, ARITHMETIC | SELECTS | THROUGH | PRODUCTS | SCANS | REDUCTIONS, ROUNDINGS,
-           alone=True),
+    Hazard("scaled-logits", FP16, frozenset({"mul", "div"}), scaled_up,
+           ADDS | SELECTS | THROUGH, SOFTMAXES, only_if_ended=True, shrinks=True),
+    Hazard("float-index", BOTH, COUNTS, float_index,
+           ARITHMETIC | SELECTS | THROUGH | PRODUCTS | SCANS | REDUCTIONS, ROUNDINGS, alone=True),
 )  # fmt: skip

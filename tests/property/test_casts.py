@@ -7,6 +7,7 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import decided_graphs
 
 from mpcompile import laws
 from mpcompile.errors import LawError
@@ -16,7 +17,6 @@ from mpcompile.passes.normalize import Normalize, erase_casts
 from mpcompile.passes.simplify_casts import SimplifyCasts, cast_bytes
 from mpcompile.pipeline import run
 from mpcompile.text import print_graph
-from tests.strategies import decided_graphs
 
 low_types = st.sampled_from(["fp16", "bf16"])
 outputs = st.sampled_from(["fp32", "low", "keep"])

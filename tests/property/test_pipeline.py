@@ -7,6 +7,7 @@ import random
 import networkx as nx
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import front_end_graphs
 
 from mpcompile import laws
 from mpcompile.graph import CASTABLE, LOW, Node, PrecisionGraph
@@ -14,7 +15,6 @@ from mpcompile.passes.normalize import erase_casts
 from mpcompile.pipeline import default_passes, run, verify_each
 from mpcompile.policy import Policy
 from mpcompile.text import print_graph
-from tests.strategies import front_end_graphs
 
 policies = st.builds(Policy, low=st.sampled_from(["fp16", "bf16"]), output=st.sampled_from(["fp32", "low", "keep"]))
 

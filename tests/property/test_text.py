@@ -7,11 +7,11 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import any_graphs, front_end_graphs
 
 from mpcompile.errors import LawError
 from mpcompile.graph import PrecisionGraph
 from mpcompile.text import diff, parse_graph, print_graph
-from tests.strategies import any_graphs, front_end_graphs
 
 
 @given(any_graphs())
@@ -49,5 +49,7 @@ def test_a_diff_names_what_changed_and_nothing_else(graph: PrecisionGraph) -> No
     assert diff(before, print_graph(graph, title="two")) == ""
     node = next(iter(graph.nodes.values()))
     node.reason = "because"
-    changed = [line for line in diff(before, print_graph(graph)).splitlines() if line.startswith("+") and "because" in line]
+    changed = [
+        line for line in diff(before, print_graph(graph)).splitlines() if line.startswith("+") and "because" in line
+    ]
     assert len(changed) == 1

@@ -170,5 +170,7 @@ def test_every_code_has_a_page() -> None:
     ("aten.dropout.default", "random", False),
 ])  # fmt: skip
 def test_who_writes_to_storage(op: str, kind: str, writes: bool) -> None:
-    graph = parse_graph(f"graph\ninput x: fp32[2] <alias='s'>\ny: fp32[2] = {op}(x) | ? ? {kind or '?'} rule\nreturn y\n")
+    graph = parse_graph(
+        f"graph\ninput x: fp32[2] <alias='s'>\ny: fp32[2] = {op}(x) | ? ? {kind or '?'} rule\nreturn y\n"
+    )
     assert (laws.writes(graph, graph.nodes["y"]) == {"s"}) is writes

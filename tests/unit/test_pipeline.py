@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import pytest
 from hypothesis import given
+from strategies import decided_graphs
 
 from mpcompile.graph import PrecisionGraph
 from mpcompile.passes.base import PassResult
@@ -14,7 +15,6 @@ from mpcompile.passes.insert_casts import InsertCasts
 from mpcompile.passes.normalize import Normalize
 from mpcompile.pipeline import StepRecord, keep_text, run, together, verify_each
 from mpcompile.text import parse_graph, print_graph
-from tests.strategies import decided_graphs
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,9 @@ def test_a_pipeline_that_succeeds_leaves_it_alone_too(graph: PrecisionGraph) -> 
 
 
 def test_observers_are_called_in_order_and_may_replace_the_record() -> None:
-    graph = parse_graph("graph\ninput x: fp32[2]\ny: fp32[2] = aten.exp.default(x) | fp32 fp32 exponential rule\nreturn y\n")
+    graph = parse_graph(
+        "graph\ninput x: fp32[2]\ny: fp32[2] = aten.exp.default(x) | fp32 fp32 exponential rule\nreturn y\n"
+    )
     seen: list[str] = []
 
     def note(graph: PrecisionGraph, record: StepRecord) -> None:
@@ -68,7 +70,9 @@ def test_observers_are_called_in_order_and_may_replace_the_record() -> None:
 
 
 def test_an_observer_that_fails_names_the_pass_too() -> None:
-    graph = parse_graph("graph\ninput x: fp32[2]\ny: fp32[2] = aten.exp.default(x) | low bf16 exponential rule\nreturn y\n")
+    graph = parse_graph(
+        "graph\ninput x: fp32[2]\ny: fp32[2] = aten.exp.default(x) | low bf16 exponential rule\nreturn y\n"
+    )
     with pytest.raises(Exception, match="MP401") as caught:
         run(graph, [InsertCasts("fp16")], verify_each)
     assert "in pass insert-casts" in caught.value.__notes__[-1]
