@@ -14,7 +14,7 @@ import onnxruntime as ort
 from mpcompile.errors import RuntimeFailure, page
 
 page(
-    "MP701",
+    "MP703",
     "Inputs that the ONNX model does not take",
     "A name is missing or unknown, or an array has another element type than the model's input.",
     "Give a mapping from the model's input names to arrays; the message lists them.",
@@ -45,13 +45,13 @@ def run(held: ort.InferenceSession, feeds: Mapping[str, Any], outputs: Sequence[
     """Run `held` once; BF16 arrays (of ml_dtypes) go in and come out, which ONNX Runtime's own `run` refuses.
 
     Raises:
-      RuntimeFailure: MP701, for inputs that the model does not take.
+      RuntimeFailure: MP703, for inputs that the model does not take.
     """
     known = {i.name: i for i in held.get_inputs()}
     wrong = [name for name in feeds if name not in known]
     lacking = [name for name in known if name not in feeds]
     if wrong or lacking:
-        raise RuntimeFailure("MP701", f"inputs {wrong or lacking} are {'unknown' if wrong else 'missing'}",
+        raise RuntimeFailure("MP703", f"inputs {wrong or lacking} are {'unknown' if wrong else 'missing'}",
                              try_=f"the model's inputs are {', '.join(known)}")  # fmt: skip
     names = list(outputs) if outputs is not None else [o.name for o in held.get_outputs()]
     if not any(_is_bf16(i) for i in (*held.get_inputs(), *held.get_outputs())):
