@@ -64,6 +64,7 @@ class CostModel:
         self.uses = self.uses or self.graph.uses()
         self.outputs = frozenset(self.graph.outputs)
         self._base: dict[str, str] = {}
+        self._far: dict[str, bool] = {}
         self._materialised: dict[str, bool] = {}
         self._kernels = frozenset(name for name, kind in self._kinds.items() if kind.fusion == "kernel" or not self.fused)
         self._views = frozenset(name for name, kind in self._kinds.items() if kind.fusion == "view")
@@ -138,9 +139,17 @@ class CostModel:
             self.graph.values[self.base(value.name)]
         )
 
-    def is_far(self, reader: Node | None) -> bool:
-        """True for readers that read memory and cannot take a cast in: kernels, and the graph's outputs (None)."""
-        return reader is None or self.is_kernel(reader)
+    def is_far(self, reader: Node) -> bool:
+        """True for readers that read memory and cannot take a cast in: kernels, and views that a kernel looks through."""
+        if not self.is_view(reader):
+            return self.is_kernel(reader)
+        if reader.id not in self._far:
+            self._far[reader.id] = False
+            self._far[reader.id] = any(
+                name in self.outputs or any(self.is_far(self.graph.nodes[r]) for r, _ in self.uses[name])
+                for name in reader.outputs
+            )
+        return self._far[reader.id]
 
     def cast(self, value: Value, target: str, *, far: bool) -> float:
         """Seconds of one cast of `value` to `target`, shared by the readers that are (not) far."""
@@ -155,17 +164,26 @@ class CostModel:
         return moved / self.device.bandwidth + self.device.launch
 
 
-def plan_cost(graph: PrecisionGraph, model: CostModel) -> float:
-    """Seconds of a graph whose nodes have precisions and whose casts are not yet inserted."""
+def plan_cost(graph: PrecisionGraph, model: CostModel, output: str = "keep") -> float:
+    """Seconds of a graph whose nodes have precisions and whose casts are not yet inserted.
+
+    `output` is the precision in which floating outputs are wanted, or "keep".
+    """
     total = 0.0
     asked: dict[tuple[str, str, bool], None] = {}
     for node in graph:
-        if node.precision not in ("", "keep"):
+        if node.precision in ("", "keep") or node.is_cast:
+            continue
+        if not node.out_dtype or node.inputs:
             total += model.work(node, node.precision)
         for operand, name in enumerate(node.inputs):
             value, wanted = graph.values[name], node.reads_at(operand)
             if value.castable and wanted not in ("any", value.dtype):
                 asked[name, wanted, model.is_far(node)] = None
+    for name in graph.outputs:
+        value = graph.values[name]
+        if value.castable and output not in ("keep", value.dtype):
+            asked[name, output, True] = None
     for name, wanted, far in asked:
         total += model.cast(graph.values[name], wanted, far=far)
     for value in graph.values.values():

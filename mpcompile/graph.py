@@ -119,7 +119,7 @@ class Node:
 
     def reads_at(self, operand: int) -> str:
         """Precision in which operand number `operand` is read: fp16 | bf16 | fp32, or "any" (as it comes)."""
-        if self.is_cast or self.precision in ("", "keep"):
+        if self.is_cast or (self.kind == "cast" and self.out_dtype) or self.precision in ("", "keep"):
             return self.operands.get(self.slots[operand], "any")
         return self.operands.get(self.slots[operand], self.precision)
 

@@ -116,8 +116,9 @@ def precision(graph: PrecisionGraph) -> Iterator[Breach]:
     """Law 1: what a node reads and gives is in the precision that it was given."""
     values = graph.values
     for node in graph.nodes.values():
-        if not node.precision and not node.is_cast:
-            yield Breach("MP401", f"node {node.id!r} has no precision", node.id, "run assign first")
+        if node.precision not in ("fp32", "keep", "fp16", "bf16") and not node.is_cast:
+            what = f"node {node.id!r} has no precision, but {node.precision!r}"
+            yield Breach("MP401", what, node.id, "run assign first")
             continue
         for operand, name in enumerate(node.inputs):
             want, dtype = reads(node, operand), values[name].dtype
@@ -131,7 +132,7 @@ def precision(graph: PrecisionGraph) -> Iterator[Breach]:
 
 def reads(node: Node, operand: int) -> str:
     """`Node.reads_at`, and "any" for the user's own casts: a cast reads what there is."""
-    return "any" if node.kind == "cast" else node.reads_at(operand)
+    return node.reads_at(operand)
 
 
 def never_cast(graph: PrecisionGraph) -> Iterator[Breach]:
