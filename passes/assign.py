@@ -26,7 +26,7 @@ from typing import ClassVar
 
 from mpcompile.cost import CostModel, device
 from mpcompile.cut import INFINITE, SINK, SOURCE, CutProblem
-from mpcompile.graph import LOW, Node, PrecisionGraph, Value
+from mpcompile.graph import CASTABLE, LOW, Node, PrecisionGraph, Value
 from mpcompile.passes.base import PassResult
 
 
@@ -187,7 +187,7 @@ class _Plan:
 
     def _settle(self, node: Node, low: bool) -> None:
         if node.id not in self.vertex:
-            node.precision = (node.out_dtype or "keep") if told(node) else "keep"  # type: ignore[assignment]
+            node.precision = node.out_dtype if told(node) and node.out_dtype in CASTABLE else "keep"  # type: ignore[assignment]
             return
         node.precision = self.low if low else "fp32"  # type: ignore[assignment]
         tied = self.classes.tied.get(self.classes.root(node.id), "fp32")
@@ -258,7 +258,7 @@ def _follow_autocast(graph: PrecisionGraph, low: str) -> None:
     """torch.autocast on CUDA, op by op: its lists cast, and anything else takes the widest of what it reads."""
     for node in graph:
         if told(node) or not has_floats(graph, node):
-            node.precision = (node.out_dtype or "keep") if told(node) else "keep"  # type: ignore[assignment]
+            node.precision = node.out_dtype if told(node) and node.out_dtype in CASTABLE else "keep"  # type: ignore[assignment]
         elif node.verdict == "low":
             node.precision = low  # type: ignore[assignment]
         elif node.verdict == "fp32":

@@ -102,6 +102,7 @@ TEMPLATES = (
     Template("aten.expand.default", "shape", grow=4),
     Template("aten.to.dtype", "cast", out="fp32", attrs={"dtype": "fp32"}),
     Template("aten.to.dtype", "cast", out="bf16", attrs={"dtype": "bf16"}),
+    Template("aten.to.dtype", "cast", out="int64", attrs={"dtype": "int64"}),
     Template("aten.argmax.default", "small-reduction", out="int64"),
     Template("aten.add_.Tensor", "elementwise", 2),
 )
