@@ -18,6 +18,7 @@ from mpcompile.runtime.device import settle_policy
 from mpcompile.training.artefact import Artefact, Artefacts, ShadowSet, compiling
 from mpcompile.training.floor import FloorWatch
 from mpcompile.training.forward import Batch
+from mpcompile.training.fused import FusedUpdate
 from mpcompile.training.scaler import LossScale, ScaleState, from_dict, to_dict
 from mpcompile.training.updater import Plan, Updater
 from mpcompile.training.window import Layout, Window
@@ -106,7 +107,7 @@ class TrainStep:
             shadows,
             lambda _: self._updaters.clear(),
         )
-        self._updaters: dict[Any, Updater] = {}
+        self._updaters: dict[Any, Updater | FusedUpdate] = {}
         self._window = Window(accumulate, self.policy.grads == "low")
         self._sizes = self._group_sizes()
         self._floor = FloorWatch(self.rule, self.state)

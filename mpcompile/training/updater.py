@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from mpcompile.training import fused
 from mpcompile.training.artefact import ShadowSet
-from mpcompile.training.optim import Binding, bind
+from mpcompile.training.optim import Binding, bind, can_fuse
 from mpcompile.training.parts import Run, decompositions, run_update
 from mpcompile.training.scaler import LossScale, ScaleState
 from mpcompile.training.update import InPlace, Operands, Spec, in_place, trace
@@ -61,8 +62,9 @@ class Plan:
     backend: str
     max_grad_norm: float | None
     accumulate: int
+    fuse: bool = True
 
-    def build(self, layout: Layout, grads: Sequence[Tensor]) -> Updater:
+    def build(self, layout: Layout, grads: Sequence[Tensor]) -> Updater | fused.FusedUpdate:
         """The update for gradients of `layout`; `grads` are examples of them.
 
         Raises:
@@ -84,14 +86,18 @@ class Plan:
             self.max_grad_norm,
             self.accumulate,
         )
+        if self.fuse and can_fuse(self.optimizer, binding.params) and fused.serves(binding):
+            binding.fused = True
+            return fused.build(spec, binding, self.state, self.seed, [s for _, s in held], self.backend)
+        return self._traced(spec, binding, list(grads), [s for _, s in held])
+
+    def _traced(self, spec: Spec, binding: Binding, grads: list[Tensor], shadows: list[Tensor]) -> Updater:
         now = binding.numbers()
         numbers = torch.tensor(now, dtype=torch.float64, device=self.seed.device)
         given = Operands(
-            numbers, self.state, [s.value for s in binding.shared], binding.params, binding.state_tensors(), list(grads)
+            numbers, self.state, [s.value for s in binding.shared], binding.params, binding.state_tensors(), grads
         )
-        bases, shadows = [s.base for s in binding.shared], [s for _, s in held]
+        bases = [s.base for s in binding.shared]
         emitted = in_place(trace(spec, binding, given, decompositions(self.backend)), given, self.seed, bases, shadows)
-        before = pytree.tree_leaves(given._replace(grads=[]))
-        return Updater(
-            binding, emitted, run_update(emitted, self.backend), before, [self.seed, *bases, *shadows], numbers, now
-        )
+        before, after = pytree.tree_leaves(given._replace(grads=[])), [self.seed, *bases, *shadows]
+        return Updater(binding, emitted, run_update(emitted, self.backend), before, after, numbers, now)
