@@ -1,0 +1,188 @@
+"""The candidates that `mpcompile bench` compares: each is one way to train the same model on the same batches."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mpcompile import Policy, mpcompile
+from mpcompile.tools.bench_models import Batch, Workload
+
+LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
+LEARNING_RATE = 1e-4
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model in one regime: `micro` batches of `rows` rows are one optimizer step."""
+
+    workload: Workload
+    device: str
+    policy: Policy
+    rows: int
+    micro: int
+    data: list[Batch] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(1)
+        for _ in range(self.micro):
+            batch = self.workload.sample(self.rows)
+            self.data.append({name: self._place(tensor) for name, tensor in batch.items()})
+
+    def model(self) -> nn.Module:
+        """The model, with the same weights every time."""
+        torch.manual_seed(0)
+        module = self.workload.build().to(self.device).train()
+        return module.to(memory_format=torch.channels_last) if self.workload.channels_last else module  # type: ignore[call-overload,no-any-return]
+
+    @property
+    def units(self) -> int:
+        """Tokens, images or rows in one step."""
+        return self.rows * self.micro * self.workload.per_row
+
+    def _place(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.to(self.device)
+        four = self.workload.channels_last and tensor.dim() == 4
+        return tensor.to(memory_format=torch.channels_last) if four else tensor
+
+
+class Loop(Protocol):
+    """A way to train: `step` makes one optimizer step and returns its mean loss (0-dim, on the device)."""
+
+    forward: Callable[[], Tensor] | None  # of one microbatch, with a graph; None where the step has none of its own
+    optimizer: torch.optim.Optimizer
+
+    def step(self) -> Tensor: ...
+
+
+class Plain:
+    """The loop that everybody writes, around any callable."""
+
+    def __init__(self, job: Job, model: nn.Module, call: Callable[..., Tensor], *, autocast: str = "") -> None:
+        self.job, self.call, self.autocast = job, call, autocast
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+        self.data = [_as(batch, next(model.parameters()).dtype) for batch in job.data]
+        self.scaler = torch.amp.GradScaler(job.device, enabled=False)
+        self.forward: Callable[[], Tensor] | None = lambda: self._loss(self.data[0])
+
+    def scaled(self) -> Plain:
+        self.scaler = torch.amp.GradScaler(self.job.device)
+        return self
+
+    def _loss(self, batch: Batch) -> Tensor:
+        if not self.autocast:
+            return self.call(**batch)
+        with torch.autocast(self.job.device, LOW[self.autocast]):
+            return self.call(**batch)
+
+    def step(self) -> Tensor:
+        total = torch.zeros((), device=self.job.device)
+        for batch in self.data:
+            loss = self._loss(batch) / len(self.data)
+            self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return total
+
+
+class Precision(Plain):
+    """The plain loop with FP32 matmuls rounded to TF32 inside."""
+
+    def step(self) -> Tensor:
+        with tf32(True):
+            return super().step()
+
+
+class Step:
+    """`mp.train_step`."""
+
+    def __init__(self, job: Job, model: nn.Module) -> None:
+        self.job, self.forward = job, None
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+        self.run = mpcompile(model, job.policy).train_step(self.optimizer, accumulate=job.micro)
+
+    def step(self) -> Tensor:
+        total = torch.zeros((), device=self.job.device)
+        for batch in self.job.data:
+            total += self.run(**batch).loss
+        return total / self.job.micro
+
+
+@contextlib.contextmanager
+def tf32(on: bool) -> Iterator[None]:
+    """FP32 matmuls and convolutions with or without TF32."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if on else "highest")
+    torch.backends.cudnn.allow_tf32 = on
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+def compiled(model: nn.Module) -> Callable[..., Tensor]:
+    """torch.compile, with a cache of its own: candidates must not exhaust each other's recompile limit."""
+
+    def call(**batch: Tensor) -> Tensor:
+        return model(**batch)  # type: ignore[no-any-return]
+
+    call.__code__ = call.__code__.replace()
+    return torch.compile(call)
+
+
+def _as(batch: Batch, dtype: torch.dtype) -> Batch:
+    """The batch with its floats in the model's dtype."""
+    return {name: t.to(dtype) if t.is_floating_point() else t for name, t in batch.items()}
+
+
+def _autocast(job: Job, wrap: Callable[[nn.Module], Callable[..., Tensor]]) -> Loop:
+    model, low = job.model(), job.policy.low
+    loop = Plain(job, model, wrap(model), autocast=low)
+    return loop.scaled() if low == "fp16" else loop
+
+
+def _plain(job: Job, wrap: Callable[[nn.Module], Callable[..., Tensor]], kind: type[Plain] = Plain) -> Loop:
+    model = job.model()
+    return kind(job, model, wrap(model))
+
+
+def _pure(job: Job) -> Loop:
+    model = job.model().to(torch.bfloat16)
+    return Plain(job, model, compiled(model))
+
+
+def _dropin(job: Job) -> Loop:
+    model = job.model()
+    # What autocast returns is what the last operation gave; the losses of these models are FP32 either way.
+    loop = Plain(job, model, mpcompile(model, replace(job.policy, output="keep")))
+    return loop.scaled() if job.policy.low == "fp16" else loop
+
+
+def _same(model: nn.Module) -> Any:
+    return model
+
+
+CANDIDATES: dict[str, Callable[[Job], Loop]] = {
+    "eager FP32": lambda job: _plain(job, _same),
+    "eager TF32": lambda job: _plain(job, _same, Precision),
+    "compile FP32": lambda job: _plain(job, compiled),
+    "compile TF32": lambda job: _plain(job, compiled, Precision),
+    "eager autocast": lambda job: _autocast(job, _same),
+    "compile+autocast": lambda job: _autocast(job, compiled),
+    "pure BF16": _pure,
+    "mpcompile": _dropin,
+    "mpcompile step": lambda job: Step(job, job.model()),
+}
+
+
+def candidates_for(device: str) -> list[str]:
+    """The candidates that mean something on the device."""
+    return [name for name in CANDIDATES if device == "cuda" or "TF32" not in name]
