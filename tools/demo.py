@@ -8,10 +8,12 @@ another seed, says how much the loss moves for no reason at all: mpcompile has t
 from __future__ import annotations
 
 import json as jsonlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -104,7 +106,7 @@ def _run(steps: int, seed: int, policy: str, out: Path) -> Outcome:
         _train(progress, f"{names[0]} and {names[1]}", runs[:2], _data(text, seed), steps)
         _train(progress, names[2], runs[2:], _data(text, seed), steps)
     batch = next(_data(text, seed))
-    saved = [saved_for_backward(lambda call=call: call(batch)).total for call in calls[:2]]
+    saved = [saved_for_backward(partial(call, batch)).total for call in calls[:2]]
     return _outcome(runs, saved, mp, _draw(runs, out))
 
 
@@ -179,7 +181,7 @@ def _distance(a: Sequence[float], b: Sequence[float]) -> float:
     window = max(1, min(10, len(a) // 8))
     smooth = [[statistics.fmean(one[max(0, i - window + 1) : i + 1]) for i in range(len(one))] for one in (a, b)]
     half = len(a) // 2
-    return statistics.fmean([(x - y) ** 2 for x, y in zip(smooth[0][half:], smooth[1][half:], strict=True)]) ** 0.5
+    return math.dist(smooth[0][half:], smooth[1][half:]) / math.sqrt(len(a) - half)
 
 
 def _draw(runs: Sequence[Run], out: Path) -> str:

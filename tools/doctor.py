@@ -19,7 +19,7 @@ OPTIONAL = {"onnx": "onnx", "onnxscript": "onnx", "onnx-ir": "onnx", "onnxruntim
 
 @dataclass(frozen=True)
 class Check:
-    """One line: what was looked at, whether it is as it should be, and what was found. `needed` failures exit with 1."""
+    """One line: what was looked at, is it as it should be, what was found. Failures of `needed` checks exit with 1."""
 
     name: str
     good: bool

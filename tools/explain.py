@@ -134,9 +134,8 @@ def _node_text(facts: dict[str, Any]) -> str:
         f"  gives:   {g['value']} {g['dtype']} to {', '.join(g['readers']) or 'the caller'}" for g in facts["gives"]
     ]
     for precision, cost in facts["cost"].items():
-        lines.append(
-            f"  as {precision}: {cost['bytes']:,} bytes of results, {cost['seconds'] * 1e6:.3g} µs of matrix work (estimated)"
-        )
+        work = f"{cost['seconds'] * 1e6:.3g} µs of matrix work (estimated)"
+        lines.append(f"  as {precision}: {cost['bytes']:,} bytes of results, {work}")
     if row.get("precision") in ("fp16", "bf16"):
         lines.append(f"  to keep it FP32:  --keep-fp32 '{row['id']}', or mpcompile(model, keep_fp32=['{row['id']}'])")
     elif row.get("precision") == "fp32":

@@ -27,8 +27,8 @@ app = typer.Typer(
     cls=Verbs,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Mixed-precision training as a compiler pass. A model is FILE.py:FACTORY, PACKAGE.MODULE:FACTORY or MODEL.onnx; "
-    "a factory returns (model, args) or (model, args, kwargs).",
+    help="Mixed-precision training as a compiler pass. A model is FILE.py:FACTORY, PACKAGE.MODULE:FACTORY or "
+    "MODEL.onnx; a factory returns (model, args) or (model, args, kwargs).",
 )
 
 

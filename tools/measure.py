@@ -26,11 +26,13 @@ def saved_for_backward(forward: Callable[[], Tensor]) -> Saved:
     A storage counts once however many tensors show it. What is still alive when the graph is gone (parameters, their
     shadows, the batch, buffers) was not kept *for* the backward.
     """
-    kept: dict[int, tuple[StorageWeakRef, int, bool]] = {}
+    kept: dict[int, tuple[Any, int, bool]] = {}
+
+    weak: Any = StorageWeakRef
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept.setdefault(storage._cdata, (StorageWeakRef(storage), storage.nbytes(), tensor.dtype == torch.float32))
+        kept.setdefault(storage._cdata, (weak(storage), storage.nbytes(), tensor.dtype == torch.float32))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -54,7 +56,7 @@ def peak_bytes(step: Callable[[], Any], device: str) -> int:
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
         step()
-    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
         held += event.nbytes()
@@ -73,9 +75,10 @@ class Clock:
             start = self.now()
             step()
             return self.now() - start
-        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        event: Any = torch.cuda.Event
+        first, last = event(enable_timing=True), event(enable_timing=True)
         first.record()
         step()
         last.record()
         torch.cuda.synchronize()
-        return first.elapsed_time(last) / 1e3
+        return float(first.elapsed_time(last)) / 1e3

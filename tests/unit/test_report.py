@@ -58,8 +58,15 @@ def test_fits_its_schema(report: Report) -> None:
     assert json.loads(report.to_json()) == report.to_dict()
 
 
-@pytest.mark.parametrize("break_it", [lambda d: d["nodes"][0].pop("reason"), lambda d: d["nodes"][0].update(verdict="maybe"),
-                                      lambda d: d["summary"].pop("cost"), lambda d: d.update(extra=1)])  # fmt: skip
+BREAKS = [
+    lambda d: d["nodes"][0].pop("reason"),
+    lambda d: d["nodes"][0].update(verdict="maybe"),
+    lambda d: d["summary"].pop("cost"),
+    lambda d: d.update(extra=1),
+]
+
+
+@pytest.mark.parametrize("break_it", BREAKS)
 def test_schema_refuses_what_is_missing_or_unknown(report: Report, break_it) -> None:
     data = json.loads(report.to_json())
     break_it(data)
