@@ -17,13 +17,17 @@ import onnx_ir as ir
 from mpcompile.errors import OnnxError, page
 from mpcompile.frontends import onnx as frontend
 from mpcompile.frontends import onnx_check, onnx_write
-from mpcompile.graph import LOW, PrecisionGraph
+from mpcompile.graph import LOW, Node, PrecisionGraph
+from mpcompile.onnx_tune import sensitivities, smallest
 from mpcompile.passes.assign import Assign
 from mpcompile.passes.base import Pass
 from mpcompile.passes.legalize import Legalize
+from mpcompile.passes.measured_hazards import Measured, MeasuredHazards
 from mpcompile.pipeline import StepRecord, default_passes, run
 from mpcompile.policy import Policy
+from mpcompile.runtime import calibrate as calibrate_room
 from mpcompile.runtime import ort
+from mpcompile.runtime.calibrate import OutputError
 
 page(
     "MP604",
@@ -31,6 +35,17 @@ page(
     "With its weights the model is larger than 2 GB, which a ModelProto in memory cannot hold.",
     "Use .save(path): weights go to a data file beside the model, one tensor at a time.",
 )
+
+
+page(
+    "MP605",
+    "Outputs that are too far off",
+    "On the sample inputs an output differs from the FP32 model's by more than max_error.",
+    "Keep the nodes that the message names FP32, let auto=True find a small set, or allow a larger error.",
+)
+
+# What `auto` aims at when no max_error is given: a few roundings of FP16.
+AUTO_ERROR = 1e-2
 
 
 @dataclass(frozen=True)
@@ -57,6 +72,9 @@ class OnnxMixedPrecision:
       graph: the precision graph after the passes.
       steps: what each pass did.
       notes: lines for the user: a raised opset, checks that could not be made, unknown operators.
+      ranges: what the values were on the sample inputs, when there were any.
+      errors: how far each output is off on the sample inputs, worst first, in true low-precision numerics.
+      kept: nodes that `auto` keeps FP32.
     """
 
     policy: Policy
@@ -65,11 +83,14 @@ class OnnxMixedPrecision:
     graph: PrecisionGraph
     steps: list[StepRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    ranges: dict[str, Measured] = field(default_factory=dict)
+    errors: list[OutputError] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
 
     @cached_property
     def ir_model(self) -> ir.Model:
         """The rewritten model; large weights are converted when they are read."""
-        return self._write(self.options.simulate)
+        return self.written(self.options.simulate)
 
     @cached_property
     def model(self) -> onnx.ModelProto:
@@ -81,13 +102,21 @@ class OnnxMixedPrecision:
         size = onnx_check.weight_bytes(self.ir_model)
         if size > onnx_check.EXTERNAL_FROM:
             raise OnnxError("MP604", f"the model has {size / 1e9:.1f} GB of weights", try_=".save(path)")
-        return ir.to_proto(self.ir_model)
+        return ir.to_proto(ir.external_data.load_to_model(self.ir_model))
 
     def simulated(self) -> onnx.ModelProto:
         """The same plan with FP32 operators and rounded values: its numbers are the low type's, on any provider."""
-        return self.model if self.options.simulate else ir.to_proto(self._write(True))
+        if self.options.simulate:
+            return self.model
+        return ir.to_proto(ir.external_data.load_to_model(self.written(True)))
 
-    def _write(self, simulate: bool) -> ir.Model:
+    def compare(self, samples: Any) -> list[OutputError]:
+        """How far each output is off on `samples`, worst first, in true low-precision numerics (simulated)."""
+        feeds = calibrate_room.samples(samples)
+        return calibrate_room.compare(self.simulated(), feeds, calibrate_room.reference(self.capture.source, feeds))
+
+    def written(self, simulate: bool) -> ir.Model:
+        """The plan as an `onnx_ir` model, plain or simulated."""
         low_inputs = "" if self.options.keep_io or self.policy.low not in LOW else self.policy.low
         with no_garbage_collection():
             return onnx_write.write(self.capture, self.graph, simulate=simulate, annotated=self.options.annotate,
@@ -170,31 +199,91 @@ def convert(
     provider: str = "cuda",
     simulate: bool = False,
     annotate: bool = True,
+    calibrate: Any = None,
+    max_error: float | None = None,
+    auto: bool = False,
     session_options: Any = None,
 ) -> OnnxMixedPrecision:
     """Convert an ONNX model to mixed precision.
 
     Args:
       model: a path, an `onnx.ModelProto` or an `onnx_ir.Model`; it is not changed.
-      policy: "fp16" (also for "auto"), "bf16", "fp32", fields such as "low=fp16,output=low", or a `Policy`.
+      policy: "fp16" (also for "auto"), "bf16", "fp32", fields as in "low=fp16,output=low", or a `Policy`.
       keep_fp32, low: globs on module path, operator ("onnx::Exp") or node name, or callables of a `Node`.
       strict: an operator without a rule is an error instead of FP32.
       keep_io: inputs and outputs keep their types; False gives FP32 ones in the low type.
       provider: whose kernels the model is for: "cuda", "cpu", or "" for any (the schemas alone).
       simulate: write FP32 operators whose results are rounded through the low type (see `OnnxMixedPrecision.simulated`).
       annotate: write each node's decision and its reason into the node's metadata.
+      calibrate: sample inputs: an ``.npz`` path, a mapping of input names to arrays, several of them, or a function
+        that returns them. Values that overflow or vanish on them stay FP32, and outputs are compared (`errors`).
+      max_error: largest error of an output on the samples, relative to its largest element; beyond it, an error.
+      auto: find a small set of nodes to keep FP32 so that `max_error` (1e-2 when not given) holds; see `kept`.
       session_options: `onnxruntime.SessionOptions` for the check that the model loads (custom operator libraries).
 
     Raises:
-      OnnxError: MP601 (not readable), MP602 and MP603 (the result would not load; nothing is written).
+      OnnxError: MP601 (not readable), MP602 and MP603 (the result would not load; nothing is written), MP605 (outputs
+        are off by more than `max_error`), MP606 (samples).
       RuleError: MP201 (policy), MP203 (an override that matches nothing).
     """
+    if calibrate is None and (auto or max_error is not None):
+        raise OnnxError("MP606", "max_error and auto need sample inputs", try_="calibrate='data.npz'")
     options = Options(
         _several(keep_fp32), _several(low), strict, keep_io, provider, simulate, annotate, session_options
     )
-    made = plan(frontend_policy(policy), options, model)
+    settled = frontend_policy(policy)
+    if calibrate is None:
+        made = plan(settled, options, model)
+    else:
+        made = _calibrated(settled, options, model, calibrate_room.samples(calibrate), max_error, auto)
     made.check()
     return made
+
+
+def _calibrated(policy: Policy, options: Options, model: Any, feeds: Sequence[Any], max_error: float | None,
+                auto: bool) -> OnnxMixedPrecision:  # fmt: skip
+    """Plan with measured ranges, compare the outputs, and keep more nodes FP32 where asked to."""
+    capture = frontend.read(model, policy.low, provider=options.provider)
+    ranges = calibrate_room.record(capture, feeds, policy.low) if policy.low in LOW else {}
+    made = plan(policy, options, capture, ranges)
+    wanted = calibrate_room.reference(model, feeds)
+    limit = max_error if max_error is not None else AUTO_ERROR if auto else None
+    made.errors = calibrate_room.compare(made.simulated(), feeds, wanted)
+    if limit is None or worst(made) <= limit:
+        return made
+    order = sensitivities(capture, made.graph, made.written(True), feeds)
+    if not auto:
+        what = f"an output is off by {worst(made):.3g}, more than {limit:.3g}"
+        raise OnnxError("MP605", what, why=str(made.errors[0]),
+                        try_=f"auto=True, or keep_fp32={order[:5]!r}, the most sensitive nodes")  # fmt: skip
+
+    def attempt(kept: Sequence[str]) -> OnnxMixedPrecision:
+        more = replace(options, keep_fp32=(*options.keep_fp32, *([_Named(frozenset(kept))] if kept else ())))
+        tried = plan(policy, more, capture, ranges)
+        tried.errors, tried.kept = calibrate_room.compare(tried.simulated(), feeds, wanted), list(kept)
+        return tried
+
+    kept = smallest(order, lambda names: worst(attempt(names)), limit)
+    if kept is None:
+        raise OnnxError("MP605", f"no set of FP32 nodes brings the outputs within {limit:.3g}", why=str(made.errors[0]),
+                        try_="a larger max_error: what is left is the model's own rounding")  # fmt: skip
+    return attempt(kept)
+
+
+def worst(made: OnnxMixedPrecision) -> float:
+    """The largest relative error of an output."""
+    return made.errors[0].relative if made.errors else 0.0
+
+
+@dataclass(frozen=True)
+class _Named:
+    """An override that picks nodes by id, as `keep_fp32` takes it."""
+
+    ids: frozenset[str]
+    __name__ = "auto"
+
+    def __call__(self, node: Node) -> bool:
+        return node.id in self.ids
 
 
 def frontend_policy(policy: str | Policy) -> Policy:
@@ -203,7 +292,8 @@ def frontend_policy(policy: str | Policy) -> Policy:
     return parsed.with_low("fp16") if parsed.low == "auto" else parsed
 
 
-def plan(policy: Policy, options: Options, model: Any) -> OnnxMixedPrecision:
+def plan(policy: Policy, options: Options, model: Any,
+         ranges: dict[str, Measured] | None = None) -> OnnxMixedPrecision:  # fmt: skip
     """Read `model` (or take a capture of it) and decide; nothing is checked or written yet."""
     if not options.keep_io:
         policy = replace(policy, output="low")
@@ -211,16 +301,17 @@ def plan(policy: Policy, options: Options, model: Any) -> OnnxMixedPrecision:
     with no_garbage_collection():
         if not isinstance(model, frontend.OnnxCapture):
             capture = frontend.read(model, policy.low, provider=options.provider)
-        graph, steps = run(capture.graph, passes_for(policy, options, capture))
+        graph, steps = run(capture.graph, passes_for(policy, options, capture, ranges))
     graph.header.update(source="onnx", policy=str(policy), device=options.provider or "cpu")
-    made = OnnxMixedPrecision(policy, options, capture, graph, steps, list(capture.notes))
+    made = OnnxMixedPrecision(policy, options, capture, graph, steps, list(capture.notes), ranges or {})
     if unknown := sorted({node.op for node in graph if node.decided_by == "unknown"}):
         made.notes.append(f"operators without a rule stay FP32: {', '.join(unknown)}")
     return made
 
 
-def passes_for(policy: Policy, options: Options, capture: frontend.OnnxCapture) -> list[Pass]:
-    """The default passes, with the schemas' types held after the verdicts are given."""
+def passes_for(policy: Policy, options: Options, capture: frontend.OnnxCapture,
+               ranges: dict[str, Measured] | None = None) -> list[Pass]:  # fmt: skip
+    """The default passes, with the schemas' types and the measured ranges held once the verdicts are given."""
     device = "cpu-onnx" if options.provider == "cpu" else options.provider or "cuda"
     passes = default_passes(policy, device, "onnx", keep_fp32=options.keep_fp32,
                             force_low=options.low, strict=options.strict, fused=False)  # fmt: skip
@@ -228,7 +319,8 @@ def passes_for(policy: Policy, options: Options, capture: frontend.OnnxCapture) 
         return passes
     passes = [replace(one, bind=True) if isinstance(one, Assign) else one for one in passes]
     after = next(i for i, one in enumerate(passes) if one.name == "classify") + 1
-    return [*passes[:after], Legalize(policy.low, capture.signatures), *passes[after:]]
+    measured: list[Pass] = [MeasuredHazards(policy.low, ranges)] if ranges else []
+    return [*passes[:after], Legalize(policy.low, capture.signatures), *measured, *passes[after:]]
 
 
 @contextmanager

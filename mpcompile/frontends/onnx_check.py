@@ -28,7 +28,7 @@ page(
 page(
     "MP603",
     "A converted model that ONNX Runtime does not load",
-    "The model given loads, the converted one does not: a provider lacks a kernel for a type. Nothing was written.",
+    "The model given loads, the converted one does not: a provider lacks a kernel. Nothing was written.",
     "Give the provider that will run it (provider='cpu' or 'cuda'), or keep_fp32 on the node that the message names.",
 )
 

@@ -81,7 +81,7 @@ def _without_weights(model: ir.Model) -> Iterator[None]:
     held = [(v, v.const_value) for g in graphs(model) for v in g.initializers.values()
             if v.const_value is not None and v.const_value.nbytes > WEIGHT]  # fmt: skip
     for value, tensor in held:
-        shape, name = ir.Shape([int(size) for size in tensor.shape]), value.name or ""
+        shape, name = ir.Shape(tensor.shape.numpy()), value.name or ""
         value.const_value = ir.ExternalTensor("weights", 0, tensor.nbytes, tensor.dtype, shape=shape, name=name)
     try:
         yield

@@ -1,0 +1,124 @@
+"""Sample inputs: measured hazards, comparison, and the automatic search for what must stay FP32."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx_models import mlp, noise, parse
+
+from mpcompile.errors import OnnxError
+from mpcompile.onnx_api import convert
+from mpcompile.onnx_tune import smallest
+from mpcompile.passes.measured_hazards import Measured
+from mpcompile.runtime.calibrate import difference, measure, samples
+
+
+def overflowing():
+    """The product of two inputs of 300: 9e4 is beyond FP16."""
+    return parse(
+        """g (float[4, 8] x) => (float[4, 8] y) {
+            h = MatMul(x, w)
+            p = Mul(h, h)
+            q = Mul(p, small)
+            y = MatMul(q, w)
+        }""",
+        w=np.eye(8, dtype=np.float32), small=np.float32(1e-3),
+    )  # fmt: skip
+
+
+def test_measured_overflow_keeps_its_nodes_fp32_with_the_number() -> None:
+    feeds = {"x": np.full((4, 8), 300, np.float32)}
+    low = ["onnx::Mul"]
+    assert np.isinf(convert(overflowing(), "fp16", low=low).compare(feeds)[0].relative)
+    made = convert(overflowing(), "fp16", calibrate=feeds)
+    product = next(node for node in made.graph if node.outputs == ["p"])
+    assert (product.precision, product.decided_by) == ("fp32", "hazard")
+    assert "9e+04" in product.reason
+    assert made.ranges["p"].most == 90000
+    assert made.errors[0].relative < 1e-2
+    assert [n.precision for n in made.graph if n.op == "onnx::MatMul"] == ["fp16", "fp16"]
+
+
+def test_measured_underflow() -> None:
+    given = parse("g (float[4, 8] x) => (float[4, 8] y) { h = MatMul(x, w)\n y = MatMul(h, v) }",
+                  w=noise(8, 8, scale=1e-9), v=noise(8, 8, scale=1e6))  # fmt: skip
+    made = convert(given, "fp16", calibrate={"x": noise(4, 8)})
+    assert all(node.precision == "fp32" for node in made.graph if node.op == "onnx::MatMul")
+    assert any("zero in fp16" in node.reason for node in made.graph)
+
+
+def test_all_values_are_measured_slice_by_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mpcompile.runtime import calibrate
+
+    feeds = {"x": noise(64, 16)}
+    whole = convert(mlp(), "fp16", calibrate=feeds).ranges
+    monkeypatch.setattr(calibrate.record, "__defaults__", (64,))
+    assert convert(mlp(), "fp16", calibrate=feeds).ranges == whole
+    assert set(whole) == {"h", "a", "r", "y"}
+
+
+def test_max_error_names_the_sensitive_nodes_and_auto_keeps_them() -> None:
+    """One product of large, nearly cancelling terms among harmless ones."""
+    given = parse(
+        """g (float[8, 16] x) => (float[8, 16] y) {
+            a = MatMul(x, w)
+            b = MatMul(a, w)
+            c = MatMul(b, bad)
+            d = MatMul(c, w)
+            y = MatMul(d, w)
+        }""",
+        w=noise(16, 16, scale=0.25),
+        bad=np.linalg.inv(np.vander(np.linspace(0.2, 1, 16), 16).astype(np.float64) + np.eye(16)).astype(np.float32) * 3,
+    )  # fmt: skip
+    feeds = {"x": noise(8, 16)}
+    error = convert(given, "fp16", calibrate=feeds).errors[0].relative
+    limit = error / 3
+    with pytest.raises(OnnxError, match=r"MP605") as caught:
+        convert(given, "fp16", calibrate=feeds, max_error=limit)
+    assert "MatMul" in caught.value.try_
+    made = convert(given, "fp16", calibrate=feeds, max_error=limit, auto=True)
+    assert made.errors[0].relative <= limit
+    assert 0 < len(made.kept) < 5
+    assert len(convert(given, "fp16", calibrate=feeds, max_error=0.0, auto=True).kept) == 5
+
+
+def test_samples_come_in_many_forms(tmp_path: Path) -> None:
+    x = noise(2, 16)
+    np.savez(tmp_path / "data.npz", x=x)
+    for given in (tmp_path / "data.npz", {"x": x}, lambda: {"x": x}, [{"x": x}], (d for d in [{"x": x}])):
+        assert [list(feeds) for feeds in samples(given)] == [["x"]]
+    for bad in (tmp_path / "no.npz", 3, []):
+        with pytest.raises(OnnxError, match="MP606"):
+            samples(bad)
+    with pytest.raises(OnnxError, match="MP606"):
+        convert(mlp(), "fp16", auto=True)
+
+
+def test_measure_counts_what_vanishes() -> None:
+    array = np.array([0, 1e-9, 1e-9, 1e-9, 2.0, np.inf, np.nan], np.float32)
+    assert measure(array, "fp16") == Measured(0.0, 2.0, 0.75)
+    assert measure(array, "bf16") == Measured(0.0, 2.0, 0.0)
+    assert measure(np.array([np.nan]), "fp16") is None
+
+
+def test_difference_sees_nan_and_infinity() -> None:
+    one = np.array([1.0, np.nan, np.inf])
+    assert difference("y", one, one).relative == 0
+    assert difference("y", np.array([1.0, 2.0]), np.array([1.0, np.nan])).relative == np.inf
+    assert difference("y", [np.array([1.5])], [np.array([1.0])]).absolute == 0.5
+    assert difference("y", np.array([3]), np.array([4])).relative == 0.25
+
+
+def test_smallest_asks_far_fewer_questions_than_there_are_nodes() -> None:
+    order, asked = [f"n{i}" for i in range(1000)], []
+
+    def judge(kept) -> float:
+        asked.append(kept)
+        return 0.0 if {"n3", "n17"} <= set(kept) else 1.0
+
+    assert sorted(smallest(order, judge, 0.5)) == ["n17", "n3"]
+    assert len(asked) < 60
+    assert smallest(order, lambda kept: 1.0, 0.5) is None
+    assert smallest(order, lambda kept: 0.0, 0.5) == []

@@ -1,0 +1,479 @@
+"""Conversion: what is written, what is left alone, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, numpy_helper
+from onnx.reference import ReferenceEvaluator
+from onnx_models import mlp, noise, ops, parse, types
+
+from mpcompile.errors import OnnxError, RuleError
+from mpcompile.onnx_api import convert
+from mpcompile.runtime.ort import run, session
+
+LOW = {"fp16": "FLOAT16", "bf16": "BFLOAT16"}
+
+
+def close(made: onnx.ModelProto, given: onnx.ModelProto, feeds: dict, tolerance: float) -> None:
+    want, got = run(session(given), feeds), run(session(made), feeds)
+    assert list(want) == list(got)
+    for name, array in want.items():
+        assert got[name].dtype == array.dtype
+        np.testing.assert_allclose(got[name], array, rtol=tolerance, atol=tolerance * np.abs(array).max())
+
+
+@pytest.mark.parametrize("low", ["fp16", "bf16"])
+def test_matmuls_are_low_and_the_ends_keep_names_and_types(low: str) -> None:
+    given = mlp()
+    before = given.SerializeToString()
+    made = convert(given, low)
+    assert given.SerializeToString() == before
+    found = types(made.model)
+    assert found["h"] == found["r"] == found["w1"] == found["b2"] == LOW[low]
+    assert found["x"] == found["y"] == "FLOAT"
+    assert [(i.name, i.type) for i in made.model.graph.input] == [(i.name, i.type) for i in given.graph.input]
+    assert [i.name for i in made.model.graph.output] == ["y"]
+    assert ops(made.model).count("Cast") == 2
+    close(made.simulated(), given, {"x": noise(3, 16)}, {"fp16": 5e-3, "bf16": 3e-2}[low])
+
+
+def test_keep_io_false_takes_and_gives_low() -> None:
+    made = convert(mlp(), "fp16", keep_io=False)
+    assert types(made.model)["x"] == types(made.model)["y"] == "FLOAT16"
+    assert "Cast" not in ops(made.model)
+    low = run(made.session(), {"x": noise(3, 16).astype(np.float16)})["y"]
+    np.testing.assert_allclose(low, run(session(mlp()), {"x": noise(3, 16)})["y"], rtol=1e-2, atol=1e-2)
+    assert run(session(made.simulated()), {"x": noise(3, 16).astype(np.float16)})["y"].dtype == np.float16
+
+
+def test_bf16_arrays_go_in_and_come_out() -> None:
+    made = convert(parse("g (bfloat16[4] x) => (bfloat16[4] y) { y = Identity(x) }"), "fp16", provider="cpu")
+    x = np.array([1.0, -2.5, 3.140625, 0.0], dtype=ml_dtypes.bfloat16)
+    out = made.run(x=x)["y"]
+    assert out.dtype == ml_dtypes.bfloat16
+    assert (out == x).all()
+
+
+def test_a_weight_of_fp32_and_low_readers_is_there_twice() -> None:
+    given = parse(
+        "g (float[4, 8] x) => (float[4, 8] y, float[8, 8] e) { y = MatMul(x, w)\n e = Exp(w) }",
+        w=noise(8, 8, scale=0.1),
+    )
+    made = convert(given, "fp16").model
+    assert sorted(t.data_type for t in made.graph.initializer) == [TensorProto.FLOAT, TensorProto.FLOAT16]
+    close(made, given, {"x": noise(4, 8)}, 5e-3)
+
+
+def test_weights_are_rounded_to_nearest_even() -> None:
+    w = np.array([[1 + 2**-11, 1 + 3 * 2**-11], [65519.0, 6e-8]], np.float32)
+    made = convert(parse("g (float[2, 2] x) => (float[2, 2] y) { y = MatMul(x, w) }", w=w), "fp16")
+    stored = numpy_helper.to_array(made.model.graph.initializer[0])
+    assert stored.dtype == np.float16
+    np.testing.assert_array_equal(stored, [[1.0, 1 + 2**-9], [65504.0, np.float16(6e-8)]])
+
+
+@pytest.mark.parametrize("value", [-1e9, float(np.finfo(np.float32).min)])
+def test_mask_constants_stay_finite(value: float) -> None:
+    given = parse(
+        "g (float[2, 4] x, bool[2, 4] m, float[4, 4] v) => (float[2, 4] y) {"
+        " h = MatMul(x, v)\n s = Where(m, h, c)\n p = Softmax<axis = -1>(s)\n y = MatMul(p, v) }",
+        c=np.float32(value),
+    )
+    feeds = {"x": noise(2, 4), "m": np.array([[1, 0, 1, 1], [0, 0, 0, 0]], bool), "v": noise(4, 4)}
+    made = convert(given, "fp16")
+    where = next(node for node in made.graph if node.op == "onnx::Where")
+    assert where.precision == "fp32"
+    assert where.decided_by == "hazard"
+    close(made.simulated(), given, feeds, 5e-3)
+    close(made.model, given, feeds, 5e-3)
+
+
+def test_infinite_masks_may_be_low() -> None:
+    given = parse(
+        "g (float[2, 4] x, bool[2, 4] m, float[4, 4] v) => (float[2, 4] y) {"
+        " h = MatMul(x, v)\n s = Where(m, h, c)\n p = Softmax<axis = -1>(s)\n y = MatMul(p, v) }",
+        c=np.float32(-np.inf),
+    )
+    feeds = {"x": noise(2, 4), "m": np.array([[1, 0, 1, 1], [0, 1, 0, 0]], bool), "v": noise(4, 4)}
+    close(convert(given, "fp16").simulated(), given, feeds, 5e-3)
+
+
+def test_resize_scales_and_shape_arithmetic_stay_fp32() -> None:
+    given = parse(
+        """g (float[1, 3, h, w] x) => (float[1, 2, oh, ow] y) {
+            c = Conv<kernel_shape = [3, 3], pads = [1, 1, 1, 1]>(x, k)
+            s = Shape<start = 2>(c)
+            f = Cast<to = 1>(s)
+            g = Mul(f, two)
+            u = Floor(g)
+            i = Cast<to = 7>(u)
+            d = Concat<axis = 0>(head, i)
+            y = Resize<mode = "linear">(c, , , d)
+        }""",
+        k=noise(2, 3, 3, 3, scale=0.2), two=np.float32(1.9995), head=np.array([1, 2], np.int64),
+    )  # fmt: skip
+    made = convert(given, "fp16")
+    verdicts = {node.op: node.precision for node in made.graph if not node.is_cast}
+    assert verdicts["onnx::Conv"] == "fp16"
+    assert verdicts["onnx::Mul"] == verdicts["onnx::Floor"] == "fp32"
+    close(made.simulated(), given, {"x": noise(1, 3, 5, 33)}, 1e-2)
+
+
+def test_scales_of_resize_are_fp32_by_schema() -> None:
+    given = parse(
+        """g (float[1, 3, 8, 8] x) => (float[1, 2, 16, 16] y) {
+            c = Conv<kernel_shape = [3, 3], pads = [1, 1, 1, 1]>(x, k)
+            y = Resize<mode = "nearest">(c, , s)
+        }""",
+        k=noise(2, 3, 3, 3, scale=0.2), s=np.array([1, 1, 2, 2], np.float32),
+    )  # fmt: skip
+    made = convert(given, "fp16", low=["onnx::Resize"]).model
+    assert types(made)["s"] == "FLOAT"
+    close(made, given, {"x": noise(1, 3, 8, 8)}, 5e-3)
+
+
+BRANCHES = """g (float[4, 4] x, bool flag) => (float[4, 4] y) {
+    h = MatMul(x, w)
+    b = If(flag) <
+        then_branch = one () => (float[4, 4] t) { u = MatMul(h, w)
+            t = Relu(u) },
+        else_branch = two () => (float[4, 4] t) { t = Identity(h) }
+    >
+    y = MatMul(b, w)
+}"""
+
+
+@pytest.mark.parametrize("low", ["fp16", "bf16"])
+@pytest.mark.parametrize("flag", [True, False])
+def test_branches_read_what_they_capture(low: str, flag: bool) -> None:
+    given = parse(BRANCHES, w=noise(4, 4))
+    made = convert(given, low)
+    inner = next(node for node in made.graph if node.scope and node.op == "onnx::MatMul")
+    assert inner.precision == low
+    close(made.simulated(), given, {"x": noise(4, 4), "flag": np.array(flag)}, {"fp16": 1e-2, "bf16": 6e-2}[low])
+
+
+def test_loops_four_deep_convert() -> None:
+    def body(depth: int) -> str:
+        deeper = f"b{depth} = Loop(two, yes, a{depth}) <body = {body(depth - 1)}>" if depth else "b0 = Relu(a0)"
+        state = f"s{depth}"
+        return (
+            f"l{depth} (int64 i{depth}, bool c{depth}, float[3, 3] {state}) => (bool d{depth}, float[3, 3] r{depth}) {{"
+            f"d{depth} = Identity(c{depth})\n m{depth} = MatMul({state}, w)\n a{depth} = Add(m{depth}, x)\n {deeper}\n"
+            f"r{depth} = Mul(b{depth}, half) }}"
+        )
+
+    given = parse(
+        f"g (float[3, 3] x) => (float[3, 3] y) {{ y = Loop(two, yes, x) <body = {body(3)}> }}",
+        w=noise(3, 3, scale=0.3), two=np.int64(2), yes=np.array(True), half=np.float32(0.5),
+    )  # fmt: skip
+    made = convert(given, "fp16")
+    assert sum(node.op == "onnx::MatMul" and node.precision == "fp16" for node in made.graph) == 4
+    close(made.simulated(), given, {"x": noise(3, 3)}, 2e-2)
+    close(made.model, given, {"x": noise(3, 3)}, 2e-2)
+
+
+def test_local_functions_are_inlined() -> None:
+    given = parse(
+        "g (float[2, 8] x) => (float[2, 8] y) { h = local.twice(x)\n y = MatMul(h, w) }\n"
+        '<domain: "local", opset_import: ["" : 20]> twice (a) => (b) { b = Add(a, a) }',
+        domains='"local" : 1', w=noise(8, 8),
+    )  # fmt: skip
+    made = convert(given, "fp16").model
+    assert not made.functions
+    close(made, given, {"x": noise(2, 8)}, 5e-3)
+
+
+def test_custom_domains_stay_fp32_and_are_listed() -> None:
+    given = parse(
+        "g (float[2, 8] x) => (float[2, 8] y) { h = MatMul(x, w)\n c = vendor.Odd(h)\n y = MatMul(c, w) }",
+        domains='"vendor" : 1', w=noise(8, 8),
+    )  # fmt: skip
+    made = convert(given, "fp16")
+    odd = next(node for node in made.graph if node.op == "vendor::Odd")
+    assert (odd.precision, odd.decided_by) == ("fp32", "unknown")
+    assert any("vendor::Odd" in note for note in made.notes)
+    assert any("does not load the original" in note for note in made.notes)
+    assert types_of_inputs(made.model, "Odd") == ["FLOAT"]
+
+
+def types_of_inputs(model: onnx.ModelProto, op: str) -> list[str]:
+    """Element types of what the first `op` reads, by the casts in front of it."""
+    made = {out: node for node in model.graph.node for out in node.output}
+    node = next(node for node in model.graph.node if node.op_type == op)
+    return [TensorProto.DataType.Name(made[name].attribute[0].i) for name in node.input]
+
+
+def test_quantized_patterns_are_left_alone() -> None:
+    given = parse(
+        """g (float[2, 8] x) => (float[2, 8] y) {
+            q = QuantizeLinear(x, s, z)
+            d = DequantizeLinear(q, s, z)
+            h = MatMul(d, w)
+            r = QuantizeLinear(h, s, z)
+            e = DequantizeLinear(r, s, z)
+            m = Relu(e)
+            n = MatMul(m, w)
+            y = MatMul(n, w)
+        }""",
+        s=np.float32(0.05), z=np.uint8(128), w=noise(8, 8, scale=0.2),
+    )  # fmt: skip
+    made = convert(given, "fp16")
+    order = [node.precision for node in made.graph if node.op == "onnx::MatMul"]
+    assert order == ["fp32", "fp16", "fp16"]
+    assert ops(made.model)[:5] == ops(given)[:5]
+    close(made.model, given, {"x": noise(2, 8)}, 2e-2)
+
+
+@pytest.mark.parametrize("low", ["fp16", "bf16"])
+def test_parts_in_half_precision_are_left_alone(low: str) -> None:
+    given = parse(
+        """g (float[2, 8] x) => (float16[2, 8] y, float[2, 8] z) {
+            h = Cast<to = 10>(x)
+            e = Exp(h)
+            y = MatMul(e, w)
+            f = Cast<to = 1>(y)
+            z = MatMul(f, v)
+        }""",
+        w=noise(8, 8, scale=0.1).astype(np.float16), v=noise(8, 8, scale=0.1),
+    )  # fmt: skip
+    made = convert(given, low)
+    found = types(made.model)
+    assert found["e"] == found["y"] == found["w"] == "FLOAT16"
+    assert found["v"] == LOW[low]
+    close(made.simulated(), given, {"x": noise(2, 8)}, 2e-2)
+
+
+def test_the_users_casts_keep_their_rounding() -> None:
+    given = parse("g (float[2, 8] x) => (float[2, 8] y) { a = Cast<to = 10>(x)\n b = Cast<to = 1>(a)\n y = Exp(b) }")
+    made = convert(given, "bf16", provider="cpu").model
+    assert ops(made) == ["Cast", "Cast", "Exp"]
+    close(made, given, {"x": noise(2, 8)}, 0.0)
+
+
+def test_fp64_branches_and_integers_are_never_cast() -> None:
+    given = parse(
+        """g (double[2, 4] d, float[2, 4] x, int64[2] i) => (double[2, 4] p, float[2, 4] y) {
+            p = Mul(d, d)
+            g = Gather(w, i)
+            y = MatMul(x, g2)
+        }""",
+        w=np.arange(8, dtype=np.int64), g2=noise(4, 4),
+    )  # fmt: skip
+    made = convert(given, "fp16").model
+    assert types(made)["p"] == "DOUBLE"
+    assert types(made)["g"] == "INT64"
+
+
+def test_initializers_that_are_inputs_can_still_be_overridden() -> None:
+    given = parse("g (float[2, 8] x, float[8, 8] w) => (float[2, 8] y) { y = MatMul(x, w) }", w=noise(8, 8))
+    made = convert(given, "fp16").model
+    assert [i.name for i in made.graph.input] == ["x", "w"]
+    assert types(made)["w"] == "FLOAT"
+    held, other = session(made), noise(8, 8, seed=9)
+    np.testing.assert_allclose(
+        held.run(None, {"x": noise(2, 8), "w": other})[0], noise(2, 8) @ other, rtol=1e-2, atol=1e-2
+    )
+
+
+def test_outputs_that_are_inputs_or_initializers_keep_their_names() -> None:
+    given = parse(
+        "g (float[2, 8] x) => (float[2, 8] x, float[8, 8] w, float[2, 8] y) { y = MatMul(x, w) }", w=noise(8, 8)
+    )
+    made = convert(given, "fp16")
+    assert [o.name for o in made.model.graph.output] == ["x", "w", "y"]
+    assert {types(made.model)[name] for name in ("x", "w", "y")} == {"FLOAT"}
+
+
+def test_unnamed_and_equally_named_nodes_are_told_apart() -> None:
+    given = mlp()
+    for node in given.graph.node:
+        node.name = "same"
+    made = convert(given, "fp16", keep_fp32=["same_2"])
+    assert next(node for node in made.graph if node.id == "same_2").precision == "fp32"
+    assert {node.id for node in made.capture.graph} == {"same", "same_1", "same_2", "same_3"}
+    assert {node.id for node in convert(mlp(), "fp16").capture.graph} == {"MatMul_0", "Add_0", "Gelu_0", "Gemm_0"}
+
+
+def test_empty_optional_operands_and_unused_outputs_keep_their_places() -> None:
+    given = parse(
+        """g (float[2, 8] x) => (float[2, 2] v, float[2, 8] c) {
+            h = MatMul(x, w)
+            v, unused = TopK<axis = 1>(h, k)
+            c = Clip(h, , top)
+        }""",
+        w=noise(8, 8), k=np.array([2], np.int64), top=np.float32(0.5),
+    )  # fmt: skip
+    made = convert(given, "fp16").model
+    clip = next(node for node in made.graph.node if node.op_type == "Clip")
+    assert clip.input[1] == ""
+    close(made, given, {"x": noise(2, 8)}, 1e-2)
+
+
+def test_zero_size_tensors_and_dynamic_shapes_convert() -> None:
+    given = parse("g (float[n, 8] x) => (float[m, 8] y) { c = Concat<axis = 0>(x, e)\n y = MatMul(c, w) }",
+                  e=np.zeros((0, 8), np.float32), w=noise(8, 8))  # fmt: skip
+    for rows in (0, 3):
+        close(convert(given, "fp16").model, given, {"x": noise(rows, 8) + 1}, 1e-2) if rows else session(
+            convert(given, "fp16").model
+        ).run(None, {"x": noise(0, 8)})
+
+
+def test_the_opset_is_raised_where_the_low_type_needs_it() -> None:
+    given = parse(
+        "g (float[2, 8] x) => (float[2, 8] y) { h = MatMul(x, w)\n y = Relu(h) }", opset=11, ir=6, w=noise(8, 8)
+    )
+    made = convert(given, "bf16")
+    assert made.model.opset_import[0].version == 22
+    assert any("opset raised from 11 to 22" in note for note in made.notes)
+    assert convert(given, "fp16").model.opset_import[0].version == 11
+
+
+def test_bf16_keeps_to_the_kernels_of_the_provider() -> None:
+    given = parse(
+        "g (float[2, 8] x) => (float[2, 8] y) { h = MatMul(x, w)\n y = Softplus(h) }", opset=22, w=noise(8, 8)
+    )
+    assert [n.precision for n in convert(given, "bf16", provider="cpu").graph] == ["fp32", "fp32"]
+    session(convert(given, "bf16", provider="cpu").model)
+    foreign = convert(given, "bf16", provider="cuda")
+    assert [n.precision for n in foreign.graph if not n.is_cast][0] == "bf16"
+    if "CUDAExecutionProvider" not in ort.get_available_providers():
+        with pytest.raises(Exception, match="NOT_IMPLEMENTED"):
+            foreign.session()
+
+
+def test_overrides_and_strictness() -> None:
+    made = convert(mlp(), "fp16", keep_fp32="onnx::Gemm", low=["onnx::Gelu"])
+    chosen = {node.op: (node.precision, node.decided_by) for node in made.graph if not node.is_cast}
+    assert chosen["onnx::Gemm"] == ("fp32", "override")
+    assert chosen["onnx::Gelu"] == ("fp16", "override")
+    with pytest.raises(RuleError, match=r"MP203.*onnx::Gem"):
+        convert(mlp(), "fp16", keep_fp32=["onnx::Gemmm"])
+    with pytest.raises(RuleError, match="MP205"):
+        convert(
+            parse("g (float[2] x) => (float[2] y) { y = vendor.Odd(x) }", domains='"vendor" : 1'), "fp16", strict=True
+        )
+
+
+def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(OnnxError, match="MP601"):
+        convert(tmp_path / "missing.onnx", "fp16")
+    (tmp_path / "text.onnx").write_text("not a model")
+    with pytest.raises(OnnxError, match="MP601"):
+        convert(tmp_path / "text.onnx", "fp16")
+    with pytest.raises(OnnxError, match="MP601"):
+        convert(42, "fp16")
+
+
+def test_save_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, path = convert(mlp(), "fp16"), tmp_path / "deep" / "out.onnx"
+    made.save(path)
+    assert [file.name for file in path.parent.iterdir()] == ["out.onnx"]
+    assert onnx.load(path) == made.model
+    before = path.read_bytes()
+    monkeypatch.setattr(type(made.model), "SerializeToString", lambda self: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        made.save(path)
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == ["out.onnx"]
+
+
+def test_large_weights_go_to_a_data_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mpcompile.frontends import onnx_check
+
+    monkeypatch.setattr(onnx_check, "EXTERNAL_FROM", 1000)
+    made = convert(mlp(), "fp16")
+    with pytest.raises(OnnxError, match="MP604"):
+        _ = made.model
+    made.save(tmp_path / "big.onnx")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["big.onnx", "big.onnx.data"]
+    close(onnx.load(tmp_path / "big.onnx"), mlp(), {"x": noise(3, 16)}, 5e-3)
+    monkeypatch.undo()
+    again = convert(tmp_path / "big.onnx", "fp16")
+    close(again.model, mlp(), {"x": noise(3, 16)}, 5e-3)
+
+
+def test_a_model_that_would_not_load_is_never_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mpcompile.frontends import onnx_write
+
+    good = onnx_write.write
+
+    def broken(*args: object, **options: object) -> object:
+        model = good(*args, **options)
+        next(iter(model.graph)).op_type = "NoSuchOperator"
+        return model
+
+    monkeypatch.setattr(onnx_write, "write", broken)
+    with pytest.raises(OnnxError, match="MP602"):
+        convert(mlp(), "fp16")
+
+
+def test_conversion_of_its_own_output_changes_nothing() -> None:
+    once = convert(mlp(), "fp16").model
+    twice = convert(once, "fp16").model
+    assert ops(twice) == ops(once)
+    assert types(twice) == types(once)
+
+
+def test_same_model_same_bytes() -> None:
+    assert convert(mlp(), "fp16").model.SerializeToString() == convert(mlp(), "fp16").model.SerializeToString()
+
+
+def test_annotations_say_why() -> None:
+    made = convert(mlp(), "fp16").model
+    node = next(node for node in made.graph.node if node.op_type == "MatMul")
+    props = {p.key: p.value for p in node.metadata_props}
+    assert props["mpcompile.verdict"] == "low"
+    assert props["mpcompile.precision"] == "fp16"
+    assert "accumulation" in props["mpcompile.reason"]
+    assert {p.key: p.value for p in made.metadata_props}["mpcompile.policy"].startswith("low=fp16")
+    assert not any(
+        n.metadata_props for n in convert(mlp(), "fp16", annotate=False).model.graph.node if n.op_type != "Cast"
+    )
+
+
+def test_fp32_changes_nothing() -> None:
+    assert ops(convert(mlp(), "fp32").model) == ops(mlp())
+
+
+def test_scatter_with_a_sum_stays_fp32() -> None:
+    given = parse(
+        """g (float[4, 4] x, int64[2, 1] i, float[2, 4] u) => (float[4, 4] y) {
+            h = MatMul(x, w)
+            s = ScatterND<reduction = "add">(h, i, u)
+            y = MatMul(s, w)
+        }""",
+        w=noise(4, 4),
+    )
+    made = convert(given, "fp16")
+    assert next(n for n in made.graph if n.op == "onnx::ScatterND").precision == "fp32"
+    close(made.model, given, {"x": noise(4, 4), "i": np.array([[1], [1]]), "u": noise(2, 4)}, 1e-2)
+
+
+def test_sequences_keep_their_type() -> None:
+    given = parse(
+        """g (float[4, 4] x) => (float[4, 4] y) {
+            h = MatMul(x, w)
+            s = SequenceConstruct(h, x)
+            e = SequenceAt(s, at)
+            y = MatMul(e, w)
+        }""",
+        w=noise(4, 4), at=np.int64(0),
+    )  # fmt: skip
+    close(convert(given, "fp16").model, given, {"x": noise(4, 4)}, 1e-2)
+
+
+def test_simulation_is_the_reference_evaluators_arithmetic() -> None:
+    given = parse(
+        "g (float[8, 8] x) => (float[8, 8] y) { a = Add(x, w)\n b = Mul(a, w)\n y = MatMul(b, w) }", w=noise(8, 8)
+    )
+    made = convert(given, "fp16", low=["*"])
+    want = ReferenceEvaluator(made.model).run(None, {"x": noise(8, 8)})[0]
+    got = session(made.simulated()).run(None, {"x": noise(8, 8)})[0]
+    np.testing.assert_array_equal(got.astype(np.float16), want.astype(np.float16))
