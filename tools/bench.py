@@ -1,5 +1,155 @@
-"""`mpcompile bench`."""
+"""`mpcompile bench`: mpcompile against torch.compile, torch.autocast and both, in alternating rounds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from mpcompile.errors import UsageError, page, suggest
+from mpcompile.tools import options
+
+if TYPE_CHECKING:
+    from mpcompile.tools.bench_run import Result
+
+page(
+    "MP820",
+    "A benchmark that does not exist",
+    "bench was given a model, candidate, size, regime or device that it does not have.",
+    "mpcompile bench --help lists them; the models other than mlp need transformers.",
+)
+
+MODELS = ("gpt2", "bert", "vit", "resnet", "llama", "mlp")
+PEER = "compile+autocast"
 
 
-def bench() -> None:
-    """Measure."""
+def bench(
+    models: Annotated[str, typer.Option(help=f"Of {', '.join(MODELS)}; several with commas.")] = "gpt2,bert,resnet",
+    candidates: Annotated[str, typer.Option(help="Only these ways to train, by name, with commas.")] = "",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    policy: options.Policy = "auto",
+    size: Annotated[str, typer.Option(help="small (a CPU's) or full (GPT-2 124M, BERT-base… for a GPU).")] = "small",
+    regime: Annotated[
+        str, typer.Option(help="large: one batch a step; micro: the same rows as 8 microbatches.")
+    ] = "large",
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds; every candidate is timed once in each.")] = 7,
+    check: Annotated[int, typer.Option(min=1, help="Steps after which losses are compared.")] = 5,
+    threads: Annotated[int, typer.Option(min=0, help="Threads on a CPU: 1 counts CPU time, others wall time.")] = 1,
+    max_seconds: Annotated[float, typer.Option(help="Time for one model; what does not fit is left out.")] = 900.0,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON to this file.")] = None,
+    json: options.Json = False,
+) -> None:
+    """Measure step time, memory and loss of mpcompile against its peers."""
+    names = _picked(models, MODELS, "model")
+    _one_of(device, ("cpu", "cuda"), "device")
+    _one_of(size, ("small", "full"), "size")
+    _one_of(regime, ("large", "micro"), "regime")
+    from mpcompile.tools.bench_loops import candidates_for
+
+    ways = _picked(candidates, candidates_for(device), "candidate") if candidates else candidates_for(device)
+    settings = {"policy": policy, "size": size, "regime": regime, "rounds": rounds, "check": check, "threads": threads}
+    found: dict[str, Any] = {"schema": "mpcompile.bench/1", "settings": settings, "models": {}}
+    for name in names:
+        found["models"][name] = _model(name, ways, device, settings, max_seconds, quiet=json)
+        _record(found, device, output)
+    if json:
+        options.print_json(found)
+    elif output:
+        typer.echo(f"written: {output}")
+
+
+def _model(
+    name: str, ways: list[str], device: str, settings: dict[str, Any], max_seconds: float, *, quiet: bool
+) -> dict[str, Any]:
+    from mpcompile import Policy
+    from mpcompile.runtime.device import settle_policy
+    from mpcompile.tools import bench_run
+    from mpcompile.tools.bench_loops import Job
+    from mpcompile.tools.bench_models import WORKLOADS
+
+    settled = settle_policy(Policy.parse(settings["policy"]), device)
+    workload = WORKLOADS[name](settings["size"] == "full")
+    micro = 8 if settings["regime"] == "micro" else 1
+    bench_run.fresh()
+    with bench_run.threads(settings["threads"] if device == "cpu" else 0):
+        job = Job(workload, device, settled, max(1, workload.rows // micro), micro)
+        wall = device == "cpu" and settings["threads"] != 1
+        plan = bench_run.Plan(settings["rounds"], settings["check"], max_seconds, wall)
+        results = bench_run.measure(job, ways, plan, lambda text: typer.echo(f"{name}: {text}", err=True))
+    facts = {"rows": job.rows, "microbatches": micro, "unit": workload.unit, "policy": str(settled)}
+    if device == "cuda":
+        facts["floor_seconds"] = bench_run.floor_seconds(job)
+    if not quiet:
+        _show(name, facts, results)
+    return {**facts, "results": [asdict(one) for one in results]}
+
+
+def _picked(given: str, known: tuple[str, ...] | list[str], what: str) -> list[str]:
+    names = [word.strip() for word in given.split(",") if word.strip()]
+    for name in names:
+        _one_of(name, known, what)
+    return names
+
+
+def _one_of(word: str, known: tuple[str, ...] | list[str], what: str) -> None:
+    if word not in known:
+        near = suggest(word, known)
+        raise UsageError("MP820", f"there is no {what} {word!r} here",
+                         try_=f"did you mean {near}?" if near else ", ".join(known))  # fmt: skip
+
+
+def _record(found: dict[str, Any], device: str, output: Path | None) -> None:
+    """Written after each model: a run that is cut short keeps what it has."""
+    import json
+
+    from mpcompile.tools.bench_run import versions
+
+    found["versions"] = versions(device)
+    if output:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _show(name: str, facts: dict[str, Any], results: list[Result]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    title = f"{name}: {facts['microbatches']} x {facts['rows']} rows a step; {facts['policy']}"
+    table = Table(title=title, title_justify="left")
+    for column in ("", "ms/step", "x eager", f"x {PEER}", f"{facts['unit']}/s", "saved MB", "FP32 %", "peak MB",
+                   "casts", "first s", "loss diff", "MFU %"):  # fmt: skip
+        table.add_column(column, justify="left" if not column else "right", no_wrap=True)
+    seconds = {one.candidate: one.seconds for one in results}
+    for one in results:
+        table.add_row(one.candidate, *_cells(one, seconds.get("eager FP32"), seconds.get(PEER)))
+    console = Console()
+    console.width = max(console.width, 140)
+    console.print(table)
+
+
+def _cells(one: Result, eager: float | None, peer: float | None) -> list[str]:
+    if one.error:
+        return [one.error.splitlines()[0][:60]]
+    return [
+        _number(one.seconds, 1e3, ".1f"),
+        _ratio(eager, one.seconds),
+        _ratio(peer, one.seconds),
+        _number(one.rate, 1, ",.0f"),
+        _number(one.saved, 1e-6, ".1f"),
+        _number(one.saved_fp32 / one.saved if one.saved and one.saved_fp32 is not None else None, 100, ".1f"),
+        _number(one.peak, 1e-6, ".1f"),
+        _number(one.casts, 1, ".0f"),
+        _number(one.first, 1, ".1f"),
+        _number(one.difference, 1, "+.1e"),
+        _number(one.mfu, 100, ".1f"),
+    ]
+
+
+def _number(value: float | None, scale: float, form: str) -> str:
+    return "-" if value is None else format(value * scale, form)
+
+
+def _ratio(base: float | None, value: float | None) -> str:
+    return f"{base / value:.2f}" if base and value else "-"
