@@ -94,6 +94,10 @@ class Artefact:
     buffers: list[Tensor]
     guard: str | None = None
 
+    def plain_joint(self) -> Joint:
+        """Forward and backward as ATen has them, without the backend's decompositions."""
+        return trace(self.joint.forward)
+
     def __call__(self, tensors: Sequence[Tensor], seed: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """(loss, gradients) of a batch, times the seed; buffers are brought up to date."""
         inputs = [*self.fixed, seed]

@@ -172,6 +172,10 @@ def _name_inputs(program: Any, module: fx.GraphModule) -> dict[str, Input]:
     }
     state, first, found, leaf = program.state_dict, dict[int, fx.Node](), dict[str, Input](), 0
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    for node in module.graph.nodes:
+        if "nn_module_stack" in node.meta:
+            # The user's own paths: what overrides name, and what the report shows.
+            node.meta["nn_module_stack"] = {k: (_own(p), c) for k, (p, c) in node.meta["nn_module_stack"].items()}
     for node in module.graph.find_nodes(op="placeholder"):
         spec, value = specs[node.name], node.meta.get("val")
         kind: Any = kinds[spec.kind]
@@ -185,6 +189,10 @@ def _name_inputs(program: Any, module: fx.GraphModule) -> dict[str, Input]:
             if twin is not node:
                 node.replace_all_uses_with(twin)
     return found
+
+
+def _own(path: str) -> str:
+    return "" if path == "model" else path.removeprefix("model.")
 
 
 _ROLES = {"param": "parameter", "buffer": "buffer", "constant": "constant", "arg": "input"}

@@ -63,9 +63,9 @@ class FusedUpdate:
     binding: Binding
     look: Run
     step: fx.GraphModule
-    state: ScaleState
+    scale: ScaleState
     seed: Tensor
-    rates: Tensor
+    numbers: Tensor
     seen: list[float]
     places: list[int]
     shadows: list[Tensor]
@@ -77,11 +77,44 @@ class FusedUpdate:
         with torch.no_grad():
             flat, views = gather(self.spec, self.binding.params, grads)
             del grads
-            finite, norm, found, scale = self.look([flat, *self.state, self.seed])
-            self.step(self.rates, found, *views, *self.own)
+            finite, norm, found, scale = self.look([flat, *self.scale, self.seed])
+            self.step(self.numbers, found, *views, *self.own)
             if self.shadows:
                 torch._foreach_copy_(self.shadows, self.masters)
         return finite, norm, scale
+
+    def emit(self) -> tuple[fx.GraphModule, list[Tensor | int]]:
+        """The update's graph, and what each input is: a live tensor, or the number of a gradient."""
+        count, shadows = sum(map(len, self.spec.parts)), len(self.shadows)
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        like = [
+            p
+            for i, p in sorted(
+                (i, p) for part, p in zip(self.spec.parts, self.binding.params, strict=True) for i in part
+            )
+        ]
+
+        def whole(*leaves: Tensor) -> tuple[Tensor, ...]:
+            grads, rest = leaves[:count], leaves[count:]
+            state, (seed, rates), rest = ScaleState(*rest[:6]), rest[6:8], rest[8:]
+            params = rest[: len(self.binding.params)]
+            flat, views = gather(self.spec, params, grads)
+            finite, norm, found, scale, unscaled, *after = check(self.spec, flat, state, seed)
+            flat.copy_(unscaled)
+            for target, value in zip([*state, seed], after, strict=True):
+                target.copy_(value)
+            count_, states = len(params), len(self.binding.tensors)
+            own = rest[: count_ + states + len(self.binding.counters())]
+            fused_step(self.binding, rates, found, views, own, self.places)
+            for target, (i, _) in zip(rest[len(own) :], self.spec.shadows, strict=True):
+                target.copy_(params[i])
+            return finite, norm, scale
+
+        held: list[Tensor | int] = [*range(count), *self.scale, self.seed, self.numbers, *self.own, *self.shadows]
+        fakes = [mode.from_tensor((like[t] if isinstance(t, int) else t).detach(), static_shapes=True) for t in held]
+        assert len(fakes) == count + 8 + len(self.own) + shadows
+        with mode, torch.no_grad():
+            return make_fx(whole, _allow_non_fake_inputs=True)(*fakes), held
 
     def holds(self) -> bool:
         """Take in the groups' numbers; False when a number that stands in the graph has changed."""
@@ -90,7 +123,7 @@ class FusedUpdate:
             return True
         if not self.binding.holds(now):
             return False
-        self.rates.copy_(_staged([now[i] for i in self.places], self.rates), non_blocking=True)
+        self.numbers.copy_(_staged([now[i] for i in self.places], self.numbers), non_blocking=True)
         self.seen = now
         return True
 
@@ -113,17 +146,24 @@ def build(
     return FusedUpdate(spec, binding, look, step, state, seed, rates, numbers, places, list(shadows), masters, own)
 
 
+def fused_step(
+    binding: Binding, rates: Tensor, found: Tensor, grads: Sequence[Tensor], own: Sequence[Tensor], places: list[int]
+) -> None:
+    """In a trace: the optimizer's fused step on `own` (params, states, counters)."""
+    count, states = len(binding.params), len(binding.tensors)
+    rate = {binding.slots[place].group: rates[i] for i, place in enumerate(places)}
+    params, others = own[:count], own[count:]
+    binding.apply_fused(rate.__getitem__, params, grads, others[:states], others[states:], found, None)
+
+
 def _trace_step(
     binding: Binding, rates: Tensor, found: Tensor, views: list[Tensor], own: list[Tensor], places: list[int]
 ) -> fx.GraphModule:
     """(rates, found_inf, *gradients, *params, *states, *counters) -> (): the optimizer's fused step, in place."""
-    count, states = len(binding.params), len(binding.tensors)
-    groups = [binding.slots[i].group for i in places]
+    count = len(binding.params)
 
     def flat(rates: Tensor, found: Tensor, *rest: Tensor) -> None:
-        grads, params, others = rest[:count], rest[count : 2 * count], rest[2 * count :]
-        rate = {group: rates[i] for i, group in enumerate(groups)}
-        binding.apply_fused(rate.__getitem__, params, grads, others[:states], others[states:], found, None)
+        fused_step(binding, rates, found, rest[:count], rest[count:], places)
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = [mode.from_tensor(t.detach(), static_shapes=True) for t in (rates, found, *views, *own)]

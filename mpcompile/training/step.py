@@ -11,14 +11,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from mpcompile.errors import TrainingError, page
 from mpcompile.runtime.device import settle_policy
 from mpcompile.training.artefact import Artefact, Artefacts, ShadowSet, compiling
+from mpcompile.training.emit import Emitted, emit, precision_graph
 from mpcompile.training.floor import FloorWatch
 from mpcompile.training.forward import Batch
 from mpcompile.training.fused import FusedUpdate
+from mpcompile.training.joint import Joint
 from mpcompile.training.scaler import LossScale, ScaleState, from_dict, to_dict
 from mpcompile.training.updater import Plan, Updater
 from mpcompile.training.window import Layout, Window
@@ -28,6 +30,14 @@ page(
     "A training step option that does not exist",
     "An argument of `train_step` has a value that it cannot take.",
     "accumulate is 1 or more, masters 'full' or 'split', backend 'inductor' or 'eager', cuda_graph 'auto' or a bool.",
+)
+
+
+page(
+    "MP542",
+    "A step that has not run yet",
+    "The emitted graph, its report and its exports are those of a batch; none has been seen.",
+    "Call the step once.",
 )
 
 
@@ -111,6 +121,8 @@ class TrainStep:
         self._window = Window(accumulate, self.policy.grads == "low")
         self._sizes = self._group_sizes()
         self._floor = FloorWatch(self.rule, self.state)
+        self._last: tuple[Artefact, Layout] | None = None
+        self._emitted: dict[Any, tuple[Emitted, Joint]] = {}
         self._no = torch.zeros((), dtype=torch.bool, device=self.device)
         self._yes = torch.ones((), dtype=torch.bool, device=self.device)
         self._nan = torch.full((), float("nan"), device=self.device)
@@ -125,6 +137,7 @@ class TrainStep:
         self.plan.shadows.bring_up_to_date()
         loss, grads = artefact(batch.tensors, self.plan.seed)
         if self.plan.accumulate == 1:
+            self._last = artefact, artefact.layout
             return self._update(artefact.layout, loss, grads, artefact)
         if self._window.prepare(artefact.layout, self.artefacts.named):
             self._updaters.clear()
@@ -132,6 +145,7 @@ class TrainStep:
         if not self._window.full:
             return StepResult(loss, self._no, self._yes, self.state.scale.clone(), self._nan)
         self._window.count = 0
+        self._last = artefact, self._window.layout()
         return self._update(self._window.layout(), loss, list(self._window.sums.values()))
 
     def _update(
@@ -172,6 +186,37 @@ class TrainStep:
         self._updaters.clear()
         self.rule = self.plan.rule = rule
         self._floor = FloorWatch(rule, self.state)
+
+    @property
+    def graph(self) -> fx.GraphModule:
+        """The emitted step, as it stands after the last call: one graph; calling it runs a step.
+
+        Its inputs are `self.emitted()[0].arguments(batch tensors)`.
+
+        Raises:
+          TrainingError: MP542, before the first update.
+        """
+        return self.emitted()[0].module
+
+    def emitted(self) -> tuple[Emitted, Joint]:
+        """The emitted step with its live inputs, and the joint graph that it was woven from."""
+        if self._last is None:
+            raise TrainingError("MP542", "the step has no graph yet", try_="call it once with a batch")
+        artefact, layout = self._last
+        key = id(artefact), layout
+        if key not in self._emitted:
+            window = self._window.sums if self.plan.accumulate > 1 else None
+            with compiling():
+                self._emitted = {key: emit(artefact, self._updaters[layout], window)}
+        return self._emitted[key]
+
+    def report(self) -> Any:
+        """What was decided for each node of the emitted step, and why. See `mpcompile.report.model.Report`."""
+        from mpcompile.report.model import build_report
+
+        emitted, joint = self.emitted()
+        plan = joint.forward.plan
+        return build_report(precision_graph(emitted, joint), plan.policy, plan.device, steps=plan.steps)
 
     def _trained(self) -> set[int]:
         """Ids of the parameters that the optimizer updates."""

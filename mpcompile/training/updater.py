@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from mpcompile.training import fused
 from mpcompile.training.artefact import ShadowSet
+from mpcompile.training.graphs import inputs_of
 from mpcompile.training.optim import Binding, bind, can_fuse
 from mpcompile.training.parts import Run, decompositions, run_update
 from mpcompile.training.scaler import LossScale, ScaleState
@@ -24,16 +25,24 @@ class Updater:
     """One update, ready to run: every input in its place but the gradients."""
 
     binding: Binding
-    emitted: InPlace
+    make: Callable[[], InPlace]
     run: Run
     before: list[Any]
     after: list[Any]
     numbers: Tensor
     seen: list[float]
+    seed: Tensor
+    scale: ScaleState
 
     def __call__(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
         """(finite, norm, scale) after the update; everything else is written in place."""
         return self.run([*self.before, *grads, *self.after])
+
+    def emit(self) -> tuple[fx.GraphModule, list[Tensor | int]]:
+        """The update's graph, and what each input is: a live tensor, or the number of a gradient."""
+        module = self.make().module
+        count = len(inputs_of(module)) - len(self.before) - len(self.after)
+        return module, [*self.before, *range(count), *self.after]
 
     def holds(self) -> bool:
         """Take in the groups' numbers; False when they need another graph (a weight decay that began, say)."""
@@ -98,6 +107,12 @@ class Plan:
             numbers, self.state, [s.value for s in binding.shared], binding.params, binding.state_tensors(), grads
         )
         bases = [s.base for s in binding.shared]
-        emitted = in_place(trace(spec, binding, given, decompositions(self.backend)), given, self.seed, bases, shadows)
+
+        def make(table: Any = None) -> InPlace:
+            return in_place(trace(spec, binding, given, table), given, self.seed, bases, shadows)
+
+        emitted = make(decompositions(self.backend))
         before, after = pytree.tree_leaves(given._replace(grads=[])), [self.seed, *bases, *shadows]
-        return Updater(binding, emitted, run_update(emitted, self.backend), before, after, numbers, now)
+        return Updater(
+            binding, make, run_update(emitted, self.backend), before, after, numbers, now, self.seed, self.state
+        )
