@@ -58,7 +58,9 @@ def _run(graph: PrecisionGraph, passes: Iterable[Pass],
             records.append((observer(graph, record) if observer else None) or record)
         except Exception as error:
             done = ", ".join(r.name for r in records) or "none"
-            error.add_note(f"  in pass {one.name} (passes done before it: {done}); the graph it was given is untouched")
+            error.add_note(
+                f"  in pass {one.name} (passes done before it: {done}); the graph it was given is untouched (MP408)"
+            )
             raise
     return graph, records
 

@@ -42,7 +42,7 @@ def test_a_failing_pass_leaves_the_callers_graph_alone(graph: PrecisionGraph) ->
         run(graph, [Normalize(), Wreck()])
     assert print_graph(graph) == text
     assert caught.value.__notes__ == [
-        "  in pass wreck (passes done before it: normalize); the graph it was given is untouched"
+        "  in pass wreck (passes done before it: normalize); the graph it was given is untouched (MP408)"
     ]
 
 

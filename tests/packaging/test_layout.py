@@ -1,0 +1,101 @@
+"""What stands where, and what importing costs."""
+
+from __future__ import annotations
+
+import fnmatch
+import importlib.metadata
+import os
+import resource
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import mpcompile
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+SETUPTOOLS = PROJECT["tool"]["setuptools"]
+
+
+def python(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, check=False)
+
+
+def files() -> list[Path]:
+    """Every file of the package, through the links, relative to mpcompile/."""
+    walk = os.walk(ROOT / "mpcompile", followlinks=True)
+    found = [Path(folder, name) for folder, _, names in walk for name in names if "__pycache__" not in folder]
+    return [path.relative_to(ROOT / "mpcompile") for path in found]
+
+
+def test_the_list_of_packages_is_the_tree() -> None:
+    folders = {path.parent for path in files() if path.name == "__init__.py"}
+    assert {".".join(("mpcompile", *folder.parts)) for folder in folders} == set(SETUPTOOLS["packages"])
+    assert {path.parent for path in files()} == folders, "a folder without __init__.py is in no wheel"
+
+
+def test_every_data_file_is_packaged() -> None:
+    patterns = SETUPTOOLS["package-data"]["*"]
+    data = [path.name for path in files() if path.suffix != ".py"]
+    assert data
+    assert [name for name in data if not any(fnmatch.fnmatch(name, pattern) for pattern in patterns)] == []
+
+
+@pytest.mark.parametrize("room", ["passes", "tools"])
+def test_rooms_at_the_top_are_links_and_refuse_their_short_name(room: str) -> None:
+    link = ROOT / "mpcompile" / room
+    assert link.is_symlink()
+    assert link.readlink() == Path("..") / room
+    refused = python("-c", f"import {room}")
+    assert refused.returncode == 1
+    assert f"ImportError: import mpcompile.{room}, not {room}" in refused.stderr
+
+
+def test_import_is_light() -> None:
+    code = "import sys, mpcompile, mpcompile.tools.main; sys.exit(bool({'torch', 'onnx', 'scipy'} & set(sys.modules)))"
+    assert python("-c", code).returncode == 0
+
+
+def test_help_is_quick() -> None:
+    """Processor seconds, so that a busy machine does not fail it; the best of three."""
+    best = min(cpu_seconds("-m", "mpcompile", "--help") for _ in range(3))
+    assert best < 0.3
+
+
+def cpu_seconds(*arguments: str) -> float:
+    def now() -> float:
+        used = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return used.ru_utime + used.ru_stime
+
+    before = now()
+    assert python(*arguments).returncode == 0
+    return now() - before
+
+
+def test_public_names() -> None:
+    for name in mpcompile.__all__:
+        assert getattr(mpcompile, name) is not None
+    assert callable(mpcompile.mpcompile)
+    assert set(mpcompile.__all__) <= set(dir(mpcompile))
+    with pytest.raises(AttributeError, match="mpcompyle"):
+        _ = mpcompile.mpcompyle
+
+
+def test_entry_points() -> None:
+    backends = importlib.metadata.entry_points(group="torch_dynamo_backends")
+    assert [one.value for one in backends if one.name == "mpcompile"][:1] == ["mpcompile.runtime.dynamo:backend"]
+    assert callable(next(one for one in backends if one.name == "mpcompile").load())
+
+
+def test_version_is_said_once() -> None:
+    assert PROJECT["project"].get("version", mpcompile.__version__) == mpcompile.__version__
+
+
+def test_rooms_know_what_they_may() -> None:
+    """The import contracts, which `make lint` checks too: a test run alone must not miss them."""
+    program = [Path(sys.executable).with_name("lint-imports")]
+    checked = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout[-2000:]
