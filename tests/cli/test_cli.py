@@ -1,0 +1,220 @@
+"""The command line: what it prints, in text and in JSON, and how it refuses."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from typer.testing import CliRunner, Result
+
+from mpcompile import __version__
+from mpcompile.tools.main import app
+
+HERE = Path(__file__).parent
+MODEL = f"{HERE / 'model_under_test.py'}:make"
+VERBS = ("demo", "inspect", "explain", "diff", "convert", "export", "bench", "doctor")
+
+
+def call(*arguments: str, code: int = 0) -> Result:
+    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "120", "NO_COLOR": "1"})
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result
+
+
+def data(*arguments: str, code: int = 0) -> Any:
+    return json.loads(call(*arguments, "--json", code=code).stdout)
+
+
+def golden(name: str, text: str, update: bool) -> None:
+    path = HERE / "golden" / name
+    if update:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def update(request: pytest.FixtureRequest) -> bool:
+    return bool(request.config.getoption("--update-goldens"))
+
+
+def test_help_lists_every_verb() -> None:
+    text = call("--help").stdout
+    assert [verb for verb in VERBS if f" {verb} " not in text] == []
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_and_json(verb: str) -> None:
+    text = call(verb, "--help").stdout
+    assert "--json" in text
+
+
+def test_version() -> None:
+    assert call("--version").stdout == f"mpcompile {__version__}\n"
+
+
+def test_a_mistyped_verb_is_suggested() -> None:
+    assert "Did you mean 'inspect'?" in call("inspekt", code=2).stderr
+
+
+def test_inspect_table(update: bool) -> None:
+    text = call("inspect", MODEL, "-p", "bf16").stdout
+    kept = [line for line in text.splitlines() if not line.startswith("estimated")]
+    golden("inspect.txt", "\n".join(kept) + "\n", update)
+
+
+def test_inspect_json_is_the_report() -> None:
+    report = data("inspect", MODEL, "-p", "bf16")
+    schema = json.loads(resources.files("mpcompile.report").joinpath("schema.json").read_text())
+    jsonschema.Draft202012Validator(schema).validate(report)
+    assert report["policy"].startswith("low=bf16")
+    assert {node["id"] for node in report["nodes"]} >= {"embedding", "linear", "exp"}
+
+
+def test_inspect_only_and_sort() -> None:
+    rows = data("inspect", MODEL, "-p", "bf16", "--only", "fp32")["nodes"]
+    assert {row["precision"] for row in rows} == {"fp32"}
+    sizes = [row["bytes"] for row in data("inspect", MODEL, "-p", "bf16", "--sort", "bytes")["nodes"]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert "MP801" in call("inspect", MODEL, "--only", "fp23", code=2).stderr
+
+
+def test_inspect_overrides() -> None:
+    report = data("inspect", MODEL, "-p", "bf16", "--keep-fp32", "layers.1*", "--low", "aten.exp*")
+    rows = {row["id"]: row for row in report["nodes"]}
+    inside = [row for row in rows.values() if row["module"].startswith("layers.1.")]
+    assert inside
+    assert {row["precision"] for row in inside} == {"fp32"}
+    assert (rows["exp"]["precision"], rows["exp"]["decided_by"]) == ("bf16", "override")
+    refused = call("inspect", MODEL, "-p", "bf16", "--keep-fp32", "layres.1*", code=2).stderr
+    assert "MP203" in refused
+    assert "layers.1" in refused
+
+
+def test_inspect_after_a_pass() -> None:
+    from mpcompile.text import parse_graph
+
+    text = call("inspect", MODEL, "-p", "bf16", "--after", "classify").stdout
+    graph = parse_graph(text)
+    assert not graph.casts()
+    assert all(node.verdict for node in graph)
+    assert "MP805" in call("inspect", MODEL, "--after", "asign", code=2).stderr
+    assert "'assign'" in call("inspect", MODEL, "--after", "asign", code=2).stderr
+
+
+def test_inspect_writes_pages(tmp_path: Path) -> None:
+    said = call("inspect", MODEL, "--html", str(tmp_path / "r.html"), "--dot", str(tmp_path / "r.dot")).stdout
+    assert f"written: {tmp_path / 'r.html'}" in said
+    assert "<table" in (tmp_path / "r.html").read_text()
+    assert (tmp_path / "r.dot").read_text().startswith("digraph")
+
+
+def test_a_factory_may_give_keywords_and_live_in_a_package() -> None:
+    with_keywords = data("inspect", MODEL.replace(":make", ":make_with_keywords"), "-p", "bf16")
+    assert "mul" in {node["id"] for node in with_keywords["nodes"]}
+    assert data("inspect", "mpcompile.tools.gpt:make", "-p", "bf16")["summary"]["unknown_ops"] == []
+
+
+@pytest.mark.parametrize(
+    ("target", "code", "says"),
+    [
+        ("model", "MP802", "does not name a model"),
+        ("model_undr_test.py:make", "MP802", "there is no file"),
+        (f"{HERE / 'model_undr_test.py'}:make", "MP802", "did you mean 'model_under_test.py'"),
+        (f"{HERE / 'absent.onnx'}", "MP", "absent.onnx"),
+        ("no.such.module:make", "MP803", "ModuleNotFoundError"),
+        (MODEL.replace(":make", ":mak"), "MP803", "did you mean 'make'"),
+        (MODEL.replace(":make", ":number"), "MP804", "returned a int"),
+        (MODEL.replace(":make", ":wrong_parts"), "MP804", "returned (str, int)"),
+        (MODEL.replace(":make", ":fails"), "MP804", "model_under_test.py:"),
+        ("json:loads", "MP804", "failed: TypeError"),
+    ],
+)
+def test_bad_targets_are_one_clear_error(target: str, code: str, says: str) -> None:
+    refused = call("inspect", target, code=2)
+    assert refused.stdout == ""
+    assert refused.stderr.startswith(code)
+    assert says in refused.stderr
+
+
+def test_a_bad_policy_is_one_clear_error() -> None:
+    assert call("inspect", MODEL, "-p", "bf61", code=2).stderr.startswith("MP201")
+
+
+def test_explain_a_node(update: bool) -> None:
+    golden("explain.txt", call("explain", MODEL, "exp", "-p", "bf16").stdout, update)
+    facts = data("explain", MODEL, "exp", "-p", "bf16")
+    assert facts["node"]["precision"] == "fp32"
+    assert facts["rule"]["kind"] == "exponential"
+    assert facts["cost"]["bf16"]["bytes"] * 2 == facts["cost"]["fp32"]["bytes"]
+
+
+def test_explain_says_how_to_change_the_decision() -> None:
+    assert "--low 'exp'" in call("explain", MODEL, "exp", "-p", "bf16").stdout
+    assert "--keep-fp32 'linear'" in call("explain", MODEL, "linear", "-p", "bf16").stdout
+
+
+def test_explain_a_code() -> None:
+    assert call("explain", "mp203").stdout.startswith("MP203: ")
+    assert data("explain", "MP201")["remedy"]
+    assert "MP806" in call("explain", "MP999", code=2).stderr
+
+
+def test_explain_names_near_nodes() -> None:
+    refused = call("explain", MODEL, "linaer", code=2).stderr
+    assert "MP806" in refused
+    assert "'linear'" in refused
+    assert "which node" in call("explain", MODEL, code=2).stderr
+
+
+def test_diff(tmp_path: Path) -> None:
+    saved = tmp_path / "report.json"
+    saved.write_text(call("inspect", MODEL, "-p", "bf16", "--json").stdout)
+    assert call("diff", MODEL, str(saved), "-p", "bf16").stdout == "the plans are the same\n"
+    found = data("diff", MODEL, MODEL, "-p", "bf16", "--policy-b", "fp32", code=1)
+    assert not found["same"]
+    assert {"linear"} <= {one["id"] for one in found["changed"]}
+    text = call("diff", MODEL, MODEL, "-p", "bf16", "--policy-b", "fp32", code=1).stdout
+    assert "~ linear (aten.linear.default): bf16 → fp32" in text
+
+
+def test_diff_refuses_other_files(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("{}")
+    (tmp_path / "b.json").write_text("{")
+    assert "MP807" in call("diff", str(tmp_path / "a.json"), MODEL, code=2).stderr
+    assert "MP807" in call("diff", str(tmp_path / "b.json"), MODEL, code=2).stderr
+
+
+def test_doctor() -> None:
+    found = data("doctor")
+    assert found["healthy"]
+    assert {"torch", "cpu", "dynamo backend"} <= {check["name"] for check in found["checks"]}
+    assert "ok   torch: " in call("doctor").stdout
+
+
+def test_convert_an_onnx_model(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    source, made = tmp_path / "net.onnx", tmp_path / "net.fp16.onnx"
+    nodes = [onnx.helper.make_node("MatMul", ["x", "w"], ["h"]), onnx.helper.make_node("Relu", ["h"], ["y"])]
+    ports = [onnx.helper.make_tensor_value_info(name, 1, [64, 64]) for name in ("x", "y")]
+    weight = onnx.numpy_helper.from_array(__import__("numpy").eye(64, dtype="float32"), "w")
+    graph = onnx.helper.make_graph(nodes, "net", ports[:1], ports[1:], [weight])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)]), source)
+    found = data("convert", str(source), str(made))
+    assert found["written"] == str(made)
+    assert onnxruntime.InferenceSession(str(made), providers=["CPUExecutionProvider"]).get_outputs()[0].name == "y"
+    rows = data("inspect", str(source), "-p", "fp16")["nodes"]
+    assert {row["precision"] for row in rows} == {"fp16"}
+    assert "written:" in call("convert", str(source), str(made)).stdout
+    assert "MP802" in call("convert", str(tmp_path / "nt.onnx"), str(made), code=2).stderr
+
+
+def test_export_refuses_onnx(tmp_path: Path) -> None:
+    assert "mpcompile convert" in call("export", str(tmp_path / "net.onnx"), str(tmp_path / "out.onnx"), code=2).stderr
