@@ -29,7 +29,12 @@ page(
     "Register it: mpcompile.rules.register('lib::op', 'matmul'), or verdict='fp32' with a reason.",
 )
 
-_AUTOCAST: dict[str, str] = {"lower": "low", "fp32": "fp32"}
+# torch's lists; "set_dtype" computes and gives FP32, and what is on no list or on "promote" takes its widest operand.
+_AUTOCAST: dict[str, tuple[str, str]] = {
+    "lower": ("low", "on torch.autocast's list of low-precision operations"),
+    "fp32": ("fp32", "on torch.autocast's list of FP32 operations"),
+    "set_dtype": ("fp32", "on torch.autocast's list of operations that give FP32 unless told a dtype"),
+}
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,10 @@ class Classify:
             return
         node.kind, node.reason, node.decided_by = rule.kind.name, rule.why(), "rule"
         node.verdict = rule.verdict_for(self.low)
+        if rule.when:
+            _attributes(node, rule)
         if self.plan == "autocast":
-            node.verdict = _AUTOCAST.get(rule.autocast, "propagate")  # type: ignore[assignment]
+            node.verdict, node.reason = _AUTOCAST.get(rule.autocast, ("propagate", node.reason))  # type: ignore[assignment]
         _operands(node, rule)
         if rule.kind.name == "cast" and node.out_dtype:
             node.decided_by = "user-cast"
@@ -97,6 +104,13 @@ class Classify:
                             try_=f'mpcompile.rules.register("{node.op}", "elementwise")')  # fmt: skip
         node.kind, node.verdict, node.decided_by = "custom", "fp32", "unknown"
         node.reason = f'no rule: mpcompile.rules.register("{node.op}", …) gives it one'
+
+
+def _attributes(node: Node, rule: Rule) -> None:
+    """The verdict of an attribute that is set."""
+    for name, verdict in rule.when.items():
+        if node.attrs.get(name):
+            node.verdict, node.reason = verdict, rule.kind.reason
 
 
 def _operands(node: Node, rule: Rule) -> None:

@@ -56,6 +56,8 @@ class Rule:
     any_operands: tuple[int, ...] = ()
     fp32_results: tuple[int, ...] = ()
     verdict: Verdict | None = None
+    # Attribute -> the verdict where the node has it set (to anything true): `accumulate` makes a write a sum.
+    when: dict[str, Verdict] = field(default_factory=dict)
     # torch.autocast's own treatment on CUDA: "lower", "fp32", "promote", "set_dtype" or "" (no list).
     autocast: str = ""
 
@@ -74,10 +76,21 @@ class Rules:
         self._found: dict[str, Rule | None] = {}
 
     def get(self, op: str) -> Rule | None:
-        """The row of `op`: the overload's own, else its packet's, else None (an unknown op)."""
+        """The row of `op`: the overload's own, else its packet's, else that of an in-place packet's functional twin.
+
+        None: an unknown op.
+        """
         if op not in self._found:
-            self._found[op] = self._rows.get(op) or self._rows.get(op.rpartition(".")[0])
+            packet = op.rpartition(".")[0]
+            self._found[op] = self._rows.get(op) or self._rows.get(packet) or self._twin(packet)
         return self._found[op]
+
+    def _twin(self, packet: str) -> Rule | None:
+        """The row of "aten.add" for "aten.add_", less its autocast list: autocast leaves in-place calls alone."""
+        if not packet.endswith("_") or packet.endswith("__"):
+            return None
+        rule = self._rows.get(packet[:-1])
+        return replace(rule, autocast="") if rule else None
 
     def __iter__(self) -> Any:
         return iter(self._rows.values())
