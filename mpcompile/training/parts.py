@@ -58,7 +58,9 @@ def _in_two(joint: Joint) -> Run:
     fixed = [i for i, one in enumerate(joint.forward.inputs) if one.kind != "arg"]
     with fresh_tracing(mode), V.set_fake_mode(mode):
         first, second = partition_fn(joint.module, joint.fakes, num_fwd_outputs=joint.outputs_of_forward)
-        forward: Any = compile_fx_inner(first, values_of(inputs_of(first)), static_input_idxs=fixed)
+        with torch._guards.TracingContext.report_output_strides() as strides:
+            forward: Any = compile_fx_inner(first, values_of(inputs_of(first)), static_input_idxs=fixed)
+        _lay_out_saved(first, second, strides or [])
         backward: Any = compile_fx_inner(second, values_of(inputs_of(second)), is_backward=True)
     seeds = [n.name.startswith("tangents") for n in inputs_of(second)]
     kept, needs_seed = joint.outputs_of_forward, any(seeds)
@@ -75,6 +77,16 @@ def _in_two(joint: Joint) -> Run:
         return outputs
 
     return run
+
+
+def _lay_out_saved(first: fx.GraphModule, second: fx.GraphModule, strides: Sequence[Any]) -> None:
+    """Tell the backward how the forward really laid out what it saved: Inductor pads rows (50,257 columns to 50,304)."""
+    saved = fx.node.map_arg(first.graph.output_node().args[0], lambda node: node)
+    laid_out = {getattr(node, "name", None): stride for node, stride in zip(saved, strides, strict=False) if stride}
+    for node in inputs_of(second):
+        value, stride = node.meta.get("val"), laid_out.get(node.name)
+        if isinstance(value, Tensor) and stride is not None and tuple(value.stride()) != tuple(stride):
+            node.meta["val"] = value.as_strided(value.size(), stride)
 
 
 def compile_inference(module: fx.GraphModule, fakes: Sequence[Any]) -> Run:
