@@ -5,6 +5,7 @@ share a type variable, and which precisions that variable may be.  From it follo
 
 - a node whose main variable (that of its first result) may not be the low type stays FP32;
 - operands and results of any other variable that may not be low are pinned to FP32, whatever the node's precision;
+- a node that reads a constant which the low type cannot hold (a variance of 1e7) stays FP32;
 - what the model has in half precision already is left as it is;
 - arithmetic that ends in integers (a float size turned into a shape) stays FP32: a rounded index is another index;
 - what stands between dequantize and quantize stays FP32, so that a runtime still finds its quantized patterns.
@@ -12,12 +13,14 @@ share a type variable, and which precisions that variable may be.  From it follo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from mpcompile.graph import CASTABLE, LOW, Node, PrecisionGraph
 from mpcompile.passes.base import PassResult
+from mpcompile.rules.hazards import BOUNDS, LARGEST, NO_BOUND, base
 
 FP32_ONLY = frozenset({"fp32"})
 # How many operations back from an integer the FP32 arithmetic reaches.
@@ -93,7 +96,19 @@ class Legalize:
         main = _main(signature, reads, gives)
         if node.verdict != "fp32" and self.low not in signature.allowed.get(main, FP32_ONLY):
             _force(node, signature.why or f"its type may not be {self.low}")
+        elif node.decided_by != "override" and (size := self._too_large(graph, node)):
+            _force(node, f"a constant of {size:.4g} is beyond {self.low}'s largest number, {LARGEST[self.low]:.6g}")
         self._pins(node, signature, main, reads, gives)
+
+    def _too_large(self, graph: PrecisionGraph, node: Node) -> float:
+        """The largest finite constant operand, when the low type cannot hold it; FLT_MAX as a bound means no bound."""
+        limit = LARGEST[self.low]
+        for name in node.inputs:
+            ends = graph.values[name].range if graph.values[name].dtype == "fp32" else None
+            for end in map(abs, ends or ()):
+                if limit < end < (NO_BOUND if base(node.op) in BOUNDS else math.inf):
+                    return end
+        return 0.0
 
     def _pins(self, node: Node, signature: Signature, main: str, reads: dict[int, str], gives: dict[int, str]) -> None:
         """Pin each operand and result whose type variable is not the main one and must be FP32."""

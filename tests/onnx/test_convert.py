@@ -94,6 +94,20 @@ def test_mask_constants_stay_finite(value: float) -> None:
     close(made.model, given, feeds, 5e-3)
 
 
+def test_statistics_that_fp16_cannot_hold_keep_their_node_fp32() -> None:
+    given = parse(
+        """g (float[1, 4, 6, 6] x) => (float[1, 4, 6, 6] y) {
+            c = Conv<kernel_shape = [1, 1]>(x, k)
+            y = BatchNormalization(c, s, b, m, v)
+        }""",
+        k=noise(4, 4, 1, 1, scale=1e3), s=noise(4), b=noise(4), m=noise(4, scale=100), v=np.full(4, 1e6, np.float32),
+    )  # fmt: skip
+    made = convert(given, "fp16")
+    assert [n.precision for n in made.graph if not n.is_cast] == ["fp16", "fp32"]
+    assert "1e+06" in next(n for n in made.graph if n.op == "onnx::BatchNormalization").reason
+    close(made.simulated(), given, {"x": noise(1, 4, 6, 6)}, 1e-2)
+
+
 def test_infinite_masks_may_be_low() -> None:
     given = parse(
         "g (float[2, 4] x, bool[2, 4] m, float[4, 4] v) => (float[2, 4] y) {"
@@ -342,7 +356,7 @@ def test_bf16_keeps_to_the_kernels_of_the_provider() -> None:
     assert [n.precision for n in convert(given, "bf16", provider="cpu").graph] == ["fp32", "fp32"]
     session(convert(given, "bf16", provider="cpu").model)
     foreign = convert(given, "bf16", provider="cuda")
-    assert [n.precision for n in foreign.graph if not n.is_cast][0] == "bf16"
+    assert next(n.precision for n in foreign.graph if not n.is_cast) == "bf16"
     if "CUDAExecutionProvider" not in ort.get_available_providers():
         with pytest.raises(Exception, match="NOT_IMPLEMENTED"):
             foreign.session()
