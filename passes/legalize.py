@@ -20,7 +20,7 @@ from typing import ClassVar
 
 from mpcompile.graph import CASTABLE, LOW, Node, PrecisionGraph
 from mpcompile.passes.base import PassResult
-from mpcompile.rules.hazards import BOUNDS, LARGEST, NO_BOUND, base
+from mpcompile.rules.hazards import BOUNDS, LARGEST, NO_BOUND, SIGNIFICAND_BITS, base
 
 FP32_ONLY = frozenset({"fp32"})
 # How many operations back from an integer the FP32 arithmetic reaches.
@@ -98,15 +98,17 @@ class Legalize:
             _force(node, signature.why or f"its type may not be {self.low}")
         elif node.decided_by != "override" and (size := self._too_large(graph, node)):
             _force(node, f"a constant of {size:.4g} is beyond {self.low}'s largest number, {LARGEST[self.low]:.6g}")
+            node.decided_by = "hazard"
         self._pins(node, signature, main, reads, gives)
 
     def _too_large(self, graph: PrecisionGraph, node: Node) -> float:
         """The largest finite constant operand, when the low type cannot hold it; FLT_MAX as a bound means no bound."""
-        limit = LARGEST[self.low]
+        # From half a step above the largest number on, rounding gives infinity.
+        limit = LARGEST[self.low] * (1 + 2.0 ** -(SIGNIFICAND_BITS[self.low] + 1))
         for name in node.inputs:
             ends = graph.values[name].range if graph.values[name].dtype == "fp32" else None
             for end in map(abs, ends or ()):
-                if limit < end < (NO_BOUND if base(node.op) in BOUNDS else math.inf):
+                if limit <= end < (NO_BOUND if base(node.op) in BOUNDS else math.inf):
                     return end
         return 0.0
 
