@@ -23,6 +23,8 @@ def decompositions(backend: str) -> dict[Any, Callable[..., Any]] | None:
     """What the backend wants decomposed in the joint trace."""
     if backend == "eager":
         return None
+    # Some decompositions (max_pool2d on torch 2.11) look for the lowerings without importing them.
+    import torch._inductor.lowering
     from torch._inductor.decomposition import select_decomp_table
 
     return select_decomp_table()
