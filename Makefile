@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 WORKERS ?= 2
 
-.PHONY: demo test lint slow bench clean
+.PHONY: demo test lint slow docs bench clean
 
 # torch is pinned for development; the package itself asks for torch>=2.11.
 $(VENV)/.ready: pyproject.toml
@@ -29,6 +29,9 @@ test: lint
 
 slow: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q -m 'slow and not gpu'
+
+docs: $(VENV)/.ready
+	$(BIN)/python -m mpcompile.tools.reference docs/reference
 
 bench: $(VENV)/.ready
 	$(BIN)/mpcompile bench
