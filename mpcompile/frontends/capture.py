@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._guards import detect_fake_mode
+from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental import proxy_tensor

@@ -26,6 +26,8 @@ def make_explicit(module: fx.GraphModule) -> None:
             continue
         if node.target in _FOLLOWS_OTHER:
             _fix_dtype(node)
+        elif node.target is aten.to.dtype_layout:
+            _only_move(node)
         elif _is_factory_like(node.target):
             _name_dtype(node)
         elif node.target._schema.is_mutable:
@@ -100,6 +102,13 @@ def _fix_dtype(node: fx.Node) -> None:
     """`x.to(y)` and `x.type_as(y)`: the dtype that the traced program had, written out."""
     node.target = aten.to.dtype
     node.args, node.kwargs = (node.args[0], node.meta["val"].dtype), {}
+
+
+def _only_move(node: fx.Node) -> None:
+    """`x.to(device)`: torch fills in the dtype that `x` had in the trace; it is no cast of the user's."""
+    given = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
+    if isinstance(given, torch.Tensor) and node.kwargs.get("dtype") == given.dtype:
+        node.kwargs = {name: value for name, value in node.kwargs.items() if name != "dtype"}
 
 
 def _is_factory_like(op: torch._ops.OpOverload) -> bool:

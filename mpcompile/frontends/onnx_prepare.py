@@ -40,7 +40,7 @@ def prepare(model: ir.Model, low: str) -> tuple[ir.Model, list[str]]:
     infer(model)
     for graph in graphs(model):
         for node in list(graph):
-            _settle_cast_like(node)
+            settle_cast_like(node)
     _own_body_outputs(model)
     return model, notes
 
@@ -160,7 +160,7 @@ def _takes(domain: str, op: str, version: int, low: str) -> bool:
     return any(low in types.allowed.get(variable, ()) for variable in types.outputs)
 
 
-def _settle_cast_like(node: ir.Node) -> None:
+def settle_cast_like(node: ir.Node) -> None:
     """CastLike takes its type from a value that may change its own: write down the type that it has now."""
     if node.op_type != "CastLike" or node.domain or node.outputs[0].dtype is None:
         return
