@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
+import itertools
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -24,17 +27,17 @@ def database() -> list[Any]:
     return list(op_db)
 
 
-def samples(info: Any, most: int, dtype: torch.dtype | None = None, requires_grad: bool = False) -> Iterator[Any]:
+def samples(info: Any, most: int, dtype: torch.dtype | None = None, requires_grad: bool = False) -> list[Any]:
     """The first samples of an op, in FP32 (or the first dtype that it takes); always the same ones."""
     dtypes = info.supported_dtypes("cpu")
+    if not dtypes:
+        return []  # CUDA only
     dtype = dtype or next((d for d in PREFERRED if d in dtypes), None) or next(iter(dtypes))
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for number, sample in enumerate(info.sample_inputs("cpu", dtype, requires_grad=requires_grad)):
-            if number == most:
-                return
-            yield sample
+        found = info.sample_inputs("cpu", dtype, requires_grad=requires_grad)
+        return list(found)[:most] if info.name == "eye" else list(itertools.islice(found, most))
 
 
 def flat_call(info: Any, sample: Any) -> tuple[Callable[..., Any], list[torch.Tensor]]:
@@ -54,6 +57,16 @@ def flat_call(info: Any, sample: Any) -> tuple[Callable[..., Any], list[torch.Te
 
 def trace(call: Callable[..., Any], tensors: list[torch.Tensor]) -> fx.GraphModule:
     """The pre-autograd ATen graph of a call, as capture makes it."""
-    with warnings.catch_warnings(), torch.amp.autocast("cpu", enabled=False):
+    with warnings.catch_warnings(), torch.amp.autocast("cpu", enabled=False), _no_collection():
         warnings.simplefilter("ignore")
         return make_fx(call, pre_dispatch=True, tracing_mode="fake", _allow_non_fake_inputs=True)(*tensors)
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """The database's half-read generators, closed by the collector, change the grad mode: not in the middle of a trace."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()

@@ -177,3 +177,15 @@ def test_exported_graphs_keep_the_user_s_call() -> None:
     capture = read(module)
     again = write(capture, capture.graph).module
     torch.testing.assert_close(again(x, scale=scale)["y"], model(x, scale=scale)["y"], rtol=0, atol=0)
+
+
+def test_a_move_to_a_device_is_no_cast() -> None:
+    def f(x: torch.Tensor) -> torch.Tensor:
+        return (x * 2).to(torch.device("cpu")) + x.to(torch.float32)
+
+    class Model(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return f(x)
+
+    casts = [node for node in read_exported(Model(), torch.randn(2, 8)).graph if node.op.startswith("aten.to.")]
+    assert [(node.op, node.out_dtype) for node in casts] == [("aten.to.dtype_layout", ""), ("aten.to.dtype", "fp32")]
