@@ -121,21 +121,20 @@ def _show(name: str, facts: dict[str, Any], results: list[Result]) -> None:
     for column in ("", "ms/step", "x eager", f"x {PEER}", f"{facts['unit']}/s", "saved MB", "FP32 %", "peak MB",
                    "casts", "first s", "loss diff", "MFU %"):  # fmt: skip
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
-    seconds = {one.candidate: one.seconds for one in results}
     for one in results:
-        table.add_row(one.candidate, *_cells(one, seconds.get("eager FP32"), seconds.get(PEER)))
+        table.add_row(one.candidate, *_cells(one))
     console = Console()
     console.width = max(console.width, 140)
     console.print(table)
 
 
-def _cells(one: Result, eager: float | None, peer: float | None) -> list[str]:
+def _cells(one: Result) -> list[str]:
     if one.error:
         return [one.error.splitlines()[0][:60]]
     return [
         _number(one.seconds, 1e3, ".1f"),
-        _ratio(eager, one.seconds),
-        _ratio(peer, one.seconds),
+        _number(one.versus.get("eager FP32"), 1, ".2f"),
+        _number(one.versus.get(PEER), 1, ".2f"),
         _number(one.rate, 1, ",.0f"),
         _number(one.saved, 1e-6, ".1f"),
         _number(one.saved_fp32 / one.saved if one.saved and one.saved_fp32 is not None else None, 100, ".1f"),
@@ -149,7 +148,3 @@ def _cells(one: Result, eager: float | None, peer: float | None) -> list[str]:
 
 def _number(value: float | None, scale: float, form: str) -> str:
     return "-" if value is None else format(value * scale, form)
-
-
-def _ratio(base: float | None, value: float | None) -> str:
-    return f"{base / value:.2f}" if base and value else "-"

@@ -35,6 +35,9 @@ class Result:
       peak: most bytes held during a step beyond those held before it.
       state: bytes held between steps: parameters, optimizer state, shadows (CUDA only).
       casts: weights cast to the low type outside the compiled graphs, per step.
+      seconds: median over the rounds.
+      versus: how many times as fast as each other candidate: the median of the rounds' own ratios, which a machine
+        that slows down and recovers between rounds does not bend (candidates timed together only).
     """
 
     candidate: str
@@ -50,6 +53,7 @@ class Result:
     seconds: float | None = None
     rate: float | None = None
     mfu: float | None = None
+    versus: dict[str, float] = field(default_factory=dict)
     error: str = ""
 
 
@@ -162,10 +166,15 @@ def _finish(results: list[Result], job: Job) -> None:
             continue
         one.seconds = statistics.median(one.times)
         one.rate = job.units / one.seconds
+        one.versus = {other.candidate: _ratio(other, one) for other in results if other.times}
         if flops and job.device == "cuda":
             one.mfu = flops / one.seconds / PEAK_FLOPS
         if reference is not None and one.loss is not None:
             one.difference = (one.loss - reference) / abs(reference)
+
+
+def _ratio(other: Result, one: Result) -> float:
+    return statistics.median(theirs / mine for theirs, mine in zip(other.times, one.times, strict=False))
 
 
 def flops_of(job: Job) -> int:
@@ -178,7 +187,8 @@ def flops_of(job: Job) -> int:
 
 def floor_seconds(job: Job) -> float:
     """The least a step could take on an H200: its matrix work at the measured BF16 rate, and AdamW's traffic
-    (masters, gradients and both moments read, masters, moments and shadows written) at the measured copy rate."""
+    (masters, gradients and both moments read, masters, moments and shadows written) at the measured copy rate.
+    """
     parameters = sum(p.numel() for p in job.model().parameters())
     return flops_of(job) / PEAK_FLOPS + parameters * 30 / COPY_BYTES
 
@@ -229,6 +239,8 @@ def versions(device: str) -> dict[str, Any]:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     found["device"] = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
-    found["capability"] = torch.cuda.get_device_capability() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
+    found["capability"] = (
+        torch.cuda.get_device_capability() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
+    )
     found["threads"] = torch.get_num_threads()
     return found
