@@ -32,6 +32,10 @@ class Section:
     @property
     def title(self) -> str:
         """ "h.{0-11}.mlp" for the twelve modules h.0.mlp to h.11.mlp."""
+        phase = "" if self.rows[0].phase == "forward" else f"{self.rows[0].phase}: "
+        return phase + self._modules()
+
+    def _modules(self) -> str:
         if len(self.modules) == 1:
             return self.modules[0] or "(top)"
         columns = zip(*(_NUMBER.findall(path) for path in self.modules), strict=True)
@@ -48,16 +52,16 @@ def _range(numbers: Sequence[str]) -> str:
 
 
 def sections(rows: Iterable[NodeRow]) -> list[Section]:
-    """The rows by module, in order of first appearance, with equal modules folded into one section."""
-    by_module: dict[str, list[NodeRow]] = {}
+    """The rows by phase and module, in order of first appearance, with equal modules folded into one section."""
+    by_module: dict[tuple[str, str], list[NodeRow]] = {}
     for row in rows:
-        by_module.setdefault(row.module, []).append(row)
+        by_module.setdefault((row.phase, row.module), []).append(row)
     folded: dict[tuple[object, ...], Section] = {}
-    for module, members in by_module.items():
+    for (phase, module), members in by_module.items():
         decided = tuple(
             (r.op, r.was, r.precision, r.verdict, r.decided_by, _NUMBER.sub("*", r.reason)) for r in members
         )
-        key = (_NUMBER.sub("*", module), decided)
+        key = (phase, _NUMBER.sub("*", module), decided)
         if key in folded:
             folded[key].modules.append(module)
         else:
@@ -115,7 +119,8 @@ def foot(report: Report) -> str:
     cost = summary["cost"]
     line = f"{sum(summary['nodes'].values())} nodes: {precisions}; {summary['casts']} casts"
     line += f" ({casts})" if casts else ""
-    return f"{line}{unknown}\nestimated forward: FP32 {_seconds(cost['fp32'])}, " \
+    what = "forward" if all(row.phase == "forward" for row in report.nodes) else "step"
+    return f"{line}{unknown}\nestimated {what}: FP32 {_seconds(cost['fp32'])}, " \
            f"autocast {_seconds(cost['autocast'])}, this plan {_seconds(cost['plan'])}"  # fmt: skip
 
 

@@ -112,6 +112,15 @@ def test_table_folds_equal_blocks(report: Report) -> None:
     assert "1 fp32" in text.splitlines()[-2]
 
 
+def test_table_tells_the_phases_apart() -> None:
+    graph = stack()
+    for name in ("gelu1", "norm1"):
+        graph.nodes[name].phase = "backward"
+    text = str(build_report(graph, Policy("bf16"), "cpu"))
+    assert "backward: h.1.ln" in text
+    assert "estimated step: " in text
+
+
 def test_filter_and_sort(report: Report) -> None:
     assert [row.id for row in report.filter(only="fp32").nodes] == ["mystery"]
     assert {row.id for row in report.filter(only=["low", "unknown"]).nodes} == {
