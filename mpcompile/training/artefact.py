@@ -139,6 +139,8 @@ class Artefacts:
     dynamic: bool | None
     trained: Callable[[], set[int]]
     shadows: ShadowSet
+    seed: Tensor
+    chunk_loss: bool
     on_new: Callable[[Artefact], None]
     _exact: dict[Any, Artefact] = field(default_factory=dict)
     _alike: dict[Any, list[Artefact]] = field(default_factory=dict)
@@ -182,14 +184,27 @@ class Artefacts:
 
     def _make(self, batch: Batch, moving: list[tuple[int, int]]) -> Artefact:
         try:
-            forward = capture(self.model, self.loss_fn, batch, self.settings, self.trained(), moving)
+            forward = self._capture(batch, moving)
         except CaptureError:
             if not moving:
                 raise
-            forward = capture(self.model, self.loss_fn, batch, self.settings, self.trained())
+            forward = self._capture(batch, [])
         artefact = self._compiled(forward)
         self.on_new(artefact)
         return artefact
+
+    def _capture(self, batch: Batch, moving: list[tuple[int, int]]) -> Forward:
+        compiled = self.backend != "eager"
+        return capture(
+            self.model,
+            self.loss_fn,
+            batch,
+            self.settings,
+            self.trained(),
+            moving,
+            chunk_loss=self.chunk_loss,
+            compiled=compiled,
+        )
 
     def _compiled(self, forward: Forward) -> Artefact:
         joint = trace(forward, decompositions(self.backend))
@@ -202,6 +217,6 @@ class Artefacts:
         return Artefact(joint, run_joint(joint, self.backend), fixed, places, layout, [fixed[i] for i in joint.mutated])
 
     def _fixed(self, one: Input, tensors: dict[str, Tensor]) -> Any:
-        if one.kind == "arg":
-            return None
+        if one.kind in ("arg", "seed"):
+            return None if one.kind == "arg" else self.seed
         return self.shadows.get(tensors[one.name], one.dtype) if one.kind == "shadow" else tensors[one.name]

@@ -169,7 +169,14 @@ def _names(joint: Joint, artefact: Artefact, update: Updater | FusedUpdate) -> d
     return names
 
 
-_ROLES = {"param": "parameter", "buffer": "buffer", "constant": "constant", "shadow": "parameter", "arg": "input"}
+_ROLES = {
+    "param": "parameter",
+    "buffer": "buffer",
+    "constant": "constant",
+    "shadow": "parameter",
+    "arg": "input",
+    "seed": "buffer",
+}
 
 
 def _phase(node: fx.Node) -> Phase:

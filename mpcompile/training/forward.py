@@ -23,6 +23,8 @@ from mpcompile.frontends.facts import TORCH_DTYPES
 from mpcompile.frontends.fx_write import write
 from mpcompile.runtime.device import emulated_kinds
 from mpcompile.runtime.dynamo import Plan, Settings, decide
+from mpcompile.training import loss_region
+from mpcompile.training.graphs import inputs_of
 
 page(
     "MP531",
@@ -38,11 +40,11 @@ class Input:
 
     Fields:
       kind: "param", "buffer" and "constant" hold `name` in the model; "shadow" is the low copy of the parameter
-        `name`; "arg" is the tensor number `index` among the call's leaves.
+        `name`; "arg" is the tensor number `index` of the batch; "seed" is what the backward starts from.
       trained: the loss is differentiated by it.
     """
 
-    kind: Literal["param", "buffer", "constant", "shadow", "arg"]
+    kind: Literal["param", "buffer", "constant", "shadow", "arg", "seed"]
     name: str
     dtype: torch.dtype
     index: int = -1
@@ -126,6 +128,9 @@ def capture(
     settings: Settings,
     trained: set[int],
     dynamic: Sequence[tuple[int, int]] = (),
+    *,
+    chunk_loss: bool = True,
+    compiled: bool = True,
 ) -> Forward:
     """Capture, decide and rewrite the model's loss.
 
@@ -133,6 +138,8 @@ def capture(
       batch: an example; its tensors are the graph's "arg" inputs.
       trained: ids of the parameters that the optimizer updates.
       dynamic: (tensor, dimension) pairs that stay symbolic.
+      chunk_loss: take the loss of a large vocabulary in chunks of rows.
+      compiled: the graph will be compiled, not run op by op.
 
     Raises:
       CaptureError: MP101. TrainingError: MP531.
@@ -148,14 +155,32 @@ def capture(
         plan.capture,
         plan.graph,
         use_shadow=_shadow_alone,
-        emulate=emulated_kinds(plan.device, plan.policy.low, compiled=True),
+        emulate=emulated_kinds(plan.device, plan.policy.low, compiled=compiled),
     )
     for node in written.module.graph.find_nodes(op="call_function", target=_shadow_alone):
         node.replace_all_uses_with(node.args[1])
         written.module.graph.erase_node(node)
     written.module.graph.set_codegen(fx.graph.CodeGen())
+    if chunk_loss:
+        _chunk_losses(written.module, plan)
     written.module.recompile()
     return _assemble(written.module, written.shadows, sources, plan, program, model, trained)
+
+
+def _chunk_losses(module: fx.GraphModule, plan: Plan) -> None:
+    traced = {n.name: n for n in plan.capture.module.graph.nodes}
+
+    def value_of(node: fx.Node) -> Tensor:
+        """The fake value of a written node; a cast's shape is its operand's."""
+        before = traced.get(node.meta.get("mp_node", node.name))
+        return before.meta["val"] if before is not None else value_of(node.args[0])  # type: ignore[arg-type]
+
+    regions = loss_region.find(module, value_of)
+    if regions:
+        with module.graph.inserting_after(inputs_of(module)[-1]):
+            seed = module.graph.placeholder("seed")
+        seed.meta["mp_name"] = "seed"
+        loss_region.rewrite(module, regions, seed, value_of)
 
 
 def _shadow_alone(master: Tensor, shadow: Tensor) -> Tensor:
@@ -223,6 +248,11 @@ def _assemble(
             wanted = id(parameters[master]) in trained
             values.append(_fake(fakes[by_name[master]], low[mark], wanted))
             inputs.append(Input("shadow", master, low[mark], trained=wanted))
+            continue
+        if node.name == "seed" and node.name not in sources:
+            with values[0].fake_mode:  # type: ignore[attr-defined]
+                values.append(torch.ones((), device=values[0].device))
+            inputs.append(Input("seed", "seed", torch.float32))
             continue
         source = sources[node.name]
         wanted = source.kind == "param" and id(parameters[source.name]) in trained

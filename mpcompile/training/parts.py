@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mpcompile.training.graphs import inputs_of, values_of
+from mpcompile.training.graphs import inputs_of, outputs_of, values_of
 from mpcompile.training.joint import Joint, fresh_tracing
 from mpcompile.training.update import InPlace
+
+# Keep no pointwise chain (a GELU, a normalization's output) that a matmul of the backward reads: it is made again.
+RECOMPUTE_CHEAP = True
 
 Run = Callable[[list[Any]], Sequence[Any]]
 
@@ -59,7 +62,8 @@ def _in_two(joint: Joint) -> Run:
     mode = joint.forward.fakes[0].fake_mode  # type: ignore[attr-defined]
     fixed = [i for i, one in enumerate(joint.forward.inputs) if one.kind != "arg"]
     with fresh_tracing(mode), V.set_fake_mode(mode):
-        first, second = partition_fn(joint.module, joint.fakes, num_fwd_outputs=joint.outputs_of_forward)
+        with torch._functorch.config.patch(ban_recompute_materialized_backward=not RECOMPUTE_CHEAP):
+            first, second = partition_fn(joint.module, joint.fakes, num_fwd_outputs=joint.outputs_of_forward)
         with torch._guards.TracingContext.report_output_strides() as strides:
             forward: Any = compile_fx_inner(first, values_of(inputs_of(first)), static_input_idxs=fixed)
         _lay_out_saved(first, second, strides or [])
@@ -82,8 +86,8 @@ def _in_two(joint: Joint) -> Run:
 
 
 def _lay_out_saved(first: fx.GraphModule, second: fx.GraphModule, strides: Sequence[Any]) -> None:
-    """Tell the backward how the forward really laid out what it saved: Inductor pads rows (50,257 columns to 50,304)."""
-    saved = fx.node.map_arg(first.graph.output_node().args[0], lambda node: node)
+    """Tell the backward how the forward laid out what it saved: Inductor pads rows (50,257 columns to 50,304)."""
+    saved = outputs_of(first)
     laid_out = {getattr(node, "name", None): stride for node, stride in zip(saved, strides, strict=False) if stride}
     for node in inputs_of(second):
         value, stride = node.meta.get("val"), laid_out.get(node.name)

@@ -72,6 +72,7 @@ class TrainStep:
       masters: "full" (the model's FP32 parameters) or "split" (BF16 shadow and 16 low bits).
       backend: "inductor" or "eager"; the module's own by default.
       cuda_graph: "auto" captures the step in a CUDA graph where shapes are static.
+      chunk_loss: take the loss of a large vocabulary in chunks of rows, so that its logits are never held whole.
 
     Raises:
       TrainingError: MP5xx.
@@ -89,6 +90,7 @@ class TrainStep:
         masters: Literal["full", "split"] = "full",
         backend: str | None = None,
         cuda_graph: Literal["auto"] | bool = "auto",
+        chunk_loss: bool = True,
     ) -> None:
         self.model, self.optimizer, self.policy = owner.model, optimizer, owner.settings.policy
         self.device = next(p.device for p in self.model.parameters())
@@ -115,6 +117,8 @@ class TrainStep:
             owner.dynamic,
             self._trained,
             shadows,
+            seed,
+            chunk_loss,
             lambda _: self._updaters.clear(),
         )
         self._updaters: dict[Any, Updater | FusedUpdate] = {}
