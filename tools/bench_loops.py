@@ -38,7 +38,7 @@ class Job:
         """The model, with the same weights every time."""
         torch.manual_seed(0)
         module = self.workload.build().to(self.device).train()
-        return module.to(memory_format=torch.channels_last) if self.workload.channels_last else module  # type: ignore[call-overload,no-any-return]
+        return module.to(memory_format=torch.channels_last) if self.workload.channels_last else module  # type: ignore[call-overload]
 
     @property
     def units(self) -> int:
@@ -104,7 +104,8 @@ class Step:
     """`mp.train_step`."""
 
     def __init__(self, job: Job, model: nn.Module) -> None:
-        self.job, self.forward = job, None
+        self.job = job
+        self.forward: Callable[[], Tensor] | None = None
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
         self.run = mpcompile(model, job.policy).train_step(self.optimizer, accumulate=job.micro)
 

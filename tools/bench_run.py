@@ -182,7 +182,7 @@ def flops_of(job: Job) -> int:
     batch = {name: tensor[:1] for name, tensor in job.data[0].items()}
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         job.model()(**batch)
-    return counter.get_total_flops() * 3 * job.rows * job.micro
+    return int(counter.get_total_flops()) * 3 * job.rows * job.micro
 
 
 def floor_seconds(job: Job) -> float:
