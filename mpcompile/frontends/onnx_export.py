@@ -26,7 +26,8 @@ from mpcompile.frontends import onnx_check
 from mpcompile.frontends.capture import export
 from mpcompile.frontends.exported import inline_regions
 from mpcompile.frontends.fx_write import write
-from mpcompile.frontends.onnx_prepare import OPSETS, opset
+from mpcompile.frontends.onnx_decompose import forward_table
+from mpcompile.frontends.onnx_prepare import OPSETS
 from mpcompile.frontends.onnx_settle import settle
 from mpcompile.frontends.onnx_simulate import simulate
 from mpcompile.frontends.onnx_write import annotate
@@ -112,10 +113,13 @@ def translate(module: Any, args: Any, kwargs: Any, dynamic_shapes: Any, version:
       OnnxError: MP607.
     """
     with _quiet(), torch.no_grad():
+        exported = torch.export.export(module, args, dict(kwargs), dynamic_shapes=dynamic_shapes, strict=False)
+        if any(_trains_batch_norm(node) for node in exported.graph.nodes):
+            exported = exported.run_decompositions(forward_table())
         try:
             program = torch.onnx.export(
-                module, args, kwargs=dict(kwargs), dynamo=True, optimize=False, verbose=False, opset_version=version,
-                dynamic_shapes=dynamic_shapes, custom_translation_table=dict(table or {}),
+                exported, dynamo=True, optimize=False, verbose=False, opset_version=version,
+                custom_translation_table=dict(table or {}),
             )  # fmt: skip
         except Exception as error:  # the exporter's errors have no base of their own
             last = [line for line in str(error).splitlines() if line.strip()]
@@ -124,6 +128,10 @@ def translate(module: Any, args: Any, kwargs: Any, dynamic_shapes: Any, version:
     assert program is not None and program.exported_program is not None
     origins = {n.name: n.meta.get("custom", {}).get("mp_node", "") for n in program.exported_program.graph.nodes}
     return program.model, origins
+
+
+def _trains_batch_norm(node: fx.Node) -> bool:
+    return node.target is torch.ops.aten.batch_norm.default and bool(node.args[5])
 
 
 def _annotate(made: OnnxExport, origins: dict[str, str]) -> None:
@@ -168,4 +176,4 @@ def _quiet() -> Any:
             logger.setLevel(level)
 
 
-__all__ = ["OnnxExport", "export_onnx", "opset"]
+__all__ = ["OnnxExport", "export_onnx", "translate"]
