@@ -216,5 +216,14 @@ def test_convert_an_onnx_model(tmp_path: Path) -> None:
     assert "MP802" in call("convert", str(tmp_path / "nt.onnx"), str(made), code=2).stderr
 
 
+def test_export_a_pytorch_model(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    made = tmp_path / "net.onnx"
+    found = data("export", MODEL, str(made), "-p", "fp16")
+    assert found == {"written": str(made), "bytes": made.stat().st_size}
+    types = {tensor.data_type for tensor in onnx.load(made).graph.initializer}
+    assert onnx.TensorProto.FLOAT16 in types
+
+
 def test_export_refuses_onnx(tmp_path: Path) -> None:
     assert "mpcompile convert" in call("export", str(tmp_path / "net.onnx"), str(tmp_path / "out.onnx"), code=2).stderr
