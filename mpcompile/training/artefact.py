@@ -92,6 +92,7 @@ class Artefact:
     args: list[tuple[int, int]]
     layout: Layout
     buffers: list[Tensor]
+    named: dict[str, Tensor]
     guard: str | None = None
 
     def plain_joint(self) -> Joint:
@@ -108,6 +109,10 @@ class Artefact:
         if count:
             torch._foreach_copy_(self.buffers, list(outputs[:count]))
         return outputs[count], outputs[count + 1 :]
+
+    def tensors(self) -> list[Tensor]:
+        """The model's tensors and shadows that the artefact reads, at their addresses."""
+        return [one for one in self.fixed if isinstance(one, Tensor)]
 
     def gradients(self) -> list[Tensor]:
         """Fake tensors such as the gradients are."""
@@ -214,7 +219,9 @@ class Artefacts:
         fixed = [self._fixed(one, tensors) for one in forward.inputs]
         places = [(i, one.index) for i, one in enumerate(forward.inputs) if one.kind == "arg"]
         layout = tuple((forward.inputs[i].name, forward.inputs[i].dtype) for i in joint.grads)
-        return Artefact(joint, run_joint(joint, self.backend), fixed, places, layout, [fixed[i] for i in joint.mutated])
+        return Artefact(
+            joint, run_joint(joint, self.backend), fixed, places, layout, [fixed[i] for i in joint.mutated], self.named
+        )
 
     def _fixed(self, one: Input, tensors: dict[str, Tensor]) -> Any:
         if one.kind in ("arg", "seed"):

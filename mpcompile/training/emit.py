@@ -19,6 +19,7 @@ from mpcompile.frontends.facts import TORCH_DTYPES
 from mpcompile.frontends.fx import read
 from mpcompile.graph import CAST_OP, LOW, CastOrigin, Node, Phase, PrecisionGraph
 from mpcompile.rules.table import rules_for
+from mpcompile.runtime.device import emulated_kinds
 from mpcompile.training.artefact import Artefact
 from mpcompile.training.forward import Forward
 from mpcompile.training.fused import FusedUpdate
@@ -27,6 +28,7 @@ from mpcompile.training.joint import Joint
 from mpcompile.training.updater import Updater
 
 _CASTS = ("aten._to_copy", "aten.to", "prims.convert_element_type")
+_STORES = ("aten.copy_", "aten._foreach_copy_")
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
@@ -56,6 +58,7 @@ class Weaver:
         self.emitted = Emitted(fx.GraphModule(torch.nn.Module(), self.graph))
         self._shared: dict[int, fx.Node] = {}
         self._last: fx.Node | None = None
+        self._taken: dict[str, int] = {}
 
     def input(self, name: str, held: Tensor | None, value: Any, role: str, number: int = -1) -> fx.Node:
         """The placeholder of `held`, or of tensor `number` of the batch."""
@@ -63,13 +66,18 @@ class Weaver:
         if key not in self._shared:
             place = self.graph.inserting_after(self._last) if self._last else self.graph.inserting_before()
             with place:
-                node = self.graph.placeholder(re.sub(r"\W", "_", name))
+                node = self.graph.placeholder(self._free(re.sub(r"\W|^(?=\d)", "_", name)))
             node.meta.update({"val": value, "mp_name": name, "mp_role": role})
             if held is None:
                 self.emitted.batch[len(self.emitted.inputs)] = number
             self.emitted.inputs.append(held)
             self._shared[key], self._last = node, node
         return self._shared[key]
+
+    def _free(self, stem: str) -> str:
+        number = self._taken.get(stem, 0)
+        self._taken[stem] = number + 1
+        return stem if number == 0 else f"{stem}__{number}"
 
     def body(self, module: fx.GraphModule, given: Sequence[fx.Node], phase: Phase | None) -> list[Any]:
         """Copy the nodes of `module`, reading `given` for its inputs; returns its outputs."""
@@ -159,6 +167,7 @@ def _names(joint: Joint, artefact: Artefact, update: Updater | FusedUpdate) -> d
     """id of a live tensor -> what to call it."""
     pairs = zip(joint.forward.inputs, artefact.fixed, strict=True)
     names = {id(held): one.name for one, held in pairs if held is not None}
+    names.update({id(p): name for name, p in artefact.named.items()})
     binding = update.binding
     for (i, key), state in zip(binding.tensors, binding.state_tensors(), strict=True):
         names[id(state)] = f"{names.get(id(binding.params[i]), 'parameter')}.{key}"
@@ -197,7 +206,18 @@ def precision_graph(emitted: Emitted, joint: Joint) -> PrecisionGraph:
         node.phase = found.meta.get("mp_phase", "optimizer")
         _settle_precision(graph, node, forward.plan.policy.low)
         origins.explain(graph, node, found)
+    if emulated_kinds(forward.plan.device, forward.plan.policy.low, compiled=True):
+        _mark_roundings(graph)
     return graph
+
+
+def _mark_roundings(graph: PrecisionGraph) -> None:
+    """Where FP16 is emulated, an FP32 result that is rounded and widened again is a rounding, not a pair of casts."""
+    for cast in graph.casts():
+        before = graph.producer(cast.inputs[0])
+        if before is not None and before.is_cast:
+            before.op, before.out_dtype, before.origin = "aten._to_copy.default", str(before.attrs["to"]), ""
+            before.precision, before.reason = "fp16", "rounds to FP16 what this device computes in FP32"
 
 
 class _Origins:
@@ -228,6 +248,8 @@ class _Origins:
         planned = self.plan.nodes.get(name)
         if node.phase == "optimizer":
             node.verdict, node.reason = "fp32", "law 6: unscaling, clipping, the update and the loss scale are FP32"
+        elif node.op.startswith(_STORES):
+            node.verdict, node.reason = "propagate", "stores a value that is computed already"
         elif planned is not None and not planned.is_cast:
             node.verdict, node.decided_by = planned.verdict, planned.decided_by
             node.module, node.source = node.module or planned.module, node.source or planned.source
@@ -246,8 +268,14 @@ def _settle_precision(graph: PrecisionGraph, node: Node, low: str) -> None:
         node.origin = _cast_origin(graph, node)
         return
     node.out_dtype = ""
+    if node.op.startswith(_STORES):
+        # Moves a value that is computed already into its place, whatever that place holds.
+        node.precision, node.operands = "keep", dict.fromkeys(node.slots, "any")
+        return
     floats = [d for d in (gives if any(gives) else reads) if d]
     found: Any = next((d for d in floats if d in LOW), "fp32") if floats else "keep"
+    if not any(gives) and "fp32" in floats:
+        found = "fp32"  # in place on an FP32 operand
     node.precision = found
     for operand, dtype in enumerate(reads):
         if dtype and dtype != node.precision:

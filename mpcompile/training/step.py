@@ -17,6 +17,7 @@ from mpcompile.errors import TrainingError, page
 from mpcompile.runtime.device import settle_policy
 from mpcompile.training.artefact import Artefact, Artefacts, ShadowSet, compiling
 from mpcompile.training.emit import Emitted, emit, precision_graph
+from mpcompile.training.cuda_graph import Replays
 from mpcompile.training.floor import FloorWatch
 from mpcompile.training.forward import Batch
 from mpcompile.training.fused import FusedUpdate
@@ -121,6 +122,7 @@ class TrainStep:
             chunk_loss,
             lambda _: self._updaters.clear(),
         )
+        self._replays = Replays(False if self.backend == "eager" else cuda_graph, self.device)
         self._updaters: dict[Any, Updater | FusedUpdate] = {}
         self._window = Window(accumulate, self.policy.grads == "low")
         self._sizes = self._group_sizes()
@@ -139,10 +141,10 @@ class TrainStep:
         batch = Batch(args, kwargs)
         artefact = self.artefacts.find(batch)
         self.plan.shadows.bring_up_to_date()
-        loss, grads = artefact(batch.tensors, self.plan.seed)
         if self.plan.accumulate == 1:
             self._last = artefact, artefact.layout
-            return self._update(artefact.layout, loss, grads, artefact)
+            return self._whole(artefact, batch)
+        loss, grads = artefact(batch.tensors, self.plan.seed)
         if self._window.prepare(artefact.layout, self.artefacts.named):
             self._updaters.clear()
         self._window.add(artefact.layout, grads)
@@ -152,18 +154,36 @@ class TrainStep:
         self._last = artefact, self._window.layout()
         return self._update(self._window.layout(), loss, list(self._window.sums.values()))
 
-    def _update(
-        self, layout: Layout, loss: Tensor, grads: Sequence[Tensor], artefact: Artefact | None = None
-    ) -> StepResult:
+    def _whole(self, artefact: Artefact, batch: Batch) -> StepResult:
+        """Forward, backward and update of a batch, as a replayed CUDA graph where there is one."""
+        updater = self._updater(artefact.layout, artefact.gradients)
+
+        def run(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            loss, grads = artefact(tensors, self.plan.seed)
+            return loss, *updater(grads)
+
+        key = id(artefact), id(updater), batch.shapes()
+        call = self._replays.find(key, run, batch.tensors, artefact.tensors)
+        return self._updated(lambda: call(batch.tensors))
+
+    def _update(self, layout: Layout, loss: Tensor, grads: Sequence[Tensor]) -> StepResult:
+        updater = self._updater(layout, lambda: grads)
+        return self._updated(lambda: (loss, *updater(grads)))
+
+    def _updater(self, layout: Layout, like: Callable[[], Sequence[Tensor]]) -> Updater | FusedUpdate:
+        """The update for gradients of `layout`, its numbers (learning rates …) as the groups have them now."""
         updater = self._updaters.get(layout)
         if updater is None or not updater.holds():
-            like = grads if artefact is None else artefact.gradients()
             with compiling():
-                updater = self._updaters[layout] = self.plan.build(layout, like)
+                updater = self._updaters[layout] = self.plan.build(layout, like())
+        return updater
+
+    def _updated(self, run: Callable[[], Sequence[Tensor]]) -> StepResult:
+        """Run what ends with an update, between the optimizer's own hooks."""
         before, after = self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks
         for hook in before.values():
             hook(self.optimizer, (), {})
-        finite, norm, scale = updater(grads)
+        loss, finite, norm, scale = run()
         self.plan.shadows.note_update()
         # What schedulers look for before they step.
         self.optimizer._opt_called = True  # type: ignore[attr-defined]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ from mpcompile.training.parts import Run, decompositions, run_update
 from mpcompile.training.scaler import LossScale, ScaleState
 from mpcompile.training.update import InPlace, Operands, Spec, in_place, trace
 from mpcompile.training.window import Layout
+
+# So often a fused update may be made again for other numbers.
+MOST_FUSED = 3
 
 
 @dataclass
@@ -71,7 +74,7 @@ class Plan:
     backend: str
     max_grad_norm: float | None
     accumulate: int
-    fuse: bool = True
+    builds: dict[Layout, int] = field(default_factory=dict)
 
     def build(self, layout: Layout, grads: Sequence[Tensor]) -> Updater | fused.FusedUpdate:
         """The update for gradients of `layout`; `grads` are examples of them.
@@ -95,7 +98,9 @@ class Plan:
             self.max_grad_norm,
             self.accumulate,
         )
-        if self.fuse and can_fuse(self.optimizer, binding.params) and fused.serves(binding):
+        # A fused kernel holds betas and weight decay as constants: a schedule that moves them gets the traced update.
+        self.builds[layout] = self.builds.get(layout, 0) + 1
+        if self.builds[layout] <= MOST_FUSED and can_fuse(self.optimizer, binding.params) and fused.serves(binding):
             binding.fused = True
             return fused.build(spec, binding, self.state, self.seed, [s for _, s in held], self.backend)
         return self._traced(spec, binding, list(grads), [s for _, s in held])

@@ -1,0 +1,125 @@
+"""Replay a whole step as one CUDA graph: forward, backward and update in one launch.
+
+A step is recorded once its signature has run `WARM` times (kernels are tuned by then), over copies of the batch at
+fixed addresses.  What a schedule changes (learning rates) lies in device tensors, which `Updater.holds` refreshes before
+the replay; the loss scale grows and backs off inside the graph, branch-free.  A parameter that moved, another
+signature or another updater asks for another recording.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from mpcompile.errors import TrainingError, page
+
+log = logging.getLogger("mpcompile")
+
+WARM = 3
+
+page(
+    "MP543",
+    "A step that cannot be captured in a CUDA graph",
+    "cuda_graph=True was asked for, and the step runs on another device, in windows, or does something that a CUDA graph "
+    "cannot hold (a host copy, a kernel on another stream).",
+    "cuda_graph='auto' captures where it can; torch's own message says what stood in the way.",
+)
+
+
+class Recording(Protocol):
+    """What was recorded; `torch.cuda.CUDAGraph` is one."""
+
+    def replay(self) -> None: ...
+
+
+Run = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
+Record = Callable[[Callable[[], tuple[Tensor, ...]]], tuple[Recording, tuple[Tensor, ...]]]
+
+
+def record_cuda(run: Callable[[], tuple[Tensor, ...]]) -> tuple[Recording, tuple[Tensor, ...]]:
+    """Record `run` in a CUDA graph; gives the graph, and the tensors that hold its results after each replay."""
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        results = run()
+    return graph, results
+
+
+@dataclass
+class _Step:
+    """One recorded step: what to copy the batch into, what to replay, and where the results lie."""
+
+    batch: list[Tensor]
+    recording: Recording
+    results: tuple[Tensor, ...]
+    addresses: list[int]
+
+    def __call__(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        if tensors:
+            torch._foreach_copy_(self.batch, list(tensors))
+        self.recording.replay()
+        # The next replay writes the same memory.
+        return tuple(result.clone() for result in self.results)
+
+
+class Replays:
+    """The recorded steps of one `TrainStep`.
+
+    Args:
+      wanted: "auto", True (an error where it cannot be), or False.
+      device: where the model lives.
+      record: how a run is recorded.
+    """
+
+    def __init__(self, wanted: Literal["auto"] | bool, device: torch.device, record: Record = record_cuda) -> None:
+        self.wanted, self.device, self.record = wanted, device, record
+        self.on = wanted is not False and (device.type == "cuda" or record is not record_cuda)
+        if wanted is True and not self.on:
+            raise TrainingError("MP543", f"cuda_graph=True, and the model is on {device.type}")
+        self._runs: dict[Any, int] = {}
+        self._steps: dict[Any, _Step] = {}
+
+    def find(
+        self, key: Any, run: Run, tensors: Sequence[Tensor], fixed: Callable[[], Sequence[Tensor]]
+    ) -> Run:
+        """What to call with the batch: `run` itself, or its replay.
+
+        Args:
+          key: the step's signature: the same key, the same work on tensors of the same sizes.
+          run: (loss, finite, norm, scale) of a batch, everything else in place.
+          tensors: the batch.
+          fixed: gives the tensors that `run` reads and writes besides, whose addresses a recording holds.
+        """
+        if not self.on or any(t.device != self.device for t in tensors):
+            return run
+        count = self._runs[key] = self._runs.get(key, 0) + 1
+        if count <= WARM:
+            return run
+        step = self._steps.get(key)
+        if step is not None and step.addresses == _addresses(fixed()):
+            return step
+        return self._recorded(key, run, tensors, fixed) or run
+
+    def _recorded(
+        self, key: Any, run: Run, tensors: Sequence[Tensor], fixed: Callable[[], Sequence[Tensor]]
+    ) -> _Step | None:
+        batch = [t.clone() for t in tensors]
+        try:
+            recording, results = self.record(lambda: run(batch))
+        except RuntimeError as error:
+            if self.wanted is True:
+                raise TrainingError("MP543", "the step cannot be captured", why=str(error).splitlines()[0]) from error
+            log.warning("mpcompile: no CUDA graph for the step (%s); it runs without", str(error).splitlines()[0])
+            self.on = False
+            return None
+        self._steps[key] = _Step(batch, recording, results, _addresses(fixed()))
+        return self._steps[key]
+
+
+def _addresses(tensors: Sequence[Tensor]) -> list[int]:
+    return list(map(torch.Tensor.data_ptr, tensors))
