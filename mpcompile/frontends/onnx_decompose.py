@@ -112,6 +112,18 @@ def native_dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Ten
     return torch.where(keep, x * scale, torch.zeros((), dtype=x.dtype, device=x.device)), keep
 
 
+def amax(x: Tensor, dim: Shape = (), keepdim: bool = False) -> Any:
+    """`aten.amax` over everything; the exporter knows it with dimensions only."""
+    return NotImplemented if dim or keepdim else aten.max.default(x)
+
+
+def where(condition: Tensor, one: Tensor, other: Tensor) -> Any:
+    """`aten.where` of bools, for which runtimes have no kernel, as logic."""
+    if one.dtype != torch.bool or other.dtype != torch.bool:
+        return NotImplemented
+    return aten.logical_or(aten.logical_and(condition, one), aten.logical_and(aten.logical_not(condition), other))
+
+
 REFUSED = ("aten._embedding_bag", "aten._ctc_loss", "aten.prod")
 
 
@@ -140,4 +152,6 @@ def step_table() -> dict[Any, Callable[..., Any]]:
     table[aten.convolution_backward.default] = convolution_backward
     table[aten.avg_pool2d_backward.default] = avg_pool2d_backward
     table[aten.native_dropout.default] = native_dropout
+    table[aten.amax.default] = amax
+    table[aten.where.self] = where
     return table

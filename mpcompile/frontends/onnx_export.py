@@ -122,9 +122,9 @@ def translate(module: Any, args: Any, kwargs: Any, dynamic_shapes: Any, version:
                 custom_translation_table=dict(table or {}),
             )  # fmt: skip
         except Exception as error:  # the exporter's errors have no base of their own
-            last = [line for line in str(error).splitlines() if line.strip()]
+            reasons = [line for line in str(error).splitlines() if line.startswith("<class ")] or [str(error)]
             raise OnnxError("MP607", "torch.onnx.export refused the model",
-                            why=f"{type(error).__name__}: {(last or [''])[-1].strip()[:300]}") from error  # fmt: skip
+                            where=reasons[-1][:300] if len(reasons) > 1 else "", why=reasons[0][:300]) from error  # fmt: skip
     assert program is not None and program.exported_program is not None
     origins = {n.name: n.meta.get("custom", {}).get("mp_node", "") for n in program.exported_program.graph.nodes}
     return program.model, origins

@@ -62,7 +62,7 @@ def subgraphs(node: ir.Node) -> Iterator[tuple[str, ir.Graph]]:
 
 def infer(model: ir.Model) -> None:
     """Fill in types and shapes: ONNX's own inference, then type variables for operators that it does not know."""
-    with _without_weights(model):
+    with quiet(), _without_weights(model):
         proto = ir.to_proto(model)
     try:
         inferred = onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)

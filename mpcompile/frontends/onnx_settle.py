@@ -26,8 +26,9 @@ def settle(model: ir.Model) -> int:
     if model.functions:
         common.InlinePass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    recorded = _forget_types(model)
     infer(model)
-    added = sum(_node(model, node) for graph in graphs(model) for node in list(graph))
+    added = sum(_node(model, node, recorded) for graph in graphs(model) for node in list(graph))
     for graph in graphs(model):
         for node in list(graph):
             settle_cast_like(node)
@@ -35,7 +36,16 @@ def settle(model: ir.Model) -> int:
     return added
 
 
-def _node(model: ir.Model, node: ir.Node) -> int:
+def _forget_types(model: ir.Model) -> dict[ir.Value, Any]:
+    """Types as the exporter recorded them, taken off the values: they are PyTorch's, and ONNX's may differ."""
+    found = {out: out.type for graph in graphs(model) for node in graph for out in node.outputs if out.type is not None}
+    for value in found:
+        if not value.is_graph_output():
+            value.type = None
+    return found
+
+
+def _node(model: ir.Model, node: ir.Node, recorded: dict[ir.Value, Any]) -> int:
     types = signature(node.domain, node.op_type, opset(model, node.domain), "")
     groups: dict[str, list[int]] = {}
     for index, value in enumerate(node.inputs):
@@ -45,22 +55,26 @@ def _node(model: ir.Model, node: ir.Node) -> int:
     chosen: dict[str, Any] = {}
     for variable, slots in groups.items():
         dtypes = {node.inputs[slot].dtype for slot in slots}  # type: ignore[union-attr]
-        chosen[variable] = _target(node, types, variable, slots, dtypes)
+        chosen[variable] = _target(node, types, variable, slots, dtypes, recorded)
         added += sum(_cast_operand(node, slot, chosen[variable]) for slot in slots)
     for index, out in enumerate(node.outputs):
         variable = types.output(index)
         if variable in chosen and out.dtype != chosen[variable]:
             out.type = ir.TensorType(chosen[variable])
+        elif out.type is None:
+            out.type = recorded.get(out)
     return added
 
 
-def _target(node: ir.Node, types: Any, variable: str, slots: list[int], dtypes: set[Any]) -> Any:
+def _target(node: ir.Node, types: Any, variable: str, slots: list[int], dtypes: set[Any],
+            recorded: dict[ir.Value, Any]) -> Any:  # fmt: skip
     """The one type that the operands of `variable` get."""
     allowed = types.allowed.get(variable)
     wanted = next(iter(dtypes)) if len(dtypes) == 1 else None
     if wanted is None:
-        recorded = next((out.dtype for i, out in enumerate(node.outputs) if types.output(i) == variable), None)
-        wanted = recorded if recorded in dtypes else node.inputs[slots[0]].dtype  # type: ignore[union-attr]
+        outputs = (out for i, out in enumerate(node.outputs) if types.output(i) == variable)
+        meant = next((recorded[out].dtype for out in outputs if out in recorded), None)
+        wanted = meant if meant in dtypes else node.inputs[slots[0]].dtype  # type: ignore[union-attr]
     name = next(key for key, dtype in DATA_TYPES.items() if dtype == wanted)
     return wanted if allowed is None or not allowed or name in allowed else ir.DataType.FLOAT
 

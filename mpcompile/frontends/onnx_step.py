@@ -1,0 +1,118 @@
+"""Write the emitted training step as one plain ONNX model, whose state goes in and comes out.
+
+The step's in-place writes become outputs.  What the exporter gets wrong or lacks is decomposed first
+(`mpcompile.frontends.onnx_decompose`); afterwards every type promotion is made explicit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from mpcompile.errors import OnnxError
+from mpcompile.frontends.onnx_decompose import REFUSED, step_table
+from mpcompile.frontends.onnx_export import translate
+from mpcompile.frontends.onnx_prepare import OPSETS
+from mpcompile.frontends.onnx_settle import settle
+
+RESULTS = ("loss", "finite", "grad_norm", "scale")
+
+
+@dataclass
+class OnnxStep:
+    """A training step in ONNX.
+
+    Fields:
+      model: inputs are the batch and the state, outputs the results and the next state.
+      inputs: name of each input, in the order of the emitted step's.
+      written: (input, output): the state that comes out, to go in again.
+    """
+
+    model: ir.Model
+    inputs: list[str]
+    written: list[tuple[str, str]]
+    notes: list[str]
+
+
+def step_to_onnx(module: fx.GraphModule, arguments: Sequence[Tensor], low: str) -> OnnxStep:
+    """Translate the emitted step `module` for these live inputs.
+
+    Raises:
+      OnnxError: MP607, MP608, for operations without an ONNX form.
+    """
+    _refuse(module)
+    functional, places = _functional(module)
+    arguments = [tensor.detach() for tensor in arguments]
+    with torch.no_grad():
+        traced = make_fx(functional, step_table(), tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
+        _tidy(traced)
+    model, _ = translate(traced, tuple(arguments), {}, None, OPSETS.get(low, 20))
+    added = settle(model)
+    names = [_name(node, i) for i, node in enumerate(module.graph.find_nodes(op="placeholder"))]
+    return _named(model, names, places, added)
+
+
+def _refuse(module: fx.GraphModule) -> None:
+    for node in module.graph.nodes:
+        if node.op == "call_function" and str(node.target).startswith(REFUSED):
+            raise OnnxError("MP608", f"{node.target} has no ONNX form in a training step", where=node.name)
+
+
+def _functional(module: fx.GraphModule) -> tuple[fx.GraphModule, list[int]]:
+    """The step without writes: what would be written is returned behind the results; places are those of the inputs."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    holders = module.graph.find_nodes(op="placeholder")
+    after: dict[fx.Node, fx.Node] = {}
+    for node in module.graph.nodes:
+        if node.op == "output":
+            results = [env[n] for n in node.args[0]]
+        elif node.target is torch.ops.aten.copy_.default and node.args[0] in holders:
+            after[node.args[0]] = env[node.args[1]]
+        else:
+            env[node] = graph.node_copy(node, lambda n: env[n])
+    written = [node for node in holders if node in after]
+    graph.output((*results, *(after[node] for node in written)))
+    return fx.GraphModule(module, graph), [holders.index(node) for node in written]
+
+
+def _tidy(module: fx.GraphModule) -> None:
+    """Copies of a functional graph are the value itself."""
+    for target in (torch.ops.aten.clone.default, torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+        for node in module.graph.find_nodes(op="call_function", target=target):
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _name(node: fx.Node, index: int) -> str:
+    return str(node.meta.get("mp_name", node.target)) or f"input_{index}"
+
+
+def _named(model: ir.Model, names: list[str], places: list[int], added: int) -> OnnxStep:
+    """Give inputs and outputs the names of what they are; an output that stands twice is copied."""
+    unique: list[str] = []
+    for name in names:
+        unique.append(name if name not in unique else f"{name}.{len(unique)}")
+    for value in [v for node in model.graph for v in node.outputs] + list(model.graph.initializers.values()):
+        if value.name in unique or value.name in RESULTS:
+            value.name = f"{value.name}.inner"
+    for value, name in zip(model.graph.inputs, unique, strict=True):
+        value.name = name
+    outputs = [*RESULTS, *(f"{unique[place]}.next" for place in places)]
+    for index, name in enumerate(outputs):
+        value = model.graph.outputs[index]
+        copy = ir.Node("", "Identity", [value], name=f"{name}/Identity")
+        copy.outputs[0].name, copy.outputs[0].type, copy.outputs[0].shape = name, value.type, value.shape
+        model.graph.append(copy)
+        model.graph.outputs[index] = copy.outputs[0]
+    written = [(unique[place], f"{unique[place]}.next") for place in places]
+    notes = [f"{added} casts make explicit what PyTorch promotes inside"] if added else []
+    return OnnxStep(model, unique, written, notes)
