@@ -64,7 +64,7 @@ def trace(call: Callable[..., Any], tensors: list[torch.Tensor]) -> fx.GraphModu
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """The database's half-read generators, closed by the collector, change the grad mode: not in the middle of a trace."""
+    """The database's half-read generators change the grad mode when collected: not in the middle of a trace."""
     gc.disable()
     try:
         yield
