@@ -101,10 +101,7 @@ class Artefact:
 
     def __call__(self, tensors: Sequence[Tensor], seed: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """(loss, gradients) of a batch, times the seed; buffers are brought up to date."""
-        inputs = [*self.fixed, seed]
-        for place, number in self.args:
-            inputs[place] = tensors[number]
-        outputs = self.run(inputs)
+        outputs = self.run([*self.inputs(tensors), seed])
         count = len(self.buffers)
         if count:
             torch._foreach_copy_(self.buffers, list(outputs[:count]))
@@ -113,6 +110,18 @@ class Artefact:
     def tensors(self) -> list[Tensor]:
         """The model's tensors and shadows that the artefact reads, at their addresses."""
         return [one for one in self.fixed if isinstance(one, Tensor)]
+
+    def inputs(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """What the joint graph reads, without the seed."""
+        inputs = list(self.fixed)
+        for place, number in self.args:
+            inputs[place] = tensors[number]
+        return inputs
+
+    def seeded(self, inputs: Sequence[Any], seed: Tensor) -> list[Any]:
+        """`inputs` with another seed where the loss region reads it."""
+        kinds = [one.kind for one in self.joint.forward.inputs]
+        return [seed if kind == "seed" else given for kind, given in zip(kinds, inputs, strict=True)]
 
     def gradients(self) -> list[Tensor]:
         """Fake tensors such as the gradients are."""

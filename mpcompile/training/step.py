@@ -16,12 +16,13 @@ from torch import Tensor, fx
 from mpcompile.errors import TrainingError, page
 from mpcompile.runtime.device import settle_policy
 from mpcompile.training.artefact import Artefact, Artefacts, ShadowSet, compiling
-from mpcompile.training.emit import Emitted, emit, precision_graph
 from mpcompile.training.cuda_graph import Replays
+from mpcompile.training.emit import Emitted, emit, origins, precision_graph
 from mpcompile.training.floor import FloorWatch
 from mpcompile.training.forward import Batch
 from mpcompile.training.fused import FusedUpdate
 from mpcompile.training.joint import Joint
+from mpcompile.training.overflow import Overflow, explain
 from mpcompile.training.scaler import LossScale, ScaleState, from_dict, to_dict
 from mpcompile.training.updater import Plan, Updater
 from mpcompile.training.window import Layout, Window
@@ -241,6 +242,24 @@ class TrainStep:
         emitted, joint = self.emitted()
         plan = joint.forward.plan
         return build_report(precision_graph(emitted, joint), plan.policy, plan.device, steps=plan.steps)
+
+    def explain_overflow(self, *args: Any, **kwargs: Any) -> Overflow | None:
+        """Run a batch again, node by node, and name the first node that makes a non-finite number; None if none does.
+
+        The run is made with the loss scale before the last back-off, then with the present one. Nothing is changed:
+        no weight, no state, no random number. Dropout draws anew, so name the batch of the step that was skipped.
+        """
+        batch = Batch(args, kwargs)
+        artefact = self.artefacts.find(batch)
+        with compiling(), torch.no_grad():
+            joint = artefact.plain_joint()
+            inputs = [t.clone() if isinstance(t, Tensor) else t for t in artefact.inputs(batch.tensors)]
+            names = origins(joint)
+            for factor in (1.0 / self.rule.backoff, 1.0) if self.rule.kind == "dynamic" else (1.0,):
+                found = explain(joint, artefact.seeded(inputs, self.plan.seed * factor), self.plan.seed * factor, names)
+                if found is not None:
+                    return found
+        return None
 
     def _trained(self) -> set[int]:
         """Ids of the parameters that the optimizer updates."""

@@ -154,6 +154,25 @@ def test_a_forced_overflow_changes_no_weight_and_backs_off() -> None:
     assert any(b > a for a, b in zip(scales, scales[1:], strict=False)), "the scale must grow again"
 
 
+@pytest.mark.parametrize("policy", ["bf16", "fp16"])
+def test_a_replayed_step_is_the_step(policy: str) -> None:
+    """Overflow, backoff and growth happen inside the graph; a learning rate changes outside."""
+    curves = {}
+    for graphs in (False, True):
+        scale = LossScale.dynamic(init=2.0**22, interval=3) if policy == "fp16" else "auto"
+        step, batch, _ = _step(policy, scale=scale, cuda_graph=graphs)
+        schedule = torch.optim.lr_scheduler.LambdaLR(step.optimizer, lambda i: 1 / (1 + i))
+        results = []
+        for _ in range(16):
+            results.append(step(**batch))
+            schedule.step()
+        assert bool(step._replays._steps) == graphs
+        curves[graphs] = [(r.loss.item(), r.scale.item(), r.stepped.item()) for r in results]
+    for (loss, scale, stepped), (other, scale_too, stepped_too) in zip(curves[True], curves[False], strict=True):
+        assert (scale, stepped) == (scale_too, stepped_too)
+        assert abs(loss - other) < 1e-2 * abs(other)
+
+
 def test_fused_attention_is_chosen() -> None:
     model, batch, _, _ = make("gpt2")
     mp = mpcompile(model, "bf16")
