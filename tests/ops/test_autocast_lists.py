@@ -27,7 +27,12 @@ MORE_CUDA = {
     "cudnn_convolution.default": "lower", "cudnn_convolution_transpose.default": "lower",
 }  # fmt: skip
 # The CPU's lists stand in torch's C++ only; what is registered and not named here is on its FP32 list.
-CPU_LOWER = ["conv1d", "conv1d.padding", "conv2d", "conv2d.padding", "conv3d", "conv3d.padding", "bmm", "mm", "linalg_vecdot", "baddbmm", "addmm", "_addmm_activation", "addbmm", "linear", "_convolution.deprecated", "matmul", "conv_tbc", "mkldnn_rnn_layer", "conv_transpose1d", "conv_transpose2d.input", "conv_transpose3d.input", "prelu", "scaled_dot_product_attention", "_native_multi_head_attention"]
+CPU_LOWER = (
+    "conv1d", "conv1d.padding", "conv2d", "conv2d.padding", "conv3d", "conv3d.padding", "bmm", "mm",
+    "linalg_vecdot", "baddbmm", "addmm", "_addmm_activation", "addbmm", "linear", "_convolution.deprecated",
+    "matmul", "conv_tbc", "mkldnn_rnn_layer", "conv_transpose1d", "conv_transpose2d.input",
+    "conv_transpose3d.input", "prelu", "scaled_dot_product_attention", "_native_multi_head_attention",
+)  # fmt: skip
 CPU_PROMOTE = ("stack", "cat", "index_copy")
 
 
@@ -149,8 +154,8 @@ def real_treatment(node: fx.Node) -> str | None:
 
 # What gives one dtype for a reason of its own: the program's casts, and window, spacing and dtype arguments.
 TOLD = {
-    "aten.to.dtype", "aten.to.device", "aten.linspace.Tensor_Scalar", "aten.linspace.Tensor_Tensor", "aten.stft.default",
-    "aten._softmax_backward_data.default",
+    "aten.to.dtype", "aten.to.device", "aten.linspace.Tensor_Scalar", "aten.linspace.Tensor_Tensor",
+    "aten.stft.default", "aten._softmax_backward_data.default",
 }  # fmt: skip
 
 
