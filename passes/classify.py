@@ -1,4 +1,4 @@
-"""Give every node its kind, its verdict and the reason: from the rules, the user's own casts and regions, and overrides.
+"""Give every node its kind, verdict and reason: from the rules, the user's own casts and regions, and overrides.
 
 In order of strength: what the program itself says (integers stay, a cast is a cast), the caller's overrides, the
 user's autocast regions, the rule.  An operation without a rule is FP32 and says how to register it.
@@ -7,12 +7,14 @@ user's autocast regions, the rule.  An operation without a rule is FP32 and says
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 from mpcompile.errors import RuleError, page, suggest
-from mpcompile.graph import Node, PrecisionGraph
+from mpcompile.graph import LOW, Node, PrecisionGraph
 from mpcompile.passes.base import PassResult
 from mpcompile.rules.table import Rule, Rules, rules_for
 
@@ -35,6 +37,8 @@ _AUTOCAST: dict[str, tuple[str, str]] = {
     "fp32": ("fp32", "on torch.autocast's list of FP32 operations"),
     "set_dtype": ("fp32", "on torch.autocast's list of operations that give FP32 unless told a dtype"),
 }
+
+_WIDE = frozenset({"fp64", "complex64", "complex128", "complex32"})
 
 
 @dataclass(frozen=True)
@@ -59,29 +63,27 @@ class Classify:
     name: ClassVar[str] = "classify"
 
     def apply(self, graph: PrecisionGraph) -> PassResult:
-        rules = rules_for(self.source)
+        rules, names = rules_for(self.source), _Names(graph)
         if not self.partial:
             for option, globs in (("low", self.force_low), ("keep_fp32", self.keep_fp32)):
-                refuse_unmatched(unmatched([graph], globs), option, _Names.of(graph).found)
-        wanted = {id_: ("low", f"low={text!r}") for id_, text in _matches(graph, self.force_low).items()}
-        wanted |= {id_: ("fp32", f"keep_fp32={text!r}") for id_, text in _matches(graph, self.keep_fp32).items()}
-        changed = False
+                refuse_unmatched(names.unmatched(globs), option, names.found)
+        wanted = {id_: ("low", f"low={text!r}") for id_, text in names.matches(self.force_low).items()}
+        wanted |= {id_: ("fp32", f"keep_fp32={text!r}") for id_, text in names.matches(self.keep_fp32).items()}
+        before = [_decision(node) for node in graph]
+        wide = {name for name, value in graph.values.items() if value.dtype in _WIDE}
         for node in graph:
-            before = (node.kind, node.verdict, node.reason, node.decided_by)
-            self._decide(graph, node, rules)
-            if node.id in wanted and node.kind not in ("cast", "integer"):
-                node.verdict, node.reason = wanted[node.id]  # type: ignore[assignment]
-                node.decided_by = "override"
-            changed |= before != (node.kind, node.verdict, node.reason, node.decided_by)
-        return PassResult(changed)
+            self._decide(graph, node, rules, wide)
+        for id_, (verdict, reason) in wanted.items():
+            _override(graph.nodes[id_], verdict, reason)
+        return PassResult(before != [_decision(node) for node in graph])
 
-    def _decide(self, graph: PrecisionGraph, node: Node, rules: Rules) -> None:
+    def _decide(self, graph: PrecisionGraph, node: Node, rules: Rules, wide: set[str]) -> None:
         if node.is_cast:
             node.kind, node.verdict = "cast", "propagate"
             return
         rule = rules.get(node.op)
         if rule is None:
-            self._unknown(node)
+            self._unruled(node)
             return
         node.kind, node.reason, node.decided_by = rule.kind.name, rule.why(), "rule"
         node.verdict = rule.verdict_for(self.low)
@@ -90,20 +92,36 @@ class Classify:
         if self.plan == "autocast":
             node.verdict, node.reason = _AUTOCAST.get(rule.autocast, ("propagate", node.reason))  # type: ignore[assignment]
         _operands(node, rule)
-        if rule.kind.name == "cast" and node.out_dtype:
+        if node.kind == "cast" and node.out_dtype:
             node.decided_by = "user-cast"
         elif node.region == "off":
-            node.verdict, node.decided_by = "fp32", "autocast-region"
-            node.reason = "inside the program's own autocast(enabled=False)"
-        if _mixes_wide(graph, node):
+            _outside(node)
+        if wide and node.kind != "cast" and not wide.isdisjoint((*node.inputs, *node.outputs)):
             node.verdict, node.reason = "fp32", "meets FP64 or complex values: low would lose digits that they keep"
+        elif node.kind == "embedding":
+            _low_table(graph, node)
+
+    def _unruled(self, node: Node) -> None:
+        if not node.autocast:
+            self._unknown(node)
+            return
+        node.kind, node.verdict, node.decided_by = "custom", "low" if node.autocast in LOW else "fp32", "rule"
+        node.reason = f"torch.library.register_autocast gives it {node.autocast}"
+        if node.region == "off":
+            _outside(node)
 
     def _unknown(self, node: Node) -> None:
         if self.strict:
-            raise RuleError("MP205", f"no rule for {node.op}", where=f"{node.module or 'the model'} {node.source}".strip(),
+            where = f"{node.module or 'the model'} {node.source}".strip()
+            raise RuleError("MP205", f"no rule for {node.op}", where=where,
                             try_=f'mpcompile.rules.register("{node.op}", "elementwise")')  # fmt: skip
         node.kind, node.verdict, node.decided_by = "custom", "fp32", "unknown"
         node.reason = f'no rule: mpcompile.rules.register("{node.op}", …) gives it one'
+
+
+def _outside(node: Node) -> None:
+    node.verdict, node.decided_by = "fp32", "autocast-region"
+    node.reason = "inside the program's own autocast(enabled=False)"
 
 
 def _attributes(node: Node, rule: Rule) -> None:
@@ -114,61 +132,71 @@ def _attributes(node: Node, rule: Rule) -> None:
 
 
 def _operands(node: Node, rule: Rule) -> None:
-    node.operands = dict.fromkeys(rule.any_operands, "any") | dict.fromkeys(rule.fp32_operands, "fp32")
-    node.results = dict.fromkeys(rule.fp32_results, "fp32")
+    node.operands, node.results = {}, {}
+    if rule.any_operands or rule.fp32_operands:
+        node.operands = dict.fromkeys(rule.any_operands, "any") | dict.fromkeys(rule.fp32_operands, "fp32")
+    if rule.fp32_results:
+        node.results = dict.fromkeys(rule.fp32_results, "fp32")
 
 
-def _mixes_wide(graph: PrecisionGraph, node: Node) -> bool:
-    kinds = {graph.values[name].dtype for name in (*node.inputs, *node.outputs)}
-    return node.kind != "cast" and bool(kinds & {"fp64", "complex64", "complex128", "complex32"})
+def _low_table(graph: PrecisionGraph, node: Node) -> None:
+    """A frozen table that is low already is read as it is: in FP32, every step would cast all of it."""
+    if node.inputs and (dtype := graph.values[node.inputs[0]].dtype) in LOW:
+        node.operands[node.slots[0]], node.out_dtype = "any", dtype
+        node.reason = f"gathers rows of a table that the model has in {dtype} already"
 
 
-@dataclass
+def _override(node: Node, verdict: str, reason: str) -> None:
+    """The caller's word, where it can hold: an opaque body's own tensors would not follow."""
+    if node.kind in ("cast", "integer") or (node.kind == "control" and verdict == "low"):
+        return
+    node.verdict, node.reason, node.decided_by = verdict, reason, "override"  # type: ignore[assignment]
+
+
+def _decision(node: Node) -> tuple[str, ...]:
+    return node.kind, node.verdict, node.reason, node.decided_by
+
+
 class _Names:
-    """What globs can match: module paths (with their parents), operations (with and without overload), node ids."""
+    """What globs can match: module paths, operations (with and without overload), node ids; each with its nodes."""
 
-    found: dict[str, list[str]] = field(default_factory=dict)
+    def __init__(self, graph: PrecisionGraph) -> None:
+        self.graph = graph
 
-    def add(self, name: str, node: str) -> None:
-        self.found.setdefault(name, []).append(node)
+    @cached_property
+    def found(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for node in self.graph:
+            for name in {node.module, node.op, node.op.rpartition(".")[0], node.id} - {""}:
+                found.setdefault(name, []).append(node.id)
+        return found
 
-    @classmethod
-    def of(cls, graph: PrecisionGraph) -> _Names:
-        names = cls()
-        for node in graph:
-            if node.module:
-                names.add(node.module, node.id)
-            for name in {node.op, node.op.rpartition(".")[0]} - {""}:
-                names.add(name, node.id)
-            names.add(node.id, node.id)
-        return names
+    def hits(self, glob: str) -> list[str]:
+        """The names that a glob matches; "decoder" names the module with all that is in it."""
+        # The whole of a name, or of a module that it is in.
+        match = re.compile(f"{fnmatch.translate(glob)}|{fnmatch.translate(glob + '.*')}").match
+        return [name for name in self.found if match(name)]
 
+    def matches(self, overrides: Iterable[Any]) -> dict[str, str]:
+        """Node id -> the override that names it."""
+        chosen: dict[str, str] = {}
+        for one in overrides:
+            if callable(one):
+                chosen |= {n.id: getattr(one, "__name__", "callable") for n in self.graph if one(n)}
+            else:
+                chosen |= {id_: one for name in self.hits(one) for id_ in self.found[name]}
+        return chosen
 
-def _hits(names: _Names, glob: str) -> list[str]:
-    """The names that a glob matches; "decoder" names the module with all that is in it."""
-    return [n for n in names.found if fnmatch.fnmatchcase(n, glob) or fnmatch.fnmatchcase(n, f"{glob}.*")]
-
-
-def _matches(graph: PrecisionGraph, overrides: Iterable[Any]) -> dict[str, str]:
-    """Node id -> the override that names it."""
-    overrides = tuple(overrides)
-    if not overrides:
-        return {}
-    names, chosen = _Names.of(graph), dict[str, str]()
-    for one in overrides:
-        if callable(one):
-            chosen |= _called(graph, one)
-        else:
-            chosen |= {id_: one for name in _hits(names, one) for id_ in names.found[name]}
-    return chosen
+    def unmatched(self, globs: Iterable[Any]) -> list[str]:
+        """The globs that match nothing (callables choose for themselves)."""
+        return [one for one in globs if not callable(one) and not self.hits(one)]
 
 
 def unmatched(graphs: Iterable[PrecisionGraph], overrides: Iterable[Any]) -> list[str]:
-    """The globs that match nothing in any of the graphs (callables choose for themselves)."""
+    """The globs that match nothing in any of the graphs."""
     globs = [one for one in overrides if not callable(one)]
     for graph in graphs if globs else ():
-        names = _Names.of(graph)
-        globs = [one for one in globs if not _hits(names, one)]
+        globs = _Names(graph).unmatched(globs)
     return globs
 
 
@@ -182,7 +210,3 @@ def refuse_unmatched(globs: Iterable[str], option: str, known: Iterable[str]) ->
         near = suggest(one.replace("*", "").strip("."), known)
         raise RuleError("MP203", f"{option}={one!r} matches no module, operation or node",
                         try_=near or "mpcompile inspect lists the names")  # fmt: skip
-
-
-def _called(graph: PrecisionGraph, wanted: Callable[[Node], bool]) -> dict[str, str]:
-    return {node.id: getattr(wanted, "__name__", "callable") for node in graph if wanted(node)}

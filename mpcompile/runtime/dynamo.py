@@ -17,6 +17,7 @@ from torch import fx
 
 from mpcompile.errors import MPCompileError, RuleError, RuntimeFailure, page, suggest
 from mpcompile.frontends.capture import trace_dynamo
+from mpcompile.frontends.custom_ops import honour_autocast
 from mpcompile.frontends.facts import TORCH_DTYPES
 from mpcompile.frontends.fx import FxCapture, read
 from mpcompile.frontends.fx_write import has_user_low_cast, write
@@ -91,6 +92,7 @@ def decide(
     start = time.perf_counter()
     policy = settle_policy(settings.policy, device)
     capture = read(module, {"device": device, "policy": str(policy)})
+    honour_autocast(module, device)
     passes = default_passes(
         policy,
         device,
@@ -136,7 +138,9 @@ class Compiler:
           RuleError: MP203, with near names.
         """
         for option, globs in (("low", self.settings.low), ("keep_fp32", self.settings.keep_fp32)):
-            known = {name for plan in self.plans for node in plan.graph for name in (node.module, node.op, node.id) if name}
+            known = {
+                name for plan in self.plans for node in plan.graph for name in (node.module, node.op, node.id) if name
+            }
             refuse_unmatched(unmatched([plan.graph for plan in self.plans], globs), option, sorted(known))
 
     def _emit(self, plan: Plan, fakes: list[Any]) -> Callable[..., Any]:
@@ -176,7 +180,9 @@ def device_of(tensors: Sequence[Any]) -> str:
 class CompiledGraph:
     """What Dynamo's bytecode calls: the inner graph, with its shadows brought up to date first."""
 
-    def __init__(self, inner: Callable[..., Any], shadows: list[tuple[int, torch.dtype]], *, differentiable_twice: bool):
+    def __init__(
+        self, inner: Callable[..., Any], shadows: list[tuple[int, torch.dtype]], *, differentiable_twice: bool
+    ):
         self.inner, self.shadows, self.differentiable_twice = inner, shadows, differentiable_twice
 
     def __call__(self, *args: Any) -> Any:
@@ -247,4 +253,14 @@ def log_plan(plan: Plan) -> None:
     log.info("%s", summary_line(plan.graph, plan.policy, plan.seconds))
 
 
-__all__ = ["Compiler", "MPCompileError", "Plan", "Settings", "backend", "decide", "device_of", "log_plan", "settings_of"]
+__all__ = [
+    "Compiler",
+    "MPCompileError",
+    "Plan",
+    "Settings",
+    "backend",
+    "decide",
+    "device_of",
+    "log_plan",
+    "settings_of",
+]
