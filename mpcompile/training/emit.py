@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mpcompile.frontends.facts import TORCH_DTYPES
+from mpcompile.frontends.facts import TORCH_DTYPES, module_path, source_line
 from mpcompile.frontends.fx import read
 from mpcompile.graph import CAST_OP, LOW, CastOrigin, Node, Phase, PrecisionGraph
 from mpcompile.rules.table import rules_for
@@ -220,6 +220,22 @@ def _mark_roundings(graph: PrecisionGraph) -> None:
             before.precision, before.reason = "fp16", "rounds to FP16 what this device computes in FP32"
 
 
+def origins(joint: Joint) -> dict[str, tuple[str, str]]:
+    """Node of a joint graph -> (module, source line) of the forward node that it is, or whose gradient it computes."""
+    known = _Origins(joint.forward, joint.module.graph)
+    found, sequence = {}, dict[int, tuple[str, str]]()
+    for node in joint.module.graph.nodes:
+        planned = known.plan.nodes.get(known.origin(node))
+        place = (planned.module, planned.source) if planned else (module_path(node), source_line(node))
+        number = node.meta.get("seq_nr", -1)
+        # A cast of ours has no node in the plan, and its gradient no stack: its forward tells, or what it reads.
+        before = next((found[n.name] for n in node.all_input_nodes if any(found[n.name])), place)
+        found[node.name] = place if any(place) else sequence.get(number, before)
+        found[node.name] = found[node.name] if any(found[node.name]) else before
+        sequence.setdefault(number, found[node.name])
+    return found
+
+
 class _Origins:
     """Which node of the plan a node of the step comes from."""
 
@@ -237,6 +253,10 @@ class _Origins:
         sources = node.meta.get("from_node") or ()
         return str(self.written.get(sources[-1].name, "")) if sources else ""
 
+    def origin(self, node: fx.Node) -> str:
+        """The plan's node that `node` is, or whose gradient it computes; "" if neither."""
+        return self._direct(node) or self.sequence.get(node.meta.get("seq_nr", -1), "")
+
     def explain(self, graph: PrecisionGraph, node: Node, found: fx.Node) -> None:
         """Fill in kind, verdict, reason and who decided."""
         rule = self.rules.get(node.op)
@@ -244,7 +264,7 @@ class _Origins:
         if node.is_cast:
             _explain_cast(graph, node)
             return
-        name = self._direct(found) or self.sequence.get(found.meta.get("seq_nr", -1), "")
+        name = self.origin(found)
         planned = self.plan.nodes.get(name)
         if node.phase == "optimizer":
             node.verdict, node.reason = "fp32", "law 6: unscaling, clipping, the update and the loss scale are FP32"

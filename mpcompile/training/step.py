@@ -251,8 +251,9 @@ class TrainStep:
         """
         batch = Batch(args, kwargs)
         artefact = self.artefacts.find(batch)
-        with compiling(), torch.no_grad():
+        with compiling():
             joint = artefact.plain_joint()
+        with torch.random.fork_rng(), torch.no_grad():
             inputs = [t.clone() if isinstance(t, Tensor) else t for t in artefact.inputs(batch.tensors)]
             names = origins(joint)
             for factor in (1.0 / self.rule.backoff, 1.0) if self.rule.kind == "dynamic" else (1.0,):
