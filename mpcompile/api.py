@@ -19,8 +19,8 @@ from mpcompile.graph import joined
 from mpcompile.passes.classify import refuse_unmatched
 from mpcompile.policy import Policy
 from mpcompile.rules.table import rules_for
-from mpcompile.runtime.dynamo import Compiler, Plan, Settings, decide, log_plan, settings_of
 from mpcompile.runtime.device import emulated_kinds
+from mpcompile.runtime.dynamo import Compiler, Plan, Settings, decide, log_plan, settings_of
 from mpcompile.training.shadows import SHADOWS
 
 page(
@@ -53,7 +53,12 @@ page(
     "report() was called without example arguments on a module that has not compiled a graph yet.",
     "Pass example arguments, or call the module once first.",
 )
-page("MP204", "A backend that does not exist", "The backend argument has an unknown name.", "'inductor', 'eager' or 'onnxruntime'.")
+page(
+    "MP204",
+    "A backend that does not exist",
+    "The backend argument has an unknown name.",
+    "'inductor', 'eager' or 'onnxruntime'.",
+)
 
 BACKENDS = ("inductor", "eager", "onnxruntime")
 
@@ -165,7 +170,9 @@ class MixedPrecisionModule(nn.Module):
         hidden = self.__dict__
         hidden["_model"], hidden["settings"], hidden["backend"] = model, settings, backend
         hidden["dynamic"] = dynamic
-        hidden["_compiler"] = Compiler(settings, log_plan, lambda: {str(id(m)): name for name, m in model.named_modules()})
+        hidden["_compiler"] = Compiler(
+            settings, log_plan, lambda: {str(id(m)): name for name, m in model.named_modules()}
+        )
         hidden["_call"] = None
         self.training = model.training
 
@@ -176,17 +183,20 @@ class MixedPrecisionModule(nn.Module):
 
     @property
     def policy(self) -> Policy:
-        return self.settings.policy
+        settings: Settings = self.settings
+        return settings.policy
 
     @property
     def plans(self) -> list[Plan]:
         """What was decided for each graph compiled so far."""
-        return self._compiler.plans
+        compiler: Compiler = self._compiler
+        return compiler.plans
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._call is None:
-            self.__dict__["_call"] = torch.compile(_entry(self.model), backend=self._compiler, dynamic=self.dynamic)
-            result = self._call(*args, **kwargs)
+            compiled = torch.compile(_entry(self.model), backend=self._compiler, dynamic=self.dynamic)
+            self.__dict__["_call"] = compiled
+            result = compiled(*args, **kwargs)
             self._compiler.check_overrides()
             return result
         return self._call(*args, **kwargs)
@@ -209,7 +219,7 @@ class MixedPrecisionModule(nn.Module):
         return self.model.load_state_dict(*args, **kwargs)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MixedPrecisionModule:
-        self.model._apply(fn, recurse)
+        self.model._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
 
     def refresh(self) -> None:
@@ -230,7 +240,9 @@ class MixedPrecisionModule(nn.Module):
     def graph(self, *args: Any, **kwargs: Any) -> fx.GraphModule:
         """The rewritten graph, callable with the example's own arguments; it shares the model's parameters."""
         plan = self.plan(*args, **kwargs)
-        return write(plan.capture, plan.graph, emulate=emulated_kinds(plan.device, plan.policy.low, compiled=False)).module
+        return write(
+            plan.capture, plan.graph, emulate=emulated_kinds(plan.device, plan.policy.low, compiled=False)
+        ).module
 
     def report(self, *args: Any, **kwargs: Any) -> Any:
         """What was decided for each node, and why. See `mpcompile.report.model.Report`.
@@ -245,7 +257,7 @@ class MixedPrecisionModule(nn.Module):
 
         if args or kwargs:
             plan = self.plan(*args, **kwargs)
-            return build_report(plan.graph, plan.policy, plan.device, steps=plan.steps)
+            return build_report(plan.graph, plan.policy, plan.device, steps=plan.steps, before=plan.capture.graph)
         if not self.plans:
             raise CaptureError("MP106", "report() without example arguments, and nothing is compiled yet",
                                try_="mp.report(*example), or call mp(...) first")  # fmt: skip
@@ -253,7 +265,9 @@ class MixedPrecisionModule(nn.Module):
         graph = joined({f"graph{i}": plan.graph for i, plan in enumerate(self.plans)})
         return build_report(graph, last.policy, last.device, steps=[s for plan in self.plans for s in plan.steps])
 
-    def train_step(self, optimizer: torch.optim.Optimizer, loss_fn: Callable[..., Any] | None = None, **options: Any) -> Any:
+    def train_step(
+        self, optimizer: torch.optim.Optimizer, loss_fn: Callable[..., Any] | None = None, **options: Any
+    ) -> Any:
         """The training step as one emitted graph. See `mpcompile.training.step.TrainStep` for the options."""
         from mpcompile.training.step import TrainStep
 

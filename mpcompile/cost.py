@@ -66,7 +66,9 @@ class CostModel:
         self._base: dict[str, str] = {}
         self._far: dict[str, bool] = {}
         self._materialised: dict[str, bool] = {}
-        self._kernels = frozenset(name for name, kind in self._kinds.items() if kind.fusion == "kernel" or not self.fused)
+        self._kernels = frozenset(
+            name for name, kind in self._kinds.items() if kind.fusion == "kernel" or not self.fused
+        )
         self._views = frozenset(name for name, kind in self._kinds.items() if kind.fusion == "view")
 
     def kind(self, node: Node) -> Kind | None:
@@ -103,12 +105,7 @@ class CostModel:
         if producer is None or self.is_view(producer):
             return False
         readers = self.uses[value.name]
-        return (
-            self.is_kernel(producer)
-            or len(readers) > 1
-            or value.name in self.outputs
-            or self.saved(value, producer)
-        )
+        return self.is_kernel(producer) or len(readers) > 1 or value.name in self.outputs or self.saved(value, producer)
 
     def saved(self, value: Value, producer: Node) -> bool:
         """True when autograd keeps the value for the backward."""
@@ -169,23 +166,18 @@ def plan_cost(graph: PrecisionGraph, model: CostModel, output: str = "keep") -> 
 
     `output` is the precision in which floating outputs are wanted, or "keep".
     """
-    total = 0.0
-    asked: dict[tuple[str, str, bool], None] = {}
-    for node in graph:
-        if node.precision in ("", "keep") or node.is_cast:
-            continue
-        if not node.out_dtype or node.inputs:
-            total += model.work(node, node.precision)
-        for operand, name in enumerate(node.inputs):
-            value, wanted = graph.values[name], node.reads_at(operand)
-            if value.castable and wanted not in ("any", value.dtype):
-                asked[name, wanted, model.is_far(node)] = None
-    for name in graph.outputs:
-        value = graph.values[name]
-        if value.castable and output not in ("keep", value.dtype):
-            asked[name, output, True] = None
+    running = [node for node in graph if node.precision not in ("", "keep") and not node.is_cast]
+    total = sum((model.work(node, node.precision) for node in running if not node.out_dtype or node.inputs), 0.0)
+    asked = {
+        (name, node.reads_at(operand), model.is_far(node)): None
+        for node in running
+        for operand, name in enumerate(node.inputs)
+    }
+    asked.update({(name, output, True): None for name in graph.outputs})
     for name, wanted, far in asked:
-        total += model.cast(graph.values[name], wanted, far=far)
+        value = graph.values[name]
+        if value.castable and wanted not in ("any", "keep", value.dtype):
+            total += model.cast(value, wanted, far=far)
     for value in graph.values.values():
         if value.castable and model.materialised(value):
             total += model.store(value, value.dtype)

@@ -22,7 +22,9 @@ class MPCompileError(Exception):
     def __init__(self, code: str, what: str, *, where: str = "", why: str = "", try_: str = "") -> None:
         self.code, self.what, self.where, self.why, self.try_ = code, what, where, why, try_
         lines = [f"{code}: {what}"]
-        lines += [f"  {label}{text}" for label, text in (("where: ", where), ("why:   ", why), ("try:   ", try_)) if text]
+        lines += [
+            f"  {label}{text}" for label, text in (("where: ", where), ("why:   ", why), ("try:   ", try_)) if text
+        ]
         super().__init__("\n".join(lines))
 
 

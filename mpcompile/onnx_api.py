@@ -126,7 +126,7 @@ class OnnxMixedPrecision:
         """What was decided for each node, and why. See `mpcompile.report.model.Report`."""
         from mpcompile.report.model import build_report
 
-        return build_report(self.graph, self.policy, self.options.provider, steps=self.steps)
+        return build_report(self.graph, self.policy, self.options.provider, steps=self.steps, before=self.capture.graph)
 
     def session(self, providers: Sequence[str] | None = None, options: Any = None) -> Any:
         """An `onnxruntime.InferenceSession` of the converted model."""

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import get_args, get_type_hints
+from typing import Literal, get_args, get_type_hints
 
 from mpcompile.errors import RuleError, page, suggest
-
-from typing import Literal
 
 page(
     "MP201",
@@ -44,7 +42,9 @@ class Policy:
         for name, allowed in _allowed().items():
             value = getattr(self, name)
             if value not in allowed:
-                raise _bad(f"{name}={value!r} is not a policy", f"{name} is one of {', '.join(allowed)}", value, allowed)
+                raise _bad(
+                    f"{name}={value!r} is not a policy", f"{name} is one of {', '.join(allowed)}", value, allowed
+                )
 
     def __str__(self) -> str:
         """The one-line form; `fp32_matmul` is printed only when it is not the default."""
@@ -68,7 +68,12 @@ class Policy:
             if not eq:
                 name, value = "low", name
             if name not in _allowed():
-                raise _bad(f"{text!r} has no policy field {name!r}", f"the fields are {', '.join(_allowed())}", name, _allowed())
+                raise _bad(
+                    f"{text!r} has no policy field {name!r}",
+                    f"the fields are {', '.join(_allowed())}",
+                    name,
+                    _allowed(),
+                )
             if name in given:
                 raise _bad(f"{text!r} gives {name} twice", "", "", ())
             given[name] = value

@@ -57,7 +57,9 @@ class Assign:
         if self.plan == "autocast":
             _follow_autocast(graph, self.low)
         else:
-            _Plan(graph, CostModel(graph, device(self.device), self.low, self.fused), self.low, self.output, self.bind).run()
+            _Plan(
+                graph, CostModel(graph, device(self.device), self.low, self.fused), self.low, self.output, self.bind
+            ).run()
         for node in graph:
             _fix_values(graph, node)
         changed = any(before[node.id] != node.precision for node in graph)
@@ -157,11 +159,16 @@ class _Plan:
         for reader, far in self._readers(value):
             if reader == side:
                 continue
-            for target, allowed in ((self.low, side != SOURCE and reader != SINK), ("fp32", side != SINK and reader != SOURCE)):
+            for target, allowed in (
+                (self.low, side != SOURCE and reader != SINK),
+                ("fp32", side != SINK and reader != SOURCE),
+            ):
                 if allowed:
                     self._need(value, side, reader, target, far, made)
 
-    def _need(self, value: Value, side: int, reader: int, target: str, far: bool, made: dict[tuple[str, bool], int]) -> None:
+    def _need(
+        self, value: Value, side: int, reader: int, target: str, far: bool, made: dict[tuple[str, bool], int]
+    ) -> None:
         up = target == "fp32"
         copy = made.get((target, far))
         if copy is None:
@@ -208,7 +215,9 @@ class _Plan:
     def _why(self, node: Node, low: bool) -> str:
         if not low:
             return "FP32, as its neighbours are"
-        made = sum(self.graph.values[name].bytes_at(self.low) for name in node.outputs if self.graph.values[name].castable)
+        made = sum(
+            self.graph.values[name].bytes_at(self.low) for name in node.outputs if self.graph.values[name].castable
+        )
         return f"low, as its neighbours are: {made:,} bytes fewer than in FP32"
 
 
@@ -264,9 +273,14 @@ def _follow_autocast(graph: PrecisionGraph, low: str) -> None:
         elif node.verdict == "fp32":
             node.precision = "fp32"
         else:
-            read = [graph.values[name] for i, name in enumerate(node.inputs) if node.operands.get(node.slots[i]) is None]
+            read = [
+                graph.values[name] for i, name in enumerate(node.inputs) if node.operands.get(node.slots[i]) is None
+            ]
             node.precision = _widest([v for v in read if v.castable], low)  # type: ignore[assignment]
-            node.decided_by, node.reason = "rule", f"{node.reason}; on no autocast list: {node.precision} as its operands"
+            node.decided_by, node.reason = (
+                "rule",
+                f"{node.reason}; on no autocast list: {node.precision} as its operands",
+            )
         _fix_values(graph, node)
 
 

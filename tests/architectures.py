@@ -71,7 +71,10 @@ def convnext() -> Made:
     from transformers import ConvNextConfig, ConvNextForImageClassification
 
     config = ConvNextConfig(hidden_sizes=[16, 32], depths=[1, 1], num_stages=2, patch_size=4, num_labels=10)
-    return ConvNextForImageClassification(config), {"pixel_values": torch.randn(8, 3, 32, 32), "labels": torch.arange(8)}
+    return ConvNextForImageClassification(config), {
+        "pixel_values": torch.randn(8, 3, 32, 32),
+        "labels": torch.arange(8),
+    }
 
 
 class Recurrent(nn.Module):

@@ -48,6 +48,7 @@ def moved(item: Any) -> Any:
 def output_dtypes(node: fx.Node, floats: torch.dtype) -> list[torch.dtype]:
     """What CUDA autocast makes the outputs of an ATen node when all its floating operands are `floats`."""
     with cuda_autocast():
+
         def fill(item: Any) -> Any:
             value = item.meta["val"] if isinstance(item, fx.Node) else item
             return pytree.tree_map(lambda v: on_cuda(v, floats) if isinstance(v, torch.Tensor) else v, value)

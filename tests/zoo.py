@@ -17,7 +17,15 @@ _SEQ2SEQ = {
     "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "vocab_size": 99, "pad_token_id": 0, "decoder_start_token_id": 1,
     "max_position_embeddings": 64,
 }  # fmt: skip
-_T5 = {"vocab_size": 99, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 1, "num_heads": 4, "decoder_start_token_id": 0}
+_T5 = {
+    "vocab_size": 99,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 1,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+}
 _IMAGE = {**{k: v for k, v in _TEXT.items() if k != "vocab_size"}, "image_size": 32, "patch_size": 8, "num_labels": 5}
 _STAGES = {"hidden_sizes": [16, 32], "depths": [1, 1], "embedding_size": 16, "num_labels": 5}
 _SPEECH = {
@@ -70,7 +78,10 @@ def _inputs(reads: str) -> dict[str, Any]:
         "mel": lambda: {"input_features": torch.randn(2, 8, 32), "labels": words},
         "audio": lambda: {"input_values": torch.randn(2, 800)},
         "image": lambda: {"pixel_values": image, "labels": torch.tensor([0, 1])},
-        "pixels": lambda: {"pixel_values": torch.randn(2, 3, 64, 64), "labels": torch.zeros(2, 64, 64, dtype=torch.long)},
+        "pixels": lambda: {
+            "pixel_values": torch.randn(2, 3, 64, 64),
+            "labels": torch.zeros(2, 64, 64, dtype=torch.long),
+        },
         "both": lambda: {"input_ids": words, "pixel_values": image, "return_loss": True},
     }
     return made[reads]()

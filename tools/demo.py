@@ -70,7 +70,7 @@ class Outcome:
 
 
 def demo(
-    steps: Annotated[int, typer.Option(min=8, help="Training steps of each run.")] = 150,
+    steps: Annotated[int, typer.Option(min=8, help="Training steps of each run.")] = 120,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the batches.")] = 0,
     out: Annotated[Path, typer.Option(help="Where the picture and the losses go.")] = Path("demo-out"),
     policy: options.Policy = "auto",

@@ -95,7 +95,7 @@ class AtenTracer(fx.Interpreter):
         fake_mode = detect_fake_mode()
         if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor) or mode is None or fake_mode is None:
             return value
-        tracer = mode.tracer
+        tracer: Any = mode.tracer
         name = _attach(tracer.root, value, "constant")
         with proxy_tensor.disable_proxy_modes_tracing():
             fake = fake_mode.from_tensor(value, static_shapes=True)
@@ -150,7 +150,7 @@ def _attach(root: torch.nn.Module, item: fx.GraphModule | torch.Tensor, stem: st
 def _tracing_graph() -> fx.Graph:
     mode = proxy_tensor.get_proxy_mode()
     assert mode is not None, "AtenTracer runs under make_fx"
-    return mode.tracer.graph  # type: ignore[no-any-return]
+    return mode.tracer.graph
 
 
 def _since(graph: fx.Graph, last: fx.Node | None) -> Iterator[fx.Node]:

@@ -19,7 +19,7 @@ def inline_regions(module: fx.GraphModule) -> None:
         if node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator):
             continue
         if node.target._name == "wrap_with_autocast":
-            device, dtype, enabled, _, body, *operands = node.args
+            _, dtype, enabled, _, body, *operands = node.args
             region = _DTYPE_NAMES.get(dtype, "off") if enabled else "off"
             _inline(module, node, body, operands, region)
         elif node.target._name == "wrap_with_set_grad_enabled":

@@ -59,7 +59,9 @@ def check(model: Any, original: Callable[[], Any], loads: Any = None, options: A
     notes = []
     if error := _fails(lambda: _full_check(model)):
         if not (before := _fails(lambda: _full_check(original()))):
-            raise OnnxError("MP602", "the converted model fails onnx.checker", why=_first_lines(error), try_="report it")
+            raise OnnxError(
+                "MP602", "the converted model fails onnx.checker", why=_first_lines(error), try_="report it"
+            )
         notes.append(f"not checked by onnx.checker, which refuses the original too: {_first_lines(before, 1)}")
     target = model if loads is None else loads
     if error := _fails(lambda: session(target, options=options)):

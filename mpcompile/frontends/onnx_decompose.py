@@ -76,7 +76,8 @@ def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, stride: Shape, pad
     made = aten.convolution(left, right, None, dilation, padding, stride, False, [0] * len(spatial), groups)
     for d, size in enumerate(weight.shape[2:]):
         made = made.narrow(2 + d, 0, size)
-    return made.transpose(0, 1)
+    turned: Tensor = made.transpose(0, 1)
+    return turned
 
 
 def avg_pool2d_backward(grad: Tensor, x: Tensor, kernel: Shape, stride: Shape, padding: Shape, ceil_mode: bool,
@@ -100,7 +101,8 @@ def avg_pool2d_backward(grad: Tensor, x: Tensor, kernel: Shape, stride: Shape, p
         shared = grad / count
     ones = torch.ones([channels, 1, *kernel], dtype=grad.dtype, device=grad.device)
     out = [int(x.shape[2 + d] - ((grad.shape[2 + d] - 1) * stride[d] - 2 * padding[d] + kernel[d])) for d in (0, 1)]
-    return aten.convolution(shared, ones, None, stride, padding, [1, 1], True, out, channels)
+    summed: Tensor = aten.convolution(shared, ones, None, stride, padding, [1, 1], True, out, channels)
+    return summed
 
 
 def native_dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:

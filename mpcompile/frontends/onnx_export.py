@@ -125,7 +125,8 @@ def translate(module: Any, args: Any, kwargs: Any, dynamic_shapes: Any, version:
             reasons = [line for line in str(error).splitlines() if line.startswith("<class ")] or [str(error)]
             raise OnnxError("MP607", "torch.onnx.export refused the model",
                             where=reasons[-1][:300] if len(reasons) > 1 else "", why=reasons[0][:300]) from error  # fmt: skip
-    assert program is not None and program.exported_program is not None
+    assert program is not None
+    assert program.exported_program is not None
     origins = {n.name: n.meta.get("custom", {}).get("mp_node", "") for n in program.exported_program.graph.nodes}
     return program.model, origins
 

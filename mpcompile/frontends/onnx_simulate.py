@@ -76,7 +76,8 @@ def _retype(node: ir.Node) -> None:
 def _round(value: ir.Value, dtype: ir.DataType) -> None:
     """Let all readers of `value` read it rounded."""
     maker = value.producer()
-    assert maker is not None and maker.graph is not None
+    assert maker is not None
+    assert maker.graph is not None
     down = _cast(value, dtype, f"{value.name}_down")
     up = _cast(down.outputs[0], ir.DataType.FLOAT, f"{value.name}_rounded")
     value.replace_all_uses_with(up.outputs[0], replace_graph_outputs=True)
@@ -121,7 +122,7 @@ def _raise_type(value: ir.Value) -> None:
         value.type = ir.TensorType(ir.DataType.FLOAT)
 
 
-def _fp32(tensor: Any, name: str | None) -> ir.Tensor:
+def _fp32(tensor: Any, name: str | None) -> ir.Tensor[Any]:
     return ir.Tensor(np.asarray(tensor.numpy()).astype(np.float32), name=name)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -21,6 +20,8 @@ from mpcompile.frontends.onnx_export import translate
 from mpcompile.frontends.onnx_prepare import OPSETS
 from mpcompile.frontends.onnx_settle import settle
 
+# They ask for strides; ONNX has none, and what is decomposed may come out in others.
+VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
 RESULTS = ("loss", "finite", "grad_norm", "scale")
 
 
@@ -77,6 +78,8 @@ def _functional(module: fx.GraphModule) -> tuple[fx.GraphModule, list[int]]:
             after[node.args[0]] = env[node.args[1]]
         else:
             env[node] = graph.node_copy(node, lambda n: env[n])
+            if env[node].target in VIEWS:
+                env[node].target = torch.ops.aten.reshape.default
     written = [node for node in holders if node in after]
     graph.output((*results, *(after[node] for node in written)))
     return fx.GraphModule(module, graph), [holders.index(node) for node in written]
@@ -88,6 +91,9 @@ def _tidy(module: fx.GraphModule) -> None:
         for node in module.graph.find_nodes(op="call_function", target=target):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)
+    for view in VIEWS:
+        for node in module.graph.find_nodes(op="call_function", target=view):
+            node.target = torch.ops.aten.reshape.default
     module.graph.eliminate_dead_code()
     module.recompile()
 

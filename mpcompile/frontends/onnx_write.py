@@ -243,7 +243,6 @@ class _Writer:
             made.name = name
             graph.initializers[name] = made
 
-
     def drop_casts(self) -> None:
         """Remove the casts of lowered inputs that nobody reads."""
         for name in self.lowered:

@@ -112,7 +112,9 @@ class Rules:
             raise RuleError("MP202", f"the rule of {op!r} names an unknown kind {name!r}",
                             try_=suggest(str(name), self.kinds) or f"one of {', '.join(self.kinds)}")  # fmt: skip
         if fields.get("verdict", "low") not in VERDICTS:
-            raise RuleError("MP202", f"the rule of {op!r} has no verdict {fields['verdict']!r}", try_=", ".join(VERDICTS))
+            raise RuleError(
+                "MP202", f"the rule of {op!r} has no verdict {fields['verdict']!r}", try_=", ".join(VERDICTS)
+            )
         lists = {k: tuple(v) for k, v in fields.items() if isinstance(v, list)}
         return replace(Rule(op, kind), **{**fields, **lists})
 

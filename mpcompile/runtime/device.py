@@ -16,7 +16,7 @@ MATRIX_KINDS = ("matmul", "convolution", "attention", "rnn")
 def has_native_bf16(device: str) -> bool:
     """BF16 in hardware: CUDA from sm_80 on; a CPU whose matrix library has BF16 kernels (AVX512-BF16, AMX, SVE)."""
     if device == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and _cpu_has("avx512_bf16", "amx_bf16", "bf16")
 
 

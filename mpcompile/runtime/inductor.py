@@ -52,12 +52,13 @@ def compile_inductor(
     from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 
     patches = {"emulate_precision_casts": True} if keep_rounding else None
-    inner_compile = compile_fx_inner
+    inner_compile: Any = compile_fx_inner
     if fp32_matmul != "highest":
         inner_compile = functools.partial(_compile_with_precision, fp32_matmul)
     with plain_autograd():
-        compiled: Runnable = compile_fx(module, list(inputs), inner_compile=inner_compile, config_patches=patches)
-    return compiled
+        compiled: Any = compile_fx(module, list(inputs), inner_compile=inner_compile, config_patches=patches)
+    runnable: Runnable = compiled
+    return runnable
 
 
 def _compile_with_precision(name: str, module: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
@@ -65,7 +66,7 @@ def _compile_with_precision(name: str, module: fx.GraphModule, inputs: Sequence[
     from torch._inductor.compile_fx import compile_fx_inner
 
     with matmul_precision(name):
-        code = compile_fx_inner(module, inputs, **options)
+        code: Any = compile_fx_inner(module, inputs, **options)
     run = code.current_callable
 
     def call(args: list[Any]) -> Any:

@@ -84,9 +84,7 @@ class Replays:
         self._runs: dict[Any, int] = {}
         self._steps: dict[Any, _Step] = {}
 
-    def find(
-        self, key: Any, run: Run, tensors: Sequence[Tensor], fixed: Callable[[], Sequence[Tensor]]
-    ) -> Run:
+    def find(self, key: Any, run: Run, tensors: Sequence[Tensor], fixed: Callable[[], Sequence[Tensor]]) -> Run:
         """What to call with the batch: `run` itself, or its replay.
 
         Args:

@@ -130,7 +130,7 @@ def _view(master: torch.Tensor) -> torch.Tensor:
     flat = master.detach()
     count = flat.numel()
     if not flat.is_contiguous():
-        return flat.flatten()[: _SAMPLE]
+        return flat.flatten()[:_SAMPLE]
     return flat.view(-1).as_strided((min(count, _SAMPLE),), (max(1, count // _SAMPLE),))
 
 

@@ -107,9 +107,7 @@ def test_scaled_capacities_never_leave_32_bits() -> None:
 def shuffled(graph: PrecisionGraph, seed: int) -> PrecisionGraph:
     """The same graph, its nodes in another topological order and its inputs in another order."""
     rng, twin = random.Random(seed), graph.copy()
-    order = list(
-        nx.lexicographical_topological_sort(_with_storage_order(twin), key=lambda _: rng.random())
-    )
+    order = list(nx.lexicographical_topological_sort(_with_storage_order(twin), key=lambda _: rng.random()))
     twin.rebuild_order([twin.nodes[name] for name in order])
     names = list(twin.values)
     rng.shuffle(names)
@@ -141,7 +139,9 @@ def chain(*ops: str, numel: int = 1 << 20, flops: int = 1 << 34) -> PrecisionGra
         inputs = [value]
         if "linear" in op:
             inputs.append(graph.add_input(Value(f"w{i}", "fp32", (1024, 1024), 1 << 20, role="parameter")).name)
-        graph.add(Node(f"n{i}", op, inputs, flops=flops if "linear" in op else 0), [Value(f"v{i}", "fp32", (numel,), numel)])
+        graph.add(
+            Node(f"n{i}", op, inputs, flops=flops if "linear" in op else 0), [Value(f"v{i}", "fp32", (numel,), numel)]
+        )
         value = f"v{i}"
     graph.outputs = [value]
     return graph

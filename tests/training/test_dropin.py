@@ -107,7 +107,9 @@ def test_forward_and_gradients_are_near_fp32(name: str, policy: str) -> None:
     check(reference, model, mp, torch.randn(16, WIDTH))
 
 
-@pytest.mark.parametrize("name", ["in-place on views", "batch norm", "checkpoint", "custom function", "graph break", "no grad"])
+@pytest.mark.parametrize(
+    "name", ["in-place on views", "batch norm", "checkpoint", "custom function", "graph break", "no grad"]
+)
 def test_compiled_is_near_fp32(name: str) -> None:
     reference, model = pair(name)
     mp = mpcompile(model, "bf16", low=["*first", "*last"])

@@ -15,7 +15,6 @@ from mpcompile.training import fused, loss_region
 from mpcompile.training.emit import precision_graph
 from mpcompile.training.scaler import LossScale
 
-
 LOW = ("up", "down", "head")
 
 

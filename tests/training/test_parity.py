@@ -14,7 +14,9 @@ from mpcompile import mpcompile
 STEPS = 12
 
 
-def curve(model: nn.Module, call: nn.Module, batch: dict[str, torch.Tensor], scaler: torch.amp.GradScaler | None) -> list[float]:
+def curve(
+    model: nn.Module, call: nn.Module, batch: dict[str, torch.Tensor], scaler: torch.amp.GradScaler | None
+) -> list[float]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
     losses = []
     for _ in range(STEPS):
@@ -33,7 +35,9 @@ def compare(name: str, policy: str, backend: str) -> None:
     model, batch = ARCHITECTURES[name]()
     plain = copy.deepcopy(model)
     # Every product low: at these sizes the cost model would leave many of them FP32.
-    mp = mpcompile(model, policy, backend=backend, low=[lambda node: node.kind in ("matmul", "convolution", "attention")])
+    mp = mpcompile(
+        model, policy, backend=backend, low=[lambda node: node.kind in ("matmul", "convolution", "attention")]
+    )
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if policy == "fp16" else None
     got, expected = curve(model, mp, batch, scaler), curve(plain, plain, batch, None)
     assert expected[-1] < 0.95 * expected[0], "the reference must learn, or nothing is compared"

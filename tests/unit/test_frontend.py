@@ -120,7 +120,7 @@ def test_dtypes_that_follow_another_tensor_are_written_out() -> None:
 def test_a_tuple_s_values_are_named_and_rewritten() -> None:
     def f(x: torch.Tensor) -> torch.Tensor:
         values, index = x.topk(2)
-        first, second = x.split(2)
+        _, second = x.split(2)
         return values.sum() + index.sum() + second.sum()
 
     x = torch.randn(4, 4)
