@@ -92,6 +92,8 @@ class Node:
     flops: int = 0
     # The user's own autocast region around the node: None, "off" or a precision.
     region: str | None = None
+    # dtype that torch.library.register_autocast gives a custom op: "" for none.
+    autocast: str = ""
     # dtype the op is told to produce (an explicit dtype argument, a user's cast): "" when it follows its inputs.
     out_dtype: str = ""
     # Nodes of one group run in one precision (loop carries, in-place chains); "": none.

@@ -1,4 +1,4 @@
-"""Honour `torch.library.register_autocast`: what a custom op's author told torch about precision becomes its rule."""
+"""Read what a custom op's author told torch about precision: `torch.library.register_autocast`."""
 
 from __future__ import annotations
 
@@ -8,27 +8,20 @@ from typing import Any
 import torch
 from torch import fx
 
-from mpcompile.rules.table import rules_for
+from mpcompile.frontends.facts import dtype_name
 
-_LOW = (torch.float16, torch.bfloat16)
+_OWN = ("aten", "prims", "prim", "profiler")
 
 
-def honour_autocast(module: fx.GraphModule, device: str) -> None:
-    """Give a rule to each op of `module` that has none and was registered with autocast for `device` ("cpu", "cuda").
-
-    An op that autocast casts to FP16 or BF16 is `low` (in the policy's low type), one that it casts to FP32 `fp32`.
-    """
-    rules = rules_for("aten")
-    targets = {n.target for n in module.graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
-    for target in targets:
-        if rules.get(str(target)) is not None:
-            continue
-        dtype = registered_dtype(target, device)
-        if dtype is not None:
-            row = {"kind": "custom", "verdict": "low" if dtype in _LOW else "fp32",
-                   "reason": f"its author registered it with torch.library.register_autocast for {device}",
-                   "autocast": "lower" if dtype in _LOW else "fp32"}  # fmt: skip
-            rules.set(rules.rule(str(target), row))
+def registered_autocast(node: fx.Node) -> str:
+    """The name of the dtype that autocast gives the node's op on the device of its first output; "" for none."""
+    op, value = node.target, node.meta.get("val")
+    if not isinstance(op, torch._ops.OpOverload) or op.namespace in _OWN:
+        return ""
+    results = value if isinstance(value, (list, tuple)) else [value]
+    device = next((v.device.type for v in results if isinstance(v, torch.Tensor)), None)
+    dtype = None if device is None else registered_dtype(op, device)
+    return "" if dtype is None else dtype_name(dtype)
 
 
 def registered_dtype(op: torch._ops.OpOverload, device: str) -> torch.dtype | None:
@@ -37,6 +30,8 @@ def registered_dtype(op: torch._ops.OpOverload, device: str) -> torch.dtype | No
     if definition is not None:
         given: torch.dtype | None = definition._autocast_dtype.get(device)
         return given
+    if not torch._C._is_autocast_available(device):
+        return None
     key = getattr(torch._C.DispatchKey, "Autocast" + torch._C._dispatch_key_for_device(device))
     kernel: Any = op.py_kernels.get(key)
     # torch keeps the dtype nowhere but in the closure of the kernel that it made.

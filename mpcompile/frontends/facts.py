@@ -29,7 +29,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def op_name(target: Any) -> str:
-    """"aten.linear.default", "mylib.op.default", "hop.cond", "builtin.getitem"."""
+    """ "aten.linear.default", "mylib.op.default", "hop.cond", "builtin.getitem"."""
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
     if isinstance(target, torch._ops.HigherOrderOperator):
@@ -106,7 +106,7 @@ def names_dtype(node: fx.Node) -> bool:
 
 
 def module_path(node: fx.Node) -> str:
-    """"encoder.0.fc1": the innermost module that the node was called in; "" for the model itself."""
+    """ "encoder.0.fc1": the innermost module that the node was called in; "" for the model itself."""
     if "mp_module" in node.meta:
         return str(node.meta["mp_module"])
     stack = node.meta.get("nn_module_stack")
@@ -117,7 +117,7 @@ def module_path(node: fx.Node) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _clean_path(path: str) -> str:
-    """"L['self']._modules['h'][0].attn" -> "h.0.attn"; an exported path is clean already."""
+    """ "L['self']._modules['h'][0].attn" -> "h.0.attn"; an exported path is clean already."""
     path = re.sub(r"getattr\((.*), ['\"](\w+)['\"]\)", r"\1.\2", path)
     path = re.sub(r"\.(_modules|_parameters|_buffers)\b", "", path)
     path = re.sub(r"\[['\"]?([\w.]+)['\"]?\]", r".\1", path)
@@ -125,7 +125,7 @@ def _clean_path(path: str) -> str:
 
 
 def source_line(node: fx.Node) -> str:
-    """"model.py:41": the innermost frame of the user's own code (frames inside torch are skipped)."""
+    """ "model.py:41": the innermost frame of the user's own code (frames inside torch are skipped)."""
     frames = _frames(node.meta.get("stack_trace") or "")
     return frames[-1] if frames else ""
 

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from mpcompile.frontends import facts
+from mpcompile.frontends.custom_ops import registered_autocast
 from mpcompile.frontends.inplace import make_explicit, mutated_storages
 from mpcompile.graph import Node, PrecisionGraph, Role, Value
 
@@ -113,6 +114,7 @@ class _Reader:
             source=facts.source_line(node),
             region=node.meta.get("mp_region"),
             flops=facts.flops(node),
+            autocast=registered_autocast(node),
         )
         results = self._results(node)
         castable = [v for v in results if v.castable]
@@ -170,6 +172,8 @@ def _role(node: fx.Node, held: Any) -> Role:
     if isinstance(held, torch.nn.Parameter):
         return "parameter"
     if node.op == "get_attr":
-        return "constant" if str(node.target).startswith(("_constant", "_tensor_constant", "lifted_tensor")) else "buffer"
+        return (
+            "constant" if str(node.target).startswith(("_constant", "_tensor_constant", "lifted_tensor")) else "buffer"
+        )
     role: Role = node.meta.get("mp_role", "input")
     return role

@@ -17,7 +17,6 @@ from torch import fx
 
 from mpcompile.errors import MPCompileError, RuleError, RuntimeFailure, page, suggest
 from mpcompile.frontends.capture import trace_dynamo
-from mpcompile.frontends.custom_ops import honour_autocast
 from mpcompile.frontends.facts import TORCH_DTYPES
 from mpcompile.frontends.fx import FxCapture, read
 from mpcompile.frontends.fx_write import has_user_low_cast, write
@@ -92,7 +91,6 @@ def decide(
     start = time.perf_counter()
     policy = settle_policy(settings.policy, device)
     capture = read(module, {"device": device, "policy": str(policy)})
-    honour_autocast(module, device)
     passes = default_passes(
         policy,
         device,
