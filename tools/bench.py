@@ -41,7 +41,7 @@ def bench(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON to this file.")] = None,
     json: options.Json = False,
 ) -> None:
-    """Measure step time, memory and loss of mpcompile against its peers."""
+    """Measure step time, memory and loss beside its peers."""
     names = _picked(models, MODELS, "model")
     _one_of(device, ("cpu", "cuda"), "device")
     _one_of(size, ("small", "full"), "size")

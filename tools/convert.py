@@ -25,7 +25,7 @@ def convert(
     strict: Annotated[bool, typer.Option(help="An operator without a rule is an error.")] = False,
     json: options.Json = False,
 ) -> None:
-    """Convert an ONNX model; nothing is written unless the result loads."""
+    """Convert an ONNX model. Nothing is written unless the result loads."""
     from mpcompile import mpcompile
 
     made = mpcompile(

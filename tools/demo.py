@@ -76,7 +76,7 @@ def demo(
     policy: options.Policy = "auto",
     json: options.Json = False,
 ) -> None:
-    """Train a byte-level GPT in FP32 and with mpcompile; exit code 1 when the losses disagree."""
+    """Train a byte-level GPT in FP32 and with mpcompile. Exit code 1 when the losses disagree."""
     out.mkdir(parents=True, exist_ok=True)
     outcome = _run(steps, seed, policy, out)
     options.print_json(asdict(outcome)) if json else _show(outcome)

@@ -29,7 +29,7 @@ def diff(
     policy_b: Annotated[str, typer.Option(help="The policy of B, when it is another.")] = "",
     json: options.Json = False,
 ) -> None:
-    """Compare two plans node by node; exit code 1 when they differ."""
+    """Compare two plans node by node. Exit code 1 when they differ."""
     first, second = _report(a, policy), _report(b, policy_b or policy)
     found = compare(first, second)
     same = not (found["changed"] or found["only_a"] or found["only_b"])

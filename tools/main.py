@@ -26,6 +26,7 @@ class Verbs(TyperGroup):
 app = typer.Typer(
     cls=Verbs,
     no_args_is_help=True,
+    rich_markup_mode=None,  # plain help: drawing it with rich takes longer than everything else together
     pretty_exceptions_enable=False,
     help="Mixed-precision training as a compiler pass. A model is FILE.py:FACTORY, PACKAGE.MODULE:FACTORY or "
     "MODEL.onnx; a factory returns (model, args) or (model, args, kwargs).",
