@@ -268,7 +268,14 @@ class MixedPrecisionModule(nn.Module):
     def train_step(
         self, optimizer: torch.optim.Optimizer, loss_fn: Callable[..., Any] | None = None, **options: Any
     ) -> Any:
-        """The training step as one emitted graph. See `mpcompile.training.step.TrainStep` for the options."""
+        """The training step as one emitted graph. See `mpcompile.training.step.TrainStep` for the options.
+
+        With backend="onnxruntime" it is an `mpcompile.runtime.ort_step.OrtTrainStep`.
+        """
+        if options.get("backend", self.backend) == "onnxruntime":
+            from mpcompile.runtime.ort_step import OrtTrainStep
+
+            return OrtTrainStep(self, optimizer, loss_fn, **options)
         from mpcompile.training.step import TrainStep
 
         return TrainStep(self, optimizer, loss_fn, **options)

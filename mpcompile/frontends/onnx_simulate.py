@@ -21,6 +21,7 @@ EXACT = {
     "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Split", "Concat", "Expand", "Gather",
     "GatherND", "GatherElements", "Tile", "Where", "Relu", "Neg", "Abs", "Max", "Min", "If", "Loop", "Scan", "Pad",
     "MaxPool", "ReduceMax", "ReduceMin", "TopK", "DepthToSpace", "SpaceToDepth", "Compress", "Trilu",
+    "SplitToSequence", "SequenceAt", "SequenceConstruct", "SequenceInsert", "ConcatFromSequence",
 }  # fmt: skip
 
 
@@ -58,10 +59,10 @@ def _node(node: ir.Node) -> None:
     _retype(node)
     for out in list(node.outputs):
         dtype = out.dtype
-        if dtype not in LOW_TYPES or not isinstance(out.type, ir.TensorType):
+        if dtype not in LOW_TYPES:
             continue
         _raise_type(out)
-        if node.op_type not in EXACT:
+        if node.op_type not in EXACT and isinstance(out.type, ir.TensorType):
             _round(out, dtype)
 
 
@@ -118,8 +119,9 @@ def _raise_initializer(value: ir.Value) -> None:
 
 
 def _raise_type(value: ir.Value) -> None:
-    if value.dtype in LOW_TYPES and isinstance(value.type, ir.TensorType):
-        value.type = ir.TensorType(ir.DataType.FLOAT)
+    if value.dtype in LOW_TYPES:
+        fp32, is_list = ir.TensorType(ir.DataType.FLOAT), isinstance(value.type, ir.SequenceType)
+        value.type = ir.SequenceType(fp32) if is_list else fp32
 
 
 def _fp32(tensor: Any, name: str | None) -> ir.Tensor[Any]:

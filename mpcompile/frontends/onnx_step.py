@@ -75,7 +75,7 @@ def _functional(module: fx.GraphModule) -> tuple[fx.GraphModule, list[int]]:
         if node.op == "output":
             results = [env[n] for n in node.args[0]]
         elif node.target is torch.ops.aten.copy_.default and node.args[0] in holders:
-            after[node.args[0]] = env[node.args[1]]
+            after[node.args[0]] = _fitted(graph, env[node.args[1]], node.args[0].meta["val"])
         else:
             env[node] = graph.node_copy(node, lambda n: env[n])
             if env[node].target in VIEWS:
@@ -83,6 +83,16 @@ def _functional(module: fx.GraphModule) -> tuple[fx.GraphModule, list[int]]:
     written = [node for node in holders if node in after]
     graph.output((*results, *(after[node] for node in written)))
     return fx.GraphModule(module, graph), [holders.index(node) for node in written]
+
+
+def _fitted(graph: fx.Graph, value: fx.Node, target: Tensor) -> fx.Node:
+    """`copy_` broadcasts and converts; an output does neither."""
+    fake = value.meta["val"]
+    if fake.dtype != target.dtype:
+        value = graph.call_function(torch.ops.aten.to.dtype, (value, target.dtype))
+    if fake.shape != target.shape:
+        value = graph.call_function(torch.ops.aten.expand.default, (value, list(target.shape)))
+    return value
 
 
 def _tidy(module: fx.GraphModule) -> None:

@@ -7,7 +7,8 @@ fixed number of calls, however many parameters there are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ from mpcompile.training.fused import FusedUpdate
 from mpcompile.training.joint import Joint
 from mpcompile.training.overflow import Overflow, explain
 from mpcompile.training.scaler import LossScale, ScaleState, from_dict, to_dict
+from mpcompile.training.split import SplitMasters
 from mpcompile.training.updater import Plan, Updater
 from mpcompile.training.window import Layout, Window
 
@@ -97,8 +99,8 @@ class TrainStep:
         self.model, self.optimizer, self.policy = owner.model, optimizer, owner.settings.policy
         self.device = next(p.device for p in self.model.parameters())
         self.backend = backend or owner.backend
-        _check_options(self.backend, accumulate, masters)
         self.policy = settle_policy(owner.settings.policy, self.device.type)
+        _check_options(self.backend, accumulate, masters, self.policy.low)
         if not self._trained() & {id(p) for p in self.model.parameters()}:
             raise TrainingError(
                 "MP522",
@@ -111,6 +113,8 @@ class TrainStep:
         self.plan = Plan(
             self.model, optimizer, self.rule, self.state, seed, shadows, self.backend, max_grad_norm, accumulate
         )
+        if masters == "split":
+            self.plan.split = SplitMasters(self.model, optimizer)
         self.artefacts = Artefacts(
             self.model,
             loss_fn,
@@ -121,7 +125,8 @@ class TrainStep:
             shadows,
             seed,
             chunk_loss,
-            lambda _: self._updaters.clear(),
+            self._on_new,
+            self.plan.split.joined if self.plan.split is not None else contextlib.nullcontext,
         )
         self._replays = Replays(False if self.backend == "eager" else cuda_graph, self.device)
         self._updaters: dict[Any, Updater | FusedUpdate] = {}
@@ -235,6 +240,18 @@ class TrainStep:
                 self._emitted = {key: emit(artefact, self._updaters[layout], window)}
         return self._emitted[key]
 
+    def export_onnx(self, path: Any) -> Any:
+        """Write the step of the last batch as one plain ONNX model, whose state goes in and comes out.
+
+        Raises:
+          TrainingError: MP542. OnnxError: MP602, MP603 (nothing is written), MP607, MP608.
+        """
+        from mpcompile.runtime.ort_step import export_step
+
+        if self._last is None:
+            raise TrainingError("MP542", "the step has no graph yet", try_="call it once with a batch")
+        return export_step(self, *self._last, path)
+
     def report(self) -> Any:
         """What was decided for each node of the emitted step, and why. See `mpcompile.report.model.Report`."""
         from mpcompile.report.model import build_report
@@ -262,6 +279,20 @@ class TrainStep:
                     return found
         return None
 
+    @contextlib.contextmanager
+    def full_masters(self) -> Iterator[None]:
+        """With ``masters="split"``: the model's parameters are FP32 inside, for use apart from the step."""
+        with self.plan.split.joined() if self.plan.split is not None else contextlib.nullcontext():
+            yield
+
+    def _on_new(self, artefact: Artefact) -> None:
+        """Another graph: updates may lack its shadows, and what it reads in FP32 cannot be split."""
+        self._updaters.clear()
+        pairs = zip(artefact.joint.forward.inputs, artefact.fixed, strict=True)
+        self.plan.whole |= {id(held) for one, held in pairs if one.kind == "param"}
+        if self.plan.split is not None:
+            self.plan.split.keep_only({id(p) for p in self.model.parameters()} - self.plan.whole)
+
     def _trained(self) -> set[int]:
         """Ids of the parameters that the optimizer updates."""
         return {id(p) for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad}
@@ -276,7 +307,7 @@ class TrainStep:
         self.artefacts.clear()
 
 
-def _check_options(backend: str, accumulate: int, masters: str) -> None:
+def _check_options(backend: str, accumulate: int, masters: str, low: str) -> None:
     wrong = {
         "backend": backend not in ("inductor", "eager"),
         "accumulate": accumulate < 1,
@@ -286,3 +317,10 @@ def _check_options(backend: str, accumulate: int, masters: str) -> None:
         if bad:
             given = {"backend": backend, "accumulate": accumulate, "masters": masters}[name]
             raise TrainingError("MP541", f"train_step({name}={given!r}) is not possible")
+    if masters == "split" and low != "bf16":
+        raise TrainingError(
+            "MP541",
+            f"train_step(masters='split') is not possible with low={low}",
+            why="BF16 is the upper half of FP32; FP16 and the lower half do not make the FP32 weight",
+            try_='the policy "bf16", or masters="full"',
+        )
