@@ -122,15 +122,17 @@ def _show(name: str, facts: dict[str, Any], results: list[Result]) -> None:
                    "casts", "first s", "loss diff", "MFU %"):  # fmt: skip
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for one in results:
-        table.add_row(one.candidate, *_cells(one))
+        table.add_row(one.candidate, *(["failed"] if one.error else _cells(one)))
     console = Console()
     console.width = max(console.width, 140)
     console.print(table)
+    for one in results:
+        if one.error:
+            # Below the table: a message in a column would squeeze the figures out.
+            typer.echo(f"{one.candidate}: {one.error.splitlines()[0]}")
 
 
 def _cells(one: Result) -> list[str]:
-    if one.error:
-        return [one.error.splitlines()[0][:60]]
     return [
         _number(one.seconds, 1e3, ".1f"),
         _number(one.versus.get("eager FP32"), 1, ".2f"),

@@ -70,6 +70,15 @@ def test_table_names_the_candidates() -> None:
     assert "1 x 8 rows" in said.stdout
 
 
+def test_a_failure_is_told_below_the_table() -> None:
+    ways = "eager FP32,eager autocast"
+    arguments = ["bench", "--models", "mlp", "--candidates", ways, "--rounds", "1", "--max-seconds", "-1"]
+    said = CliRunner().invoke(app, arguments)
+    assert said.exit_code == 0
+    assert said.stdout.count("failed") == 2
+    assert "eager autocast: not run: out of time (--max-seconds)" in said.stdout
+
+
 def test_one_failing_candidate_does_not_end_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(job: Job) -> Plain:
         raise MemoryError("no room\nsecond line")
