@@ -156,6 +156,7 @@ class Artefacts:
     seed: Tensor
     chunk_loss: bool
     on_new: Callable[[Artefact], None]
+    around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
     _exact: dict[Any, Artefact] = field(default_factory=dict)
     _alike: dict[Any, list[Artefact]] = field(default_factory=dict)
     _seen: dict[Any, list[tuple[torch.Size, ...]]] = field(default_factory=dict)
@@ -181,7 +182,7 @@ class Artefacts:
             alike = self._alike.setdefault(kind, [])
             found = next((a for a in alike if a.fits(batch.tensors)), None)
             if found is None:
-                with compiling():
+                with compiling(), self.around():
                     found = self._make(batch, self._moving(kind, shapes))
                 alike.append(found)
             self._exact[kind, shapes] = found

@@ -28,7 +28,7 @@ from mpcompile.training.joint import Joint
 from mpcompile.training.updater import Updater
 
 _CASTS = ("aten._to_copy", "aten.to", "prims.convert_element_type")
-_STORES = ("aten.copy_", "aten._foreach_copy_")
+_STORES = ("aten.copy_", "aten._foreach_copy_", "aten.view.dtype")
 _DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
@@ -223,7 +223,7 @@ def _mark_roundings(graph: PrecisionGraph) -> None:
 def origins(joint: Joint) -> dict[str, tuple[str, str]]:
     """Node of a joint graph -> (module, source line) of the forward node that it is, or whose gradient it computes."""
     known = _Origins(joint.forward, joint.module.graph)
-    found, sequence = {}, dict[int, tuple[str, str]]()
+    found, sequence = dict[str, tuple[str, str]](), dict[int, tuple[str, str]]()
     for node in joint.module.graph.nodes:
         planned = known.plan.nodes.get(known.origin(node))
         place = (planned.module, planned.source) if planned else (module_path(node), source_line(node))

@@ -27,7 +27,6 @@ def decompositions(backend: str) -> dict[Any, Callable[..., Any]] | None:
     if backend == "eager":
         return None
     # Some decompositions (max_pool2d on torch 2.11) look for the lowerings without importing them.
-    import torch._inductor.lowering
     from torch._inductor.decomposition import select_decomp_table
 
     return select_decomp_table()
@@ -68,21 +67,25 @@ def _in_two(joint: Joint) -> Run:
             forward: Any = compile_fx_inner(first, values_of(inputs_of(first)), static_input_idxs=fixed)
         _lay_out_saved(first, second, strides or [])
         backward: Any = compile_fx_inner(second, values_of(inputs_of(second)), is_backward=True)
-    seeds = [n.name.startswith("tangents") for n in inputs_of(second)]
-    kept, needs_seed = joint.outputs_of_forward, any(seeds)
+    kept, order = joint.outputs_of_forward, _order_saved(first, second, joint.outputs_of_forward)
 
     def run(inputs: list[Any]) -> Sequence[Any]:
         seed = inputs.pop()
         with torch.no_grad():
             outputs = list(forward(inputs))
-            saved = outputs[kept:]
+            saved = [*outputs[kept:], seed]
             del outputs[kept:]
-            if needs_seed:
-                saved.append(seed)
+            saved = [saved[place] for place in order]
             outputs.extend(backward(saved))
         return outputs
 
     return run
+
+
+def _order_saved(first: fx.GraphModule, second: fx.GraphModule, kept: int) -> list[int]:
+    """Place, in what the forward saved (the seed last), of each input of the backward: sizes come first there."""
+    names = [getattr(node, "name", "") for node in outputs_of(first)[kept:]]
+    return [names.index(n.name) if n.name in names else len(names) for n in inputs_of(second)]
 
 
 def _lay_out_saved(first: fx.GraphModule, second: fx.GraphModule, strides: Sequence[Any]) -> None:

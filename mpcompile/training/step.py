@@ -250,7 +250,7 @@ class TrainStep:
 
         if self._last is None:
             raise TrainingError("MP542", "the step has no graph yet", try_="call it once with a batch")
-        return export_step(self, *self._last, path)
+        return export_step(self, self._last[0], path)
 
     def report(self) -> Any:
         """What was decided for each node of the emitted step, and why. See `mpcompile.report.model.Report`."""

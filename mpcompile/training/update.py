@@ -22,6 +22,7 @@ from mpcompile.training.graphs import outputs_of
 from mpcompile.training.optim import Binding, untraceable
 from mpcompile.training.scalars import UndecidableError
 from mpcompile.training.scaler import LossScale, ScaleState, inverse, transition
+from mpcompile.training.split import join, split
 
 
 class Operands(NamedTuple):
@@ -31,7 +32,7 @@ class Operands(NamedTuple):
       numbers: FP64 vector of the groups' numbers.
       scale: the loss scale's state.
       shared: 0-dim, one per `Binding.shared`.
-      params, states: FP32 tensors.
+      params, states: FP32 tensors; a split parameter is its BF16 half, and `low` the other halves (`Spec.split`).
       grads: raw gradients, still scaled, any float dtype; `Spec.parts` says whose.
     """
 
@@ -40,6 +41,7 @@ class Operands(NamedTuple):
     shared: list[Tensor]
     params: list[Tensor]
     states: list[Tensor]
+    low: list[Tensor]
     grads: list[Tensor]
 
 
@@ -59,6 +61,7 @@ class Outcome(NamedTuple):
     shared: list[Tensor]
     params: list[Tensor]
     states: list[Tensor]
+    low: list[Tensor]
     shadows: list[Tensor]
 
 
@@ -70,6 +73,7 @@ class Spec:
       parts: per parameter, the positions in `grads` that are summed.
       shadows: (parameter, low dtype) of each shadow.
       accumulate: microbatches whose gradients were summed.
+      split: the parameters that are given in two halves.
     """
 
     rule: LossScale
@@ -77,6 +81,7 @@ class Spec:
     shadows: tuple[tuple[int, torch.dtype], ...] = ()
     max_grad_norm: float | None = None
     accumulate: int = 1
+    split: tuple[int, ...] = ()
 
 
 def unscaled(spec: Spec, grads: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
@@ -107,18 +112,24 @@ def update(spec: Spec, binding: Binding, given: Operands) -> Outcome:
     if spec.max_grad_norm is not None:
         factor = clip_factor(norm, spec.max_grad_norm)
         grads = [g * factor for g in grads]
-    params, states = [p.clone() for p in given.params], [s.clone() for s in given.states]
+    old = list(given.params)
+    for i, low in zip(spec.split, given.low, strict=True):
+        old[i] = join(old[i], low)
+    params, states = [p.clone() for p in old], [s.clone() for s in given.states]
     after = binding.apply(given.numbers, [s.double() for s in given.shared], params, grads, states)
     chosen = [
-        torch.where(finite, new.to(old.dtype), old)
-        for new, old in zip([*after, *params, *states], [*given.shared, *given.params, *given.states], strict=True)
+        torch.where(finite, new.to(before.dtype), before)
+        for new, before in zip([*after, *params, *states], [*given.shared, *old, *given.states], strict=True)
     ]
     n, m = len(after), len(params)
     scale = transition(spec.rule, given.scale, finite)
     new_params = chosen[n : n + m]
     shadows = [new_params[i].to(dtype) for i, dtype in spec.shadows]
+    halves = {i: split(new_params[i]) for i in spec.split}
+    new_params = [halves[i][0] if i in halves else p for i, p in enumerate(new_params)]
+    low_bits = [halves[i][1] for i in spec.split]
     seed = scale.scale * (1.0 / spec.accumulate)
-    return Outcome(finite, norm, seed, scale, chosen[:n], new_params, chosen[n + m :], shadows)
+    return Outcome(finite, norm, seed, scale, chosen[:n], new_params, chosen[n + m :], low_bits, shadows)
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:

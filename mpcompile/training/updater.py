@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,7 @@ from mpcompile.training.graphs import inputs_of
 from mpcompile.training.optim import Binding, bind, can_fuse
 from mpcompile.training.parts import Run, decompositions, run_update
 from mpcompile.training.scaler import LossScale, ScaleState
+from mpcompile.training.split import SplitMasters
 from mpcompile.training.update import InPlace, Operands, Spec, in_place, trace
 from mpcompile.training.window import Layout
 
@@ -74,6 +76,9 @@ class Plan:
     backend: str
     max_grad_norm: float | None
     accumulate: int
+    split: SplitMasters | None = None
+    # Parameters that a graph reads in FP32: these are never split.
+    whole: set[int] = field(default_factory=set)
     builds: dict[Layout, int] = field(default_factory=dict)
 
     def build(self, layout: Layout, grads: Sequence[Tensor]) -> Updater | fused.FusedUpdate:
@@ -86,30 +91,53 @@ class Plan:
         parts: dict[int, list[int]] = {}
         for position, (name, _) in enumerate(layout):
             parts.setdefault(id(parameters[name]), []).append(position)
-        binding = bind(self.optimizer, [p for p in self.model.parameters() if id(p) in parts])
+        with self.split.joined() if self.split is not None else contextlib.nullcontext():
+            binding = bind(self.optimizer, [p for p in self.model.parameters() if id(p) in parts])
         index = {id(p): i for i, p in enumerate(binding.params)}
         held = [
             (index[id(m)], s) for m, s in zip(self.shadows.masters, self.shadows.shadows, strict=True) if id(m) in index
         ]
+        halves, held = self._halves(binding, held)
         spec = Spec(
             self.rule,
             tuple(tuple(parts[id(p)]) for p in binding.params),
             tuple((i, s.dtype) for i, s in held),
             self.max_grad_norm,
             self.accumulate,
+            tuple(halves),
         )
         # A fused kernel holds betas and weight decay as constants: a schedule that moves them gets the traced update.
         self.builds[layout] = self.builds.get(layout, 0) + 1
-        if self.builds[layout] <= MOST_FUSED and can_fuse(self.optimizer, binding.params) and fused.serves(binding):
+        often = self.builds[layout] > MOST_FUSED or halves
+        if not often and can_fuse(self.optimizer, binding.params) and fused.serves(binding):
             binding.fused = True
             return fused.build(spec, binding, self.state, self.seed, [s for _, s in held], self.backend)
-        return self._traced(spec, binding, list(grads), [s for _, s in held])
+        return self._traced(spec, binding, list(halves.values()), list(grads), [s for _, s in held])
 
-    def _traced(self, spec: Spec, binding: Binding, grads: list[Tensor], shadows: list[Tensor]) -> Updater:
+    def _halves(
+        self, binding: Binding, held: list[tuple[int, Tensor]]
+    ) -> tuple[dict[int, Tensor], list[tuple[int, Tensor]]]:
+        """The low halves of the parameters that are to be split, and the shadows of those that are not."""
+        if self.split is None:
+            return {}, held
+        halves, rest = dict[int, Tensor](), list[tuple[int, Tensor]]()
+        for i, shadow in held:
+            if shadow.dtype == torch.bfloat16 and id(binding.params[i]) not in self.whole:
+                self.split.take(binding.params[i], shadow)
+            low = self.split.low_of(binding.params[i])
+            if low is None:
+                rest.append((i, shadow))
+            else:
+                halves[i] = low
+        return halves, rest
+
+    def _traced(
+        self, spec: Spec, binding: Binding, low: list[Tensor], grads: list[Tensor], shadows: list[Tensor]
+    ) -> Updater:
         now = binding.numbers()
         numbers = torch.tensor(now, dtype=torch.float64, device=self.seed.device)
         given = Operands(
-            numbers, self.state, [s.value for s in binding.shared], binding.params, binding.state_tensors(), grads
+            numbers, self.state, [s.value for s in binding.shared], binding.params, binding.state_tensors(), low, grads
         )
         bases = [s.base for s in binding.shared]
 

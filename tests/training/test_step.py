@@ -177,8 +177,9 @@ def test_the_steady_state_never_asks_the_device(backend, accumulate):
         assert len(watch.seen) < 12 * len(data)
 
 
-def test_changing_sizes_cost_one_more_compilation():
-    model, _, step = make()
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_changing_sizes_cost_one_more_compilation(backend):
+    model, _, step = make(backend=backend)
     twin = copy.deepcopy(model)
     other = optim.AdamW(twin.parameters(), lr=0.01)
     for rows in (6, 4, 9, 3, 12):
