@@ -70,3 +70,19 @@ def _no_collection() -> Iterator[None]:
         yield
     finally:
         gc.enable()
+
+
+@functools.cache
+def traced(most: int) -> tuple[dict[str, list[fx.GraphModule]], frozenset[str]]:
+    """OpInfo name -> the graphs of its first samples, and the names of those none of whose samples could be traced."""
+    found: dict[str, list[fx.GraphModule]] = {}
+    failed = set()
+    for info in database():
+        given = samples(info, most)
+        graphs = []
+        for sample in given:
+            with contextlib.suppress(Exception):
+                graphs.append(trace(*flat_call(info, sample)))
+        found.setdefault(info.name, []).extend(graphs)
+        failed |= {info.name} if given and not graphs else set()
+    return found, frozenset(failed)

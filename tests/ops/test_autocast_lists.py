@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import tomllib
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from opsweep import database, flat_call, samples, trace
+from opsweep import traced
 from oracle import output_dtypes
 from torch import fx
 from torch.utils import _pytree as pytree
@@ -119,17 +120,12 @@ def floating_inputs(node: fx.Node) -> bool:
 def nodes(most: int) -> Iterator[fx.Node]:
     """One node of every ATen overload with floating operands that OpInfo reaches."""
     seen: set[str] = set()
-    for info in database():
-        for sample in samples(info, most):
-            try:
-                graph = trace(*flat_call(info, sample)).graph
-            except Exception:
-                continue  # test_coverage says which ones, and why
-            for node in graph.nodes:
-                op = op_name(node.target)
-                if op not in seen and isinstance(node.target, torch._ops.OpOverload) and floating_inputs(node):
-                    seen.add(op)
-                    yield node
+    for module in itertools.chain(*traced(most)[0].values()):
+        for node in module.graph.nodes:
+            op = op_name(node.target)
+            if op not in seen and isinstance(node.target, torch._ops.OpOverload) and floating_inputs(node):
+                seen.add(op)
+                yield node
 
 
 def first_float(dtypes: list[torch.dtype]) -> torch.dtype | None:

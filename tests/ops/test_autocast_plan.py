@@ -19,7 +19,7 @@ from mpcompile.graph import PrecisionGraph
 from mpcompile.pipeline import default_passes, run
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
-QUICK = ("gpt2", "llama", "bert", "t5", "vit", "resnet", "mixtral", "segformer")
+QUICK = ("llama", "t5", "resnet", "segformer")
 
 
 def differences(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> tuple[int, list[str]]:
