@@ -33,6 +33,7 @@ from mpcompile.training.artefact import compiling
 from mpcompile.training.emit import Emitted, emit
 from mpcompile.training.forward import Batch
 from mpcompile.training.step import StepResult, TrainStep
+from mpcompile.training.updater import MOST_FUSED
 
 page(
     "MP711",
@@ -82,7 +83,6 @@ class OrtTrainStep:
             raise RuntimeFailure("MP711", "backend='onnxruntime' has accumulate=1 and masters='full' only")
         options.pop("backend", None)
         self.torch_step = TrainStep(owner, optimizer, loss_fn, backend="eager", **{**options, "chunk_loss": False})
-        self.torch_step.plan.fuse = False
         self.low, self.optimizer, self.providers = self.torch_step.policy.low, optimizer, providers
         self._compiled: dict[Any, Compiled] = {}
         self._state: dict[int, State] = {}
@@ -201,15 +201,21 @@ def emit_step(step: TrainStep, batch: Batch) -> tuple[Emitted, Any]:
     with sdpa_kernel(SDPBackend.MATH), compiling():
         artefact = step.artefacts.find(batch)
         step.plan.shadows.bring_up_to_date()
-        updater = step.plan.build(artefact.layout, artefact.gradients())
+        updater = _traced(step, artefact)
         emitted, _ = emit(artefact, updater)
     return emitted, updater
 
 
-def export_step(step: TrainStep, artefact: Any, layout: Any, path: str | os.PathLike[str]) -> OnnxStep:
+def _traced(step: TrainStep, artefact: Any) -> Any:
+    """The update in elementary operations: fused optimizer kernels have no ONNX form."""
+    plan = replace(step.plan, builds={artefact.layout: MOST_FUSED})
+    return plan.build(artefact.layout, artefact.gradients())
+
+
+def export_step(step: TrainStep, artefact: Any, path: str | os.PathLike[str]) -> OnnxStep:
     """Write the step that `artefact` is part of; see `TrainStep.export_onnx`."""
     with sdpa_kernel(SDPBackend.MATH), compiling():
-        updater = replace(step.plan, fuse=False).build(layout, artefact.gradients())
+        updater = _traced(step, artefact)
         emitted, joint = emit(artefact, updater)
     batch = {number: joint.forward.fakes[place] for place, number in artefact.args}
     tensors = [torch.zeros([int(n) for n in batch[i].shape], dtype=batch[i].dtype) if i in batch else torch.zeros(())

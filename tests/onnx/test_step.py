@@ -184,6 +184,7 @@ class Residual(nn.Module):
         return self.fc(F.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
+@pytest.mark.slow
 def test_a_residual_network_with_running_statistics() -> None:
     torch.manual_seed(0)
     model = Residual()
