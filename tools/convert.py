@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mpcompile.tools import options, target
+
+# Outputs whose errors are printed.
+WORST = 5
 
 
 def convert(
@@ -22,6 +26,13 @@ def convert(
         bool, typer.Option(help="FP32 operators, results rounded: the numbers, on any provider.")
     ] = False,
     annotate: Annotated[bool, typer.Option(help="Write each node's decision into its metadata.")] = True,
+    calibrate: Annotated[
+        Path | None, typer.Option(help="Sample inputs (.npz): measure ranges, compare the outputs.")
+    ] = None,
+    max_error: Annotated[
+        float | None, typer.Option(help="Fail when an output is off by more, of its largest element.")
+    ] = None,
+    auto: Annotated[bool, typer.Option("--auto", help="Find a small set of nodes to keep FP32.")] = False,
     strict: Annotated[bool, typer.Option(help="An operator without a rule is an error.")] = False,
     json: options.Json = False,
 ) -> None:
@@ -38,12 +49,17 @@ def convert(
         provider=provider,
         simulate=simulate,
         annotate=annotate,
+        calibrate=calibrate,
+        max_error=max_error,
+        auto=auto,
     )
     made.save(out)
     report = made.report()
     if json:
         sizes = {"bytes_in": Path(model).stat().st_size, "bytes_out": out.stat().st_size}
-        options.print_json({"written": str(out), **sizes, "notes": made.notes, "summary": report.summary})
+        errors = [asdict(error) for error in made.errors]
+        found = {"errors": errors, "kept": made.kept, "notes": made.notes, "summary": report.summary}
+        options.print_json({"written": str(out), **sizes, **found})
         return
     from mpcompile.report.table import foot
 
@@ -51,3 +67,7 @@ def convert(
     typer.echo(foot(report).splitlines()[0])
     for note in made.notes:
         typer.echo(f"note: {note}")
+    for error in made.errors[:WORST]:
+        typer.echo(f"output {error}")
+    if made.kept:
+        typer.echo(f"kept FP32: {', '.join(made.kept)}")
