@@ -302,11 +302,19 @@ def plan(policy: Policy, options: Options, model: Any,
         if not isinstance(model, frontend.OnnxCapture):
             capture = frontend.read(model, policy.low, provider=options.provider)
         graph, steps = run(capture.graph, passes_for(policy, options, capture, ranges))
+    _call_by_name(graph)
     graph.header.update(source="onnx", policy=str(policy), device=options.provider or "cpu")
     made = OnnxMixedPrecision(policy, options, capture, graph, steps, list(capture.notes), ranges or {})
     if unknown := sorted({node.op for node in graph if node.decided_by == "unknown"}):
         made.notes.append(f"operators without a rule stay FP32: {', '.join(unknown)}")
     return made
+
+
+def _call_by_name(graph: PrecisionGraph) -> None:
+    """What the model has in half precision already runs in that, whatever the policy."""
+    for node in graph:
+        if node.kind != "cast" and not node.is_cast and node.out_dtype in LOW:
+            node.precision, node.verdict = node.out_dtype, "propagate"  # type: ignore[assignment]
 
 
 def passes_for(policy: Policy, options: Options, capture: frontend.OnnxCapture,

@@ -491,3 +491,13 @@ def test_simulation_is_the_reference_evaluators_arithmetic() -> None:
     want = ReferenceEvaluator(made.model).run(None, {"x": noise(8, 8)})[0]
     got = session(made.simulated()).run(None, {"x": noise(8, 8)})[0]
     np.testing.assert_array_equal(got.astype(np.float16), want.astype(np.float16))
+
+
+def test_the_report_calls_parts_in_half_precision_what_they_are() -> None:
+    once = convert(mlp(), "fp16", keep_fp32=["onnx::Gemm"]).model
+    report = convert(once, "bf16").report().to_dict()
+    found = {row["op"]: (row["precision"], row["verdict"]) for row in report["nodes"] if row["op"] != "onnx::Cast"}
+    assert found["onnx::MatMul"] == ("fp16", "propagate")
+    assert found["onnx::Gemm"] == ("bf16", "low")
+    assert report["source"] == "onnx"
+    assert report["schema"] == "mpcompile.report/1"
