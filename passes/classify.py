@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -165,10 +166,14 @@ class _Names:
 
     @cached_property
     def found(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
+        found: defaultdict[str, list[str]] = defaultdict(list)
+        packets: dict[str, str] = {}
         for node in self.graph:
-            for name in {node.module, node.op, node.op.rpartition(".")[0], node.id} - {""}:
-                found.setdefault(name, []).append(node.id)
+            packet = packets.get(node.op)
+            if packet is None:
+                packet = packets[node.op] = node.op.rpartition(".")[0] or node.op
+            for name in (node.module or node.id, node.op, packet, node.id):
+                found[name].append(node.id)
         return found
 
     def hits(self, glob: str) -> list[str]:
