@@ -82,11 +82,17 @@ class CostModel:
 
     def base(self, name: str) -> str:
         """The value that a chain of views shows."""
-        if name not in self._base:
+        seen: list[str] = []
+        while (known := self._base.get(name)) is None:
+            seen.append(name)
             producer = self.graph.producer(name)
-            through = producer is not None and self.is_view(producer) and bool(producer.inputs)
-            self._base[name] = self.base(producer.inputs[0]) if through and producer is not None else name
-        return self._base[name]
+            if producer is None or not self.is_view(producer) or not producer.inputs:
+                known = name
+                break
+            name = producer.inputs[0]
+        for shown in seen:
+            self._base[shown] = known
+        return known
 
     def stands_alone(self, name: str) -> bool:
         """True when a cast of the value cannot join the kernel that makes it."""
@@ -140,11 +146,21 @@ class CostModel:
         """True for readers that read memory and cannot take a cast in: kernels, and views that a kernel looks through."""
         if not self.is_view(reader):
             return self.is_kernel(reader)
-        if reader.id not in self._far:
-            self._far[reader.id] = False
-            self._far[reader.id] = any(
-                name in self.outputs or any(self.is_far(self.graph.nodes[r]) for r, _ in self.uses[name])
-                for name in reader.outputs
+        # Depth first, without Python's stack: a program may hold thousands of views of views.
+        stack = [reader]
+        while stack:
+            node = stack[-1]
+            if node.id in self._far:
+                stack.pop()
+                continue
+            readers = [self.graph.nodes[r] for name in node.outputs for r, _ in self.uses[name]]
+            unknown = [r for r in readers if self.is_view(r) and r.id not in self._far]
+            if unknown:
+                stack.extend(unknown)
+                continue
+            returned = any(name in self.outputs for name in node.outputs)
+            self._far[node.id] = returned or any(
+                self._far[r.id] if self.is_view(r) else self.is_kernel(r) for r in readers
             )
         return self._far[reader.id]
 

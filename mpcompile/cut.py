@@ -7,6 +7,7 @@ on the order of vertices or edges.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -35,7 +36,8 @@ class CutProblem:
 
     def edge(self, start: int, end: int, capacity: float) -> None:
         """Pay `capacity` when `start` is on the source's side and `end` on the sink's."""
-        if start != end and capacity > 0 and start != SINK and end != SOURCE:
+        constant = start == SOURCE and end == SINK  # paid in every cut: it would only cost digits
+        if start != end and capacity > 0 and start != SINK and end != SOURCE and not constant:
             self.heads.append(start)
             self.tails.append(end)
             self.capacities.append(capacity)
@@ -44,13 +46,16 @@ class CutProblem:
         """Capacities as integers; a positive one never becomes 0."""
         real = np.asarray(self.capacities, dtype=np.float64)
         finite = np.isfinite(real)
-        total = float(real[finite].sum()) or 1.0
+        # fsum: exactly rounded, so that the scale does not depend on the order of the edges.
+        total = math.fsum(real[finite].tolist()) or 1.0
         room = max(_TOTAL - int(finite.sum()), 1)
         whole = np.where(finite, np.ceil(np.where(finite, real, 0.0) * (room / total)), _TOTAL + 1)
         return whole.astype(np.int64)
 
     def solve(self) -> NDArray[np.bool_]:
         """For each vertex, whether it is on the source's side of the largest minimum cut."""
+        if not self.heads:
+            return np.arange(self.size) != SINK
         whole = self.scaled()
         graph = csr_array((whole, (self.heads, self.tails)), shape=(self.size, self.size))
         graph.sum_duplicates()
