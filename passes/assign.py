@@ -9,7 +9,8 @@ The story.  Every node is low or FP32; say that low nodes are on the source's si
 * A value is stored in its producer's precision, and costs its bytes where it is materialised (`mpcompile.cost`).
 * A value read in another precision needs a cast.  One auxiliary vertex per value and direction makes it paid once,
   however many read it: reader -> vertex is infinite, vertex -> producer carries the price (and the mirror image for
-  casts up).  Casts that can join a fused kernel and casts that stand alone have a vertex each.
+  casts up).  Casts that can join a fused kernel and casts that stand alone have a vertex each.  A copy that one reader
+  wants, or that a fixed reader wants in every plan, needs no vertex: it is one edge.
 * Nodes that must agree (one storage that someone writes, loop carries, a group) are one vertex; FP32 wins in it.  A
   node of such a class gives up its own verdict: a low kernel that writes FP32 storage runs in FP32.
 
@@ -154,39 +155,39 @@ class _Plan:
         return self.vertex[producer.id]
 
     def _casts(self, value: Value, side: int) -> None:
-        """One vertex per direction and distance: low copies for low readers, FP32 copies for FP32 readers."""
-        made: dict[tuple[str, bool], int] = {}
-        for reader, far in self._readers(value):
-            if reader == side:
-                continue
-            for target, allowed in (
-                (self.low, side != SOURCE and reader != SINK),
-                ("fp32", side != SINK and reader != SOURCE),
-            ):
-                if allowed:
-                    self._need(value, side, reader, target, far, made)
+        """At most one copy per direction and distance: a low one for low readers, an FP32 one for FP32 readers."""
+        readers = self._readers(value)
+        for far in (False, True):
+            found = {reader for reader, stands_far in readers if stands_far == far and reader != side}
+            if side != SOURCE and (low := found - {SINK}):
+                self._copy(side, low, self.cost.cast(value, self.low, far=far), up=False)
+            if side != SINK and (up := found - {SOURCE}):
+                self._copy(side, up, self.cost.cast(value, "fp32", far=far), up=True)
 
-    def _need(
-        self, value: Value, side: int, reader: int, target: str, far: bool, made: dict[tuple[str, bool], int]
-    ) -> None:
-        up = target == "fp32"
-        copy = made.get((target, far))
-        if copy is None:
-            copy = made[target, far] = self.problem.vertex()
-            price = self.cost.cast(value, target, far=far)
-            self.problem.edge(side if up else copy, copy if up else side, price)
-        self.problem.edge(copy if up else reader, reader if up else copy, INFINITE)
+    def _copy(self, side: int, readers: set[int], price: float, *, up: bool) -> None:
+        """Pay `price` once when any of `readers` wants the copy and the value is not stored so."""
+        fixed = SINK if up else SOURCE
+        if fixed in readers:  # wanted in every plan: the others have it for nothing
+            readers = {fixed}
+        if len(readers) == 1:
+            copy = next(iter(readers))
+        else:
+            copy = self.problem.vertex()
+            for reader in readers:
+                self.problem.edge(copy if up else reader, reader if up else copy, INFINITE)
+        self.problem.edge(side if up else copy, copy if up else side, price)
 
     def _readers(self, value: Value) -> list[tuple[int, bool]]:
         """(vertex whose side says in which precision the value is read, whether the cast would stand alone)."""
         found = []
+        nodes, vertex, is_far = self.graph.nodes, self.vertex, self.cost.is_far
         for reader, operand in self.cost.uses[value.name]:
-            node = self.graph.nodes[reader]
-            pinned = node.operands.get(node.slots[operand], "")
+            node = nodes[reader]
+            pinned = node.operands.get(node.slots[operand]) if node.operands else None
             if pinned == "fp32":
-                found.append((SINK, self.cost.is_far(node)))
-            elif pinned != "any" and reader in self.vertex:
-                found.append((self.vertex[reader], self.cost.is_far(node)))
+                found.append((SINK, is_far(node)))
+            elif pinned != "any" and reader in vertex:
+                found.append((vertex[reader], is_far(node)))
         wanted = {"fp32": SINK, "low": SOURCE}.get(self.output)
         if wanted is not None and value.name in self.cost.outputs:
             found.append((wanted, True))
