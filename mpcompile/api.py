@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch._dynamo.exc import BackendCompilerFailed
 
-from mpcompile.errors import CaptureError, RuleError, page
+from mpcompile.errors import CaptureError, MPCompileError, RuleError, page
 from mpcompile.frontends.capture import export
 from mpcompile.frontends.exported import inline_regions
 from mpcompile.frontends.fx_write import write
@@ -194,12 +195,21 @@ class MixedPrecisionModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._call is None:
-            compiled = torch.compile(_entry(self.model), backend=self._compiler, dynamic=self.dynamic)
-            self.__dict__["_call"] = compiled
+            return self._first(*args, **kwargs)
+        try:
+            return self._call(*args, **kwargs)
+        except BackendCompilerFailed as error:
+            raise _own(error) from error
+
+    def _first(self, *args: Any, **kwargs: Any) -> Any:
+        compiled = torch.compile(_entry(self.model), backend=self._compiler, dynamic=self.dynamic)
+        try:
             result = compiled(*args, **kwargs)
-            self._compiler.check_overrides()
-            return result
-        return self._call(*args, **kwargs)
+        except BackendCompilerFailed as error:
+            raise _own(error) from error
+        self._compiler.check_overrides()
+        self.__dict__["_call"] = compiled
+        return result
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -285,6 +295,11 @@ class MixedPrecisionModule(nn.Module):
         from mpcompile.frontends.onnx_export import export_onnx
 
         return export_onnx(self, path, *args, **options)
+
+
+def _own(error: BackendCompilerFailed) -> Exception:
+    """Our own error, where Dynamo wrapped one of ours."""
+    return error.inner_exception if isinstance(error.inner_exception, MPCompileError) else error
 
 
 def _entry(model: nn.Module) -> Callable[..., Any]:

@@ -26,7 +26,7 @@ from mpcompile.pipeline import Observer, StepRecord, default_passes, run
 from mpcompile.policy import Policy
 from mpcompile.runtime.device import emulated_kinds, settle_policy
 from mpcompile.runtime.inductor import compile_inductor, run_eagerly
-from mpcompile.training.shadows import SHADOWS, use_shadow
+from mpcompile.training.shadows import SHADOWS, ShadowGroup, use_shadow
 
 log = logging.getLogger("mpcompile")
 
@@ -181,10 +181,13 @@ class CompiledGraph:
     def __init__(
         self, inner: Callable[..., Any], shadows: list[tuple[int, torch.dtype]], *, differentiable_twice: bool
     ):
-        self.inner, self.shadows, self.differentiable_twice = inner, shadows, differentiable_twice
+        self.inner, self.differentiable_twice = inner, differentiable_twice
+        self.places = [place for place, _ in shadows]
+        self.shadows = ShadowGroup(SHADOWS, [dtype for _, dtype in shadows])
 
     def __call__(self, *args: Any) -> Any:
-        outputs = self.inner(*args, *[SHADOWS.get(args[i], dtype) for i, dtype in self.shadows])
+        shadows = self.shadows.get([args[place] for place in self.places]) if self.places else ()
+        outputs = self.inner(*args, *shadows)
         if not self.differentiable_twice and torch.is_grad_enabled():
             _refuse_double_backward(outputs)
         return outputs

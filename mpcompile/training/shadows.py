@@ -13,6 +13,7 @@ a master is compared by five things, all read on the host without a sync:
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _SAMPLE = 64
+_VERSION, _GRAD = operator.attrgetter("_version"), operator.attrgetter("grad")
 
 
 class UseShadow(torch.autograd.Function):
@@ -60,6 +62,8 @@ class ShadowTable:
         self._entries: dict[tuple[int, torch.dtype], _Entry] = {}
         self._steps: dict[int, int] = {}
         self.casts = 0
+        # Rises with every optimizer step on a master, and with every master that goes: what was compared is void then.
+        self.epoch = 0
 
     def get(self, master: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The up-to-date shadow of `master` (same shape, `dtype`), cast now only if the master changed."""
@@ -83,6 +87,7 @@ class ShadowTable:
         for master in masters:
             if id(master) in self._steps:
                 self._steps[id(master)] += 1
+                self.epoch += 1
 
     def _create(self, master: torch.Tensor, dtype: torch.dtype, key: tuple[int, torch.dtype]) -> torch.Tensor:
         # An inference tensor could never be saved for a later backward.
@@ -98,6 +103,7 @@ class ShadowTable:
     def _forget(self, key: tuple[int, torch.dtype]) -> None:
         self._entries.pop(key, None)
         self._steps.pop(key[0], None)
+        self.epoch += 1
 
     def _write(self, master: torch.Tensor, entry: _Entry) -> None:
         with torch.inference_mode(False), torch.no_grad():
@@ -118,6 +124,38 @@ class ShadowTable:
             return True
         entry.had_grad = has_grad
         return entry.sample is not None and not torch.equal(entry.sample, _view(master))
+
+
+class ShadowGroup:
+    """The shadows that one compiled graph reads, found with a few calls where no master changed.
+
+    Args:
+      table: where the shadows live.
+      dtypes: the low type of each, in the order of the masters.
+    """
+
+    def __init__(self, table: ShadowTable, dtypes: Sequence[torch.dtype]) -> None:
+        self.table, self.dtypes = table, list(dtypes)
+        self._seen: list[Any] = []
+        self._shadows: list[torch.Tensor] = []
+
+    def get(self, masters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The up-to-date shadows of `masters`."""
+        now = self._look(masters)
+        # A CPU's sample is compared by the table: only elements show an edit through `p.data`.
+        if now is None or now != self._seen or masters[0].device.type == "cpu":
+            self._shadows = [self.table.get(m, dtype) for m, dtype in zip(masters, self.dtypes, strict=True)]
+            self._seen = self._look(masters) or []
+        return self._shadows
+
+    def _look(self, masters: Sequence[torch.Tensor]) -> list[Any] | None:
+        """All that can change, read by a fixed number of calls; None where a master has no version."""
+        try:
+            versions = list(map(_VERSION, masters))
+        except RuntimeError:
+            return None
+        grads = [grad is None for grad in map(_GRAD, masters)]
+        return [self.table.epoch, list(map(id, masters)), versions, list(map(torch.Tensor.data_ptr, masters)), grads]
 
 
 def _version(master: torch.Tensor) -> int:
