@@ -45,6 +45,19 @@ def gather(spec: Spec, params: Sequence[Tensor], grads: Sequence[Tensor]) -> tup
     return flat, views
 
 
+def gathered(spec: Spec, params: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]] | None:
+    """The flat tensor that `grads` lie in already, in the order of `params` (the sums of a window), or None."""
+    flat, place = grads[0]._base, 0
+    if flat is None or flat.dim() != 1 or any(len(part) > 1 for part in spec.parts):
+        return None
+    views = [grads[part[0]] for part in spec.parts]
+    for param, view in zip(params, views, strict=True):
+        if view._base is not flat or view.storage_offset() != place or view.shape != param.shape:
+            return None
+        place += view.numel()
+    return (flat, views) if flat.numel() == place and flat.dtype == torch.float32 else None
+
+
 def check(spec: Spec, flat: Tensor, state: ScaleState, seed: Tensor) -> tuple[Tensor, ...]:
     """Unscale, look, clip and move the scale; returns (finite, norm, found_inf, scale, flat, *state, seed), all new."""
     grads = flat if spec.rule.is_off else flat * inverse(state.scale)
@@ -71,11 +84,15 @@ class FusedUpdate:
     shadows: list[Tensor]
     masters: list[Tensor]
     own: list[Tensor]
+    window: tuple[Tensor, list[Tensor]] | None = None
 
     def __call__(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
         """(finite, norm, scale) after the update; everything else is written in place."""
         with torch.no_grad():
-            flat, views = gather(self.spec, self.binding.params, grads)
+            if self.window is None:
+                flat, views = gather(self.spec, self.binding.params, grads)
+            else:
+                flat, views = self.window
             del grads
             finite, norm, found, scale = self.look([flat, *self.scale, self.seed])
             self.step(self.numbers, found, *views, *self.own)

@@ -151,7 +151,8 @@ class TrainStep:
             self._last = artefact, artefact.layout
             return self._whole(artefact, batch)
         loss, grads = artefact(batch.tensors, self.plan.seed)
-        if self._window.prepare(artefact.layout, self.artefacts.named):
+        if artefact.layout not in self._window:
+            self._window.prepare(artefact.layout, self.artefacts.named, self._order())
             self._updaters.clear()
         self._window.add(artefact.layout, grads)
         if not self._window.full:
@@ -212,7 +213,7 @@ class TrainStep:
         for mine, value in zip(self.state, state, strict=True):
             mine.fill_(value)
         self.plan.seed.copy_(self.state.scale * (1.0 / self.plan.accumulate))
-        self._window.load(saved.get("window", {"count": 0, "sums": {}}), self.artefacts.named)
+        self._window.load(saved.get("window", {"count": 0, "sums": {}}), self.artefacts.named, self._order())
         self._updaters.clear()
         self.rule = self.plan.rule = rule
         self._floor = FloorWatch(rule, self.state)
@@ -296,6 +297,10 @@ class TrainStep:
     def _trained(self) -> set[int]:
         """Ids of the parameters that the optimizer updates."""
         return {id(p) for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad}
+
+    def _order(self) -> list[int]:
+        """Ids of the parameters, as the optimizer lists them."""
+        return [id(p) for group in self.optimizer.param_groups for p in group["params"]]
 
     def _group_sizes(self) -> list[int]:
         return [len(group["params"]) for group in self.optimizer.param_groups]

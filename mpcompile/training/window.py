@@ -27,18 +27,34 @@ class Window:
     def __len__(self) -> int:
         return len(self.sums)
 
-    def prepare(self, layout: Layout, parameters: dict[str, Tensor]) -> bool:
-        """Make room for gradients of this layout; True when there were none of it before."""
-        if layout in self._pick:
-            return False
-        for name, dtype in layout:
-            held = self.sums.get(name)
-            if held is None:
-                kept = dtype if self.low else torch.float32
-                self.sums[name] = torch.zeros_like(parameters[name], dtype=kept, requires_grad=False)
+    def __contains__(self, layout: Layout) -> bool:
+        return layout in self._pick
+
+    def prepare(self, layout: Layout, parameters: dict[str, Tensor], order: Sequence[int]) -> None:
+        """Make room for gradients of this layout.
+
+        Args:
+          order: ids of the parameters as the optimizer lists them, which is how the sums lie in memory.
+        """
+        if any(name not in self.sums for name, _ in layout):
+            self._allocate(layout, parameters, order)
         names = [name for name, _ in layout]
         self._pick[layout] = itemgetter(*names) if len(names) > 1 else lambda sums: (sums[names[0]],)
-        return True
+
+    def _allocate(self, layout: Layout, parameters: dict[str, Tensor], order: Sequence[int]) -> None:
+        """FP32 sums lie side by side in one tensor, which the fused update then reads as it is."""
+        dtypes = {**{name: held.dtype for name, held in self.sums.items()}, **dict(layout)}
+        rank = {key: i for i, key in enumerate(order)}
+        names = sorted(dtypes, key=lambda name: rank.get(id(parameters[name]), len(rank)))
+        before, whole = self.sums, [torch.empty_like(parameters[name], device="meta") for name in names]
+        if self.low:
+            self.sums = {n: torch.zeros_like(parameters[n], dtype=dtypes[n], requires_grad=False) for n in names}
+        else:
+            device = parameters[names[0]].device
+            flat = torch.zeros(sum(t.numel() for t in whole), device=device)
+            self.sums = dict(zip(names, torch._C._nn.unflatten_dense_tensors(flat, whole), strict=True))
+        for name, held in before.items():
+            self.sums[name].copy_(held)
 
     def add(self, layout: Layout, grads: Sequence[Tensor]) -> None:
         """Add one microbatch."""
@@ -60,8 +76,12 @@ class Window:
         """What a checkpoint in the middle of a window needs."""
         return {"count": self.count, "sums": dict(self.sums) if self.count else {}}
 
-    def load(self, saved: dict[str, Any], parameters: dict[str, Tensor]) -> None:
+    def load(self, saved: dict[str, Any], parameters: dict[str, Tensor], order: Sequence[int]) -> None:
         self.count = saved["count"]
-        for name, value in saved["sums"].items():
-            self.sums[name] = value.to(parameters[name].device, copy=True)
         self._pick.clear()
+        self.sums = {}
+        if saved["sums"]:
+            layout = tuple((name, value.dtype) for name, value in saved["sums"].items())
+            self._allocate(layout, parameters, order)
+        for name, value in saved["sums"].items():
+            self.sums[name].copy_(value)
