@@ -55,7 +55,9 @@ class CutProblem:
     def solve(self) -> NDArray[np.bool_]:
         """For each vertex, whether it is on the source's side of the largest minimum cut."""
         if not self.heads:
-            return np.arange(self.size) != SINK
+            alone = np.ones(self.size, dtype=np.bool_)
+            alone[SINK] = False
+            return alone
         whole = self.scaled()
         graph = csr_array((whole, (self.heads, self.tails)), shape=(self.size, self.size))
         graph.sum_duplicates()
