@@ -102,7 +102,8 @@ class OnnxMixedPrecision:
         size = onnx_check.weight_bytes(self.ir_model)
         if size > onnx_check.EXTERNAL_FROM:
             raise OnnxError("MP604", f"the model has {size / 1e9:.1f} GB of weights", try_=".save(path)")
-        return ir.to_proto(ir.external_data.load_to_model(self.ir_model))
+        with no_garbage_collection():
+            return ir.to_proto(ir.external_data.load_to_model(self.ir_model))
 
     def simulated(self) -> onnx.ModelProto:
         """The same plan with FP32 operators and rounded values: its numbers are the low type's, on any provider."""
