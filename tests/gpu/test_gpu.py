@@ -174,6 +174,7 @@ def test_a_replayed_step_is_the_step(policy: str) -> None:
         assert abs(loss - other) < 1e-2 * abs(other)
 
 
+@pytest.mark.filterwarnings("ignore:.*Profiler clears events:UserWarning")
 def test_fused_attention_is_chosen() -> None:
     model, batch, _, _ = make("gpt2")
     mp = mpcompile(model, "bf16")
