@@ -45,7 +45,9 @@ def feeds(path: Path, held: Any) -> dict[str, Any]:
         elif "int" in one.type:
             made[one.name] = random.integers(0, 255, shape).astype("int32" if "int32" in one.type else "int64")
         else:
-            made[one.name] = (random.standard_normal(shape) * 0.3).astype(np.float16 if "16" in one.type else np.float32)
+            made[one.name] = (random.standard_normal(shape) * 0.3).astype(
+                np.float16 if "16" in one.type else np.float32
+            )
     return made
 
 
