@@ -14,7 +14,7 @@ from mpcompile.tools.main import app
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
-TAUGHT = ["README.md", "docs/tutorial.md", "docs/how-to.md", "docs/how-to-onnx.md"]
+TAUGHT = ["README.md", "docs/tutorial.md", "docs/how-to.md", "docs/how-to-onnx.md", "docs/explanation/training-step.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
