@@ -1,14 +1,14 @@
 """The update by ATen's fused kernel, for the optimizers that have one.
 
-Gradients are gathered, FP32, in one flat tensor: one kernel finds their norm and whether they are finite, and moves
-the loss scale; the optimizer's own fused step reads views of it and skips itself where `found_inf` is 1; one call
-refreshes the shadows.  A dozen calls however many parameters there are, nothing compiled per parameter, and on a CPU
-a third of the time of a compiled update (docs/explanation/training-step.md).
+Gradients reach the kernel a group at a time, through one FP32 buffer that stays in the cache: nothing holds them all
+in FP32 beside their low originals.  The kernel skips itself where `found_inf` is 1.  A few calls a group, nothing
+compiled per parameter, and on a CPU a third of the time of a compiled update (docs/explanation/training-step.md).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,26 @@ from mpcompile.training.update import Spec, clip_factor, trace_functional
 
 # Below this many elements a compiled update, all in one kernel launch sequence of its own, is faster.
 SMALL = 1 << 20
+# Elements of the buffer: 4 MB stay in a CPU's cache; on a GPU launches cost more than a pass over memory.
+ROOM = {"cpu": 1 << 20, "cuda": 1 << 24}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Rows `start` to `start + length` of a parameter (all of it where `length` is -1); `last` of its pieces."""
+
+    param: int
+    start: int = 0
+    length: int = -1
+    last: bool = True
+
+    def of(self, tensor: Tensor) -> Tensor:
+        return tensor if self.length < 0 else tensor.narrow(0, self.start, self.length)
+
+
+Group = tuple[Piece, ...]
+Settle = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+Step = Callable[[Tensor, Sequence[Tensor]], None]
 
 
 def serves(binding: Binding) -> bool:
@@ -34,48 +54,114 @@ def serves(binding: Binding) -> bool:
     return sum(p.numel() for p in binding.params) >= SMALL and all(t.is_contiguous() for t in tensors)
 
 
-def gather(spec: Spec, params: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """All gradients in one new FP32 tensor, and a view of it per parameter."""
-    flat = torch.empty(sum(p.numel() for p in params), device=params[0].device)
-    views = list(torch._C._nn.unflatten_dense_tensors(flat, list(params)))
-    torch._foreach_copy_(views, [grads[part[0]] for part in spec.parts])
-    more = [(view, grads[i]) for view, part in zip(views, spec.parts, strict=True) for i in part[1:]]
-    if more:
-        torch._foreach_add_([v for v, _ in more], [g for _, g in more])
-    return flat, views
+def grouped(params: Sequence[Tensor], room: int) -> list[Group]:
+    """The parameters in groups of at most `room` elements each; larger ones in pieces of rows."""
+    groups, members, taken = list[Group](), list[Piece](), 0
+    for piece, size in _pieces(params, room):
+        if members and taken + size > room:
+            groups.append(tuple(members))
+            members, taken = [], 0
+        members.append(piece)
+        taken += size
+    return [*groups, tuple(members)]
 
 
-def gathered(spec: Spec, params: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]] | None:
-    """The flat tensor that `grads` lie in already, in the order of `params` (the sums of a window), or None."""
-    flat, place = grads[0]._base, 0
-    if flat is None or flat.dim() != 1 or any(len(part) > 1 for part in spec.parts):
-        return None
-    views = [grads[part[0]] for part in spec.parts]
-    for param, view in zip(params, views, strict=True):
-        if view._base is not flat or view.storage_offset() != place or view.shape != param.shape:
-            return None
-        place += view.numel()
-    return (flat, views) if flat.numel() == place and flat.dtype == torch.float32 else None
+def _pieces(params: Sequence[Tensor], room: int) -> Iterator[tuple[Piece, int]]:
+    for i, param in enumerate(params):
+        if param.numel() <= room or param.dim() == 0:
+            yield Piece(i), param.numel()
+            continue
+        row = param.numel() // param.shape[0]
+        rows = max(1, room // row)
+        for start in range(0, param.shape[0], rows):
+            length = min(rows, param.shape[0] - start)
+            yield Piece(i, start, length, start + length == param.shape[0]), length * row
 
 
-def check(spec: Spec, flat: Tensor, state: ScaleState, seed: Tensor) -> tuple[Tensor, ...]:
-    """Unscale, look, clip and move the scale; returns (finite, norm, found_inf, scale, flat, *state, seed), all new."""
-    grads = flat if spec.rule.is_off else flat * inverse(state.scale)
-    finite, norm = torch.isfinite(grads.abs().amax()), torch.linalg.vector_norm(grads)
-    if spec.max_grad_norm is not None:
-        grads = grads * clip_factor(norm, spec.max_grad_norm)
+def non_finite(grads: Sequence[Tensor]) -> Tensor:
+    """0-dim FP32: 1 where any element of any gradient is infinite or NaN, else 0. Exact: no sum can overflow."""
+    device = grads[0].device
+    if device.type == "cpu":
+        # By far the fastest look that ATen has here; times 1 changes nothing.
+        found = torch.zeros((), device=device)
+        torch._amp_foreach_non_finite_check_and_unscale_(list(grads), found, torch.ones((), device=device))
+        return found
+    # CUDA's kernel of that name refuses BF16.
+    largest = torch.stack([norm.float() for norm in torch._foreach_norm(list(grads), math.inf)])
+    return (~torch.isfinite(largest).all()).float()
+
+
+def settle(spec: Spec, found: Tensor, state: ScaleState, seed: Tensor) -> tuple[Tensor, ...]:
+    """Move the loss scale; returns (finite, factor that unscales, scale, *state, seed), all new."""
+    finite = found == 0
     after = transition(spec.rule, state, finite)
-    return (finite, norm, (~finite).float(), after.scale, grads, *after, after.scale * (1.0 / spec.accumulate))
+    return finite, inverse(state.scale), after.scale.clone(), *after, after.scale * (1.0 / spec.accumulate)
+
+
+@dataclass(frozen=True)
+class Flow:
+    """The way of the gradients through the update: the same calls when it runs and when it is emitted."""
+
+    spec: Spec
+    params: list[Tensor]
+    groups: list[Group]
+
+    def run(self, grads: Sequence[Tensor], settle: Settle, steps: Sequence[Step]) -> tuple[Tensor, Tensor, Tensor]:
+        """(finite, norm, scale).
+
+        Args:
+          settle: from `non_finite`'s result, (finite, factor that unscales, scale), the state being written in place.
+          steps: per group, the optimizer's step of (found_inf, FP32 gradients).
+        """
+        found = non_finite(grads)
+        finite, unscale, scale = settle(found)
+        buffer = torch.empty(self.room, device=found.device)
+        factor, norm = None if self.spec.rule.is_off else unscale, None
+        if self.spec.max_grad_norm is not None:
+            norm = _norm([_norm(self.fill(group, grads, buffer)) for group in self.groups])
+            norm = norm if factor is None else norm * factor
+            clip = clip_factor(norm, self.spec.max_grad_norm)
+            factor = clip if factor is None else factor * clip
+        norms = []
+        for group, step in zip(self.groups, steps, strict=True):
+            views = self.fill(group, grads, buffer)
+            if factor is not None:
+                torch._foreach_mul_(views, factor)
+            if norm is None:
+                norms.append(_norm(views))
+            step(found, views)
+        return finite, _norm(norms) if norm is None else norm, scale
+
+    @property
+    def room(self) -> int:
+        return max(sum(piece.of(self.params[piece.param]).numel() for piece in group) for group in self.groups)
+
+    def fill(self, group: Group, grads: Sequence[Tensor], buffer: Tensor) -> list[Tensor]:
+        """The group's gradients, summed where a parameter has several, in views of `buffer`."""
+        like = [piece.of(self.params[piece.param]) for piece in group]
+        used = buffer.narrow(0, 0, sum(t.numel() for t in like))
+        views = list(torch._C._nn.unflatten_dense_tensors(used, like))
+        parts = [self.spec.parts[piece.param] for piece in group]
+        torch._foreach_copy_(views, [piece.of(grads[part[0]]) for piece, part in zip(group, parts, strict=True)])
+        for view, piece, part in zip(views, group, parts, strict=True):
+            for i in part[1:]:
+                view.add_(piece.of(grads[i]))
+        return views
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))
+    return norm
 
 
 @dataclass
 class FusedUpdate:
     """One fused update, ready to run (the same interface as `Updater`)."""
 
-    spec: Spec
+    flow: Flow
     binding: Binding
     look: Run
-    step: fx.GraphModule
+    steps: list[Step]
     scale: ScaleState
     seed: Tensor
     numbers: Tensor
@@ -83,55 +169,54 @@ class FusedUpdate:
     places: list[int]
     shadows: list[Tensor]
     masters: list[Tensor]
-    own: list[Tensor]
-    window: tuple[Tensor, list[Tensor]] | None = None
 
     def __call__(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
         """(finite, norm, scale) after the update; everything else is written in place."""
         with torch.no_grad():
-            if self.window is None:
-                flat, views = gather(self.spec, self.binding.params, grads)
-            else:
-                flat, views = self.window
-            del grads
-            finite, norm, found, scale = self.look([flat, *self.scale, self.seed])
-            self.step(self.numbers, found, *views, *self.own)
+            results = self.flow.run(grads, self._settle, self.steps)
             if self.shadows:
                 torch._foreach_copy_(self.shadows, self.masters)
-        return finite, norm, scale
+        return results
+
+    def _settle(self, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        finite, unscale, scale = self.look([found, *self.scale, self.seed])
+        return finite, unscale, scale
 
     def emit(self) -> tuple[fx.GraphModule, list[Tensor | int]]:
         """The update's graph, and what each input is: a live tensor, or the number of a gradient."""
-        count, shadows = sum(map(len, self.spec.parts)), len(self.shadows)
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
-        like = [
-            p
-            for i, p in sorted(
-                (i, p) for part, p in zip(self.spec.parts, self.binding.params, strict=True) for i in part
-            )
-        ]
+        spec, params = self.flow.spec, self.flow.params
+        count = sum(map(len, spec.parts))
+        groups = [(group, held(self.binding, group)) for group in self.flow.groups]
+        own = list({id(t): t for _, tensors in groups for t in tensors}.values())
+        place = {id(t): i for i, t in enumerate(own)}
+        like = {i: p for part, p in zip(spec.parts, params, strict=True) for i in part}
 
         def whole(*leaves: Tensor) -> tuple[Tensor, ...]:
             grads, rest = leaves[:count], leaves[count:]
-            state, (seed, rates), rest = ScaleState(*rest[:6]), rest[6:8], rest[8:]
-            params = rest[: len(self.binding.params)]
-            flat, views = gather(self.spec, params, grads)
-            finite, norm, found, scale, unscaled, *after = check(self.spec, flat, state, seed)
-            flat.copy_(unscaled)
-            for target, value in zip([*state, seed], after, strict=True):
-                target.copy_(value)
-            count_, states = len(params), len(self.binding.tensors)
-            own = rest[: count_ + states + len(self.binding.counters())]
-            fused_step(self.binding, rates, found, views, own, self.places)
-            for target, (i, _) in zip(rest[len(own) :], self.spec.shadows, strict=True):
-                target.copy_(params[i])
-            return finite, norm, scale
+            state, seed, rates, rest = ScaleState(*rest[:6]), rest[6], rest[7], rest[8:]
+            mine = {key: rest[i] for key, i in place.items()}
 
-        held: list[Tensor | int] = [*range(count), *self.scale, self.seed, self.numbers, *self.own, *self.shadows]
-        fakes = [mode.from_tensor((like[t] if isinstance(t, int) else t).detach(), static_shapes=True) for t in held]
-        assert len(fakes) == count + 8 + len(self.own) + shadows
+            def move(found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+                finite, unscale, scale, *after = settle(spec, found, state, seed)
+                for target, value in zip([*state, seed], after, strict=True):
+                    target.copy_(value)
+                return finite, unscale, scale
+
+            def step(group: Group, tensors: list[Tensor]) -> Step:
+                now = [mine[id(t)] for t in tensors]
+                return lambda found, views: fused_step(self.binding, group, rates, found, views, now, self.places)
+
+            flow = Flow(spec, [mine[id(p)] for p in params], self.flow.groups)
+            results = flow.run(grads, move, [step(*one) for one in groups])
+            for target, (i, _) in zip(rest[len(own) :], spec.shadows, strict=True):
+                target.copy_(mine[id(params[i])])
+            return results
+
+        given: list[Tensor | int] = [*range(count), *self.scale, self.seed, self.numbers, *own, *self.shadows]
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        fakes = [mode.from_tensor((like[t] if isinstance(t, int) else t).detach(), static_shapes=True) for t in given]
         with mode, torch.no_grad():
-            return make_fx(whole, _allow_non_fake_inputs=True)(*fakes), held
+            return make_fx(whole, _allow_non_fake_inputs=True)(*fakes), given
 
     def holds(self) -> bool:
         """Take in the groups' numbers; False when a number that stands in the graph has changed."""
@@ -148,63 +233,78 @@ class FusedUpdate:
 def build(
     spec: Spec, binding: Binding, state: ScaleState, seed: Tensor, shadows: Sequence[Tensor], backend: str
 ) -> FusedUpdate:
-    """Trace the optimizer's fused step and compile the look at the gradients."""
+    """Trace the optimizer's fused step of each group, and compile the loss scale's move."""
     params, device = binding.params, seed.device
     numbers = binding.numbers()
     places = [i for i, slot in enumerate(binding.slots) if slot.key == "lr"]
     # The CPU's kernel reads the lr as a double; CUDA's wants FP32.
     rates = torch.tensor([numbers[i] for i in places], dtype=torch.float64 if device.type == "cpu" else torch.float32)
     rates = rates.to(device)
-    own = [*params, *binding.state_tensors(), *binding.counters()]
-    views = [torch.empty_like(p, requires_grad=False) for p in params]
-    step = _trace_step(binding, rates, torch.zeros((), device=device), views, own, places)
-    look = _compile_check(spec, sum(p.numel() for p in params), state, seed, backend)
+    flow = Flow(spec, params, grouped(params, ROOM[device.type]))
+    steps = [_step(binding, group, rates, places) for group in flow.groups]
+    look = _compile_settle(spec, state, seed, backend)
     masters = [params[i] for i, _ in spec.shadows]
-    return FusedUpdate(spec, binding, look, step, state, seed, rates, numbers, places, list(shadows), masters, own)
+    return FusedUpdate(flow, binding, look, steps, state, seed, rates, numbers, places, list(shadows), masters)
+
+
+def held(binding: Binding, group: Group) -> list[Tensor]:
+    """The live tensors that the step of a group reads and writes: each member's parameter, then its states."""
+    state, table = binding.optimizer.state, binding.places()
+    params = [(binding.params[piece.param], table[piece.param]) for piece in group]
+    return [tensor for param, places in params for tensor in (param, *(state[param][key] for key, _ in places))]
 
 
 def fused_step(
-    binding: Binding, rates: Tensor, found: Tensor, grads: Sequence[Tensor], own: Sequence[Tensor], places: list[int]
-) -> None:
-    """In a trace: the optimizer's fused step on `own` (params, states, counters)."""
-    count, states = len(binding.params), len(binding.tensors)
+    binding: Binding, group: Group, rates: Tensor, found: Tensor, grads: Sequence[Tensor], own: Sequence[Tensor],
+    places: list[int],
+) -> None:  # fmt: skip
+    """In a trace: the optimizer's fused step of a group, on tensors such as `held` gives."""
     rate = {binding.slots[place].group: rates[i] for i, place in enumerate(places)}
-    params, others = own[:count], own[count:]
-    binding.apply_fused(rate.__getitem__, params, grads, others[:states], others[states:], found, None)
+    rest, table = iter(own), binding.places()
+    params, states = list[Tensor](), list[dict[str, Tensor]]()
+    for piece in group:
+        params.append(piece.of(next(rest)))
+        states.append({})
+        for key, counts in table[piece.param]:
+            tensor = next(rest)
+            # Every piece counts for itself; the last one's count stays.
+            states[-1][key] = (tensor if piece.last else tensor.clone()) if counts else piece.of(tensor)
+    binding.apply_fused(rate.__getitem__, [p.param for p in group], params, grads, states, found)
 
 
-def _trace_step(
-    binding: Binding, rates: Tensor, found: Tensor, views: list[Tensor], own: list[Tensor], places: list[int]
-) -> fx.GraphModule:
-    """(rates, found_inf, *gradients, *params, *states, *counters) -> (): the optimizer's fused step, in place."""
-    count = len(binding.params)
+def _step(binding: Binding, group: Group, rates: Tensor, places: list[int]) -> Step:
+    """The optimizer's fused step of a group, traced and bound to the live tensors."""
+    count, own = len(group), held(binding, group)
 
     def flat(rates: Tensor, found: Tensor, *rest: Tensor) -> None:
-        fused_step(binding, rates, found, rest[:count], rest[count:], places)
+        fused_step(binding, group, rates, found, rest[:count], rest[count:], places)
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fakes = [mode.from_tensor(t.detach(), static_shapes=True) for t in (rates, found, *views, *own)]
+    found = torch.zeros((), device=rates.device)
+    grads = [torch.empty_like(piece.of(binding.params[piece.param]), requires_grad=False) for piece in group]
+    fakes = [mode.from_tensor(t.detach(), static_shapes=True) for t in (rates, found, *grads, *own)]
     with mode, torch.no_grad():
-        return make_fx(flat, _allow_non_fake_inputs=True)(*fakes)
+        traced = make_fx(flat, _allow_non_fake_inputs=True)(*fakes)
+    return lambda found, views: traced(rates, found, *views, *own)
 
 
-def _compile_check(spec: Spec, size: int, state: ScaleState, seed: Tensor, backend: str) -> Run:
-    """(flat, *state, seed) -> (finite, norm, found_inf, scale), with gradients, state and seed replaced in place."""
-    leaves = [torch.empty(size, device=seed.device), *state, seed]
+def _compile_settle(spec: Spec, state: ScaleState, seed: Tensor, backend: str) -> Run:
+    """(found, *state, seed) -> (finite, factor that unscales, scale), with state and seed replaced in place."""
+    leaves = [torch.zeros((), device=seed.device), *state, seed]
 
-    def whole(flat: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        return check(spec, flat, ScaleState(*rest[:-1]), rest[-1])
+    def whole(found: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        return settle(spec, found, ScaleState(*rest[:-1]), rest[-1])
 
     traced = trace_functional(whole, leaves, decompositions(backend))
     module, inputs = traced.module, traced.module.graph.find_nodes(op="placeholder")
     output = module.graph.output_node()
     results: Any = output.args[0]
     with module.graph.inserting_before(output):
-        for target, value in zip(inputs, results[4:], strict=True):
+        for target, value in zip(inputs[1:], results[3:], strict=True):
             if target is not value:
                 copied = module.graph.call_function(torch.ops.aten.copy_.default, (target, value))
                 copied.meta["val"] = target.meta["val"]
-    output.args = (tuple(results[:4]),)
+    output.args = (tuple(results[:3]),)
     module.recompile()
     return compile_inference(module, traced.fakes) if backend == "inductor" else _eager(module)
 

@@ -112,9 +112,15 @@ class Binding:
         state = self.optimizer.state
         return [state[self.params[i]][key] for i, key in self.tensors]
 
-    def counters(self) -> list[Tensor]:
-        """Every 0-dim state tensor of `shared`, as fused kernels take them: one per parameter."""
-        return [base for one in self.shared for base in one.base.unbind()]
+    def places(self) -> list[list[tuple[str, bool]]]:
+        """Per parameter, the (key, whether it is a counter) of each of its states, as fused kernels take them."""
+        found: list[list[tuple[str, bool]]] = [[] for _ in self.params]
+        for i, key in self.tensors:
+            found[i].append((key, False))
+        for one in self.shared:
+            for i in one.members:
+                found[i].append((one.key, True))
+        return found
 
     def apply(
         self,
@@ -140,7 +146,7 @@ class Binding:
         }
         self.guards.clear()
         with NumbersAsTensors(list(zip(values, self.numbers(), strict=True)), self.guards):
-            twin = self._twin(values, params, grads, started)
+            twin = self._twin(values, params, grads, started, self.groups)
             for (i, key), tensor in zip(self.tensors, states, strict=True):
                 twin.state[params[i]][key] = tensor
             for one, scalar in zip(self.shared, shared, strict=True):
@@ -155,22 +161,27 @@ class Binding:
     def apply_fused(
         self,
         lr: Callable[[int], Tensor],
+        members: Sequence[int],
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
-        states: Sequence[Tensor],
-        counters: Sequence[Tensor],
+        states: Sequence[dict[str, Tensor]],
         found_inf: Tensor,
-        grad_scale: Tensor | None,
     ) -> None:
-        """In a trace: the optimizer's own fused step, in place; `found_inf` is 0 or 1, `lr(i)` the lr of group i."""
+        """In a trace: the optimizer's own fused step on some parameters, in place.
+
+        Args:
+          lr: gives the lr of a group.
+          members: the numbers of the parameters.
+          params, grads, states: stand-ins, one each per member.
+          found_inf: 0-dim, 0 or 1.
+        """
         groups = self.optimizer.param_groups
         values = [lr(s.group) if s.key == "lr" else float(s.read(groups)) for s in self.slots]
         self.baked = {i: v for i, v in enumerate(values) if isinstance(v, float)}
-        twin = self._twin(values, params, grads, {})
-        places = [(i, one.key) for one in self.shared for i in one.members]
-        for (i, key), tensor in zip([*self.tensors, *places], [*states, *counters], strict=True):
-            twin.state[params[i]][key] = tensor
-        twin.found_inf, twin.grad_scale = found_inf, grad_scale
+        twin = self._twin(values, params, grads, {}, [self.groups[i] for i in members])
+        for param, state in zip(params, states, strict=True):
+            twin.state[param].update(state)
+        twin.found_inf, twin.grad_scale = found_inf, None
         self._step(twin)
 
     def _step(self, twin: Any) -> None:
@@ -184,7 +195,12 @@ class Binding:
             step(twin)
 
     def _twin(
-        self, values: Sequence[Any], params: Sequence[Tensor], grads: Sequence[Tensor], started: dict[int, Tensor]
+        self,
+        values: Sequence[Any],
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        started: dict[int, Tensor],
+        groups: Sequence[int],
     ) -> Any:
         """An optimizer of the same class whose groups hold stand-ins; the user's own is not touched."""
         twin = object.__new__(type(self.optimizer))
@@ -198,7 +214,7 @@ class Binding:
         for number, flag in started.items():
             # SGD's first buffer is the gradient itself: momentum * 0 + (1 - dampening * 0) * grad.
             twin.param_groups[number]["dampening"] = twin.param_groups[number]["dampening"] * flag
-        for param, grad, number in zip(params, grads, self.groups, strict=True):
+        for param, grad, number in zip(params, grads, groups, strict=True):
             param.grad = grad
             twin.param_groups[number]["params"].append(param)
         return twin

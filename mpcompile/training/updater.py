@@ -111,9 +111,7 @@ class Plan:
         often = self.builds[layout] > MOST_FUSED or halves
         if not often and can_fuse(self.optimizer, binding.params) and fused.serves(binding):
             binding.fused = True
-            made = fused.build(spec, binding, self.state, self.seed, [s for _, s in held], self.backend)
-            made.window = fused.gathered(spec, binding.params, grads) if self.accumulate > 1 else None
-            return made
+            return fused.build(spec, binding, self.state, self.seed, [s for _, s in held], self.backend)
         return self._traced(spec, binding, list(halves.values()), list(grads), [s for _, s in held])
 
     def _halves(

@@ -213,3 +213,31 @@ def test_trains_as_autocast_does(policy):
     mine, theirs, best = (torch.tensor(losses[k]) for k in ("ours", "autocast", "fp32"))
     assert (mine - best).abs().max() <= 2 * (theirs - best).abs().max() + 0.02
     assert mine[-1] < 0.5 * mine[0]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad])
+@pytest.mark.parametrize("clip", [None, 0.5])
+def test_weights_larger_than_the_buffer_are_updated_in_pieces(kind, clip, monkeypatch):
+    """A buffer of 300 elements: every weight in several pieces, whose counters count once; equal to one large buffer."""
+    monkeypatch.setattr(fused, "SMALL", 1)
+    runs = []
+    for room in (300, 1 << 20):
+        monkeypatch.setattr(fused, "ROOM", {"cpu": room})
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32))
+        optimizer = kind(model.parameters(), lr=0.05, fused=True)
+        step = mpcompile(model, "fp16", backend="eager").train_step(
+            optimizer, lambda m, x: m(x).square().mean(), max_grad_norm=clip
+        )
+        results = [step(torch.full((4, 32), 0.1 * i)) for i in range(1, 4)]
+        updater = next(iter(step._updaters.values()))
+        runs.append((len(updater.flow.groups), results, model.state_dict(), optimizer.state_dict()["state"]))
+    (many, small, weights, states), (one, large, other_weights, other_states) = runs
+    assert many > 10
+    assert one == 1
+    for a, b in zip(small, large, strict=True):
+        assert a.loss == b.loss
+        torch.testing.assert_close(a.grad_norm, b.grad_norm)
+    exact = {"rtol": 0, "atol": 0} if clip is None else {"rtol": 1e-6, "atol": 1e-7}
+    torch.testing.assert_close(weights, other_weights, **exact)
+    torch.testing.assert_close(states, other_states, **exact)
