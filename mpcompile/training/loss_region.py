@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, fx
 
 aten = torch.ops.aten
-# Chunk when the FP32 logits would take more; and so many bytes of them a chunk, in at most so many chunks.
-WORTH_BYTES, CHUNK_BYTES, MOST = 16 << 20, 8 << 20, 16
+# Chunk when the FP32 logits would take more; in at most so many chunks, each of which is compiled.
+WORTH_BYTES, MOST = 16 << 20, 16
 _ROW_OPS = (aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.contiguous.default,
             aten.clone.default, aten.slice.Tensor, aten._unsafe_view.default)  # fmt: skip
 
@@ -116,7 +116,7 @@ def rewrite(
     for region in regions:
         hidden, weight, *rest = region.linear.args
         width = value_of(hidden).shape[-1]
-        chunks = max(2, min(MOST, math.ceil(4 * _hint(value_of(region.loss.args[0]).numel()) / CHUNK_BYTES)))
+        chunks = chunk_count(_hint(value_of(region.loss.args[0]).shape[0]), _hint(width))
         with module.graph.inserting_before(region.loss):
             rows = hidden
             for node in region.between:
@@ -134,6 +134,16 @@ def rewrite(
             module.graph.erase_node(node)
     module.graph.lint()
     module.recompile()
+
+
+def chunk_count(rows: int, width: int) -> int:
+    """The number of chunks that holds the fewest bytes.
+
+    Inductor sums the parts of the weight's gradient in one kernel, at the end: n chunks hold n - 1 parts of
+    classes x width elements beside the last chunk's logits and their gradient, 2 x rows / n x classes.  The sum
+    is least at n = sqrt(2 rows / width).
+    """
+    return max(2, min(MOST, round(math.sqrt(2 * rows / width))))
 
 
 def _region(loss: fx.Node) -> Region | None:

@@ -163,9 +163,9 @@ def test_channels_last_weights_are_not_given_to_the_fused_kernel(monkeypatch):
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
 def test_chunked_loss_gives_the_same_gradients(policy, scale, monkeypatch):
     results = []
+    monkeypatch.setattr(loss_region, "chunk_count", lambda rows, width: 3)
     for chunks in (True, False):
         monkeypatch.setattr(loss_region, "WORTH_BYTES", 1 << 10)
-        monkeypatch.setattr(loss_region, "CHUNK_BYTES", 1 << 15)
         low = () if policy == "fp32" else LOW
         model, _, step = make(policy, optim.SGD, scale=scale, chunk_loss=chunks, low=low)
         x, y = batches(1)[0]
@@ -179,6 +179,15 @@ def test_chunked_loss_gives_the_same_gradients(policy, scale, monkeypatch):
     torch.testing.assert_close(mine.grad_norm, whole.grad_norm, rtol=1e-3, atol=1e-6)
     for name, weight in others.items():
         torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1024, 384), (16384, 768), (8192, 2048), (64, 4096)])
+def test_the_number_of_chunks_holds_the_fewest_bytes(rows, width):
+    def held(chunks):
+        return (chunks - 1) * width + 2 * rows / chunks  # elements per class
+
+    best = min(range(2, loss_region.MOST + 1), key=held)
+    assert held(loss_region.chunk_count(rows, width)) <= 1.02 * held(best)
 
 
 def test_chunked_loss_as_one_term_of_a_sum(monkeypatch):
