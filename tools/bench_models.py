@@ -44,12 +44,12 @@ class Loss(nn.Module):
 
 
 class MLP(nn.Module):
-    """Four linear layers with GELU, and cross entropy."""
+    """Linear layers with GELU, and cross entropy."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, depth: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []
-        for _ in range(3):
+        for _ in range(depth - 1):
             layers += [nn.Linear(width, width), nn.GELU()]
         self.body = nn.Sequential(*layers, nn.Linear(width, 16))
 
@@ -138,12 +138,13 @@ def _llama(full: bool) -> Workload:
 
 
 def _mlp(full: bool) -> Workload:
-    width = 4096 if full else 1024
+    """Small, it is bound by launches: eight layers whose products take microseconds."""
+    width, depth = (4096, 4) if full else (64, 8)
 
     def sample(rows: int) -> Batch:
         return {"x": torch.randn(rows, width), "labels": torch.randint(0, 16, (rows,))}
 
-    return Workload(lambda: MLP(width), sample, 4096 if full else 256, unit="rows")
+    return Workload(lambda: MLP(width, depth), sample, 4096 if full else 32, unit="rows")
 
 
 WORKLOADS: dict[str, Callable[[bool], Workload]] = {

@@ -1,7 +1,6 @@
 """Run an emitted step: op by op, or compiled by Inductor in the parts that measured fastest.
 
-Forward and backward are cut by AOTAutograd's min-cut partitioner, so cheap values are recomputed and not kept; a
-graph that keeps little is compiled in one piece, which saves launches (`WHOLE_BYTES`).
+Forward and backward are cut by AOTAutograd's min-cut partitioner, so cheap values are recomputed and not kept.
 """
 
 from __future__ import annotations

@@ -45,14 +45,19 @@ def use_shadow(master: torch.Tensor, shadow: torch.Tensor) -> torch.Tensor:
 
 @dataclass(slots=True)
 class _Entry:
-    """One shadow and what its master looked like when it was cast."""
+    """One shadow and what its master looked like when it was cast.
+
+    Fields:
+      view: some of the master's elements, where they are sampled; `sample` is what they were.
+    """
 
     shadow: torch.Tensor
     version: int
     address: int
     steps: int
     had_grad: bool
-    sample: torch.Tensor | None
+    view: torch.Tensor | None = None
+    sample: torch.Tensor | None = None
 
 
 class ShadowTable:
@@ -67,20 +72,26 @@ class ShadowTable:
 
     def get(self, master: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The up-to-date shadow of `master` (same shape, `dtype`), cast now only if the master changed."""
-        key = (id(master), dtype)
-        entry = self._entries.get(key)
-        if entry is None:
-            return self._create(master, dtype, key)
-        if self._stale(master, entry):
-            self._write(master, entry)
-        return entry.shadow
+        return self.entries([master], [dtype])[0].shadow
+
+    def entries(self, masters: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> list[_Entry]:
+        """The up-to-date shadows of several masters; those that changed are cast together."""
+        keys = [(id(master), dtype) for master, dtype in zip(masters, dtypes, strict=True)]
+        stale: dict[tuple[int, torch.dtype], tuple[torch.Tensor, _Entry]] = {}
+        for master, key in zip(masters, keys, strict=True):
+            entry = self._entries.get(key)
+            if entry is None or self._stale(master, entry):
+                stale[key] = master, entry or self._create(master, key)
+        if stale:
+            self._write(list(stale.values()))
+        return [self._entries[key] for key in keys]
 
     def refresh(self, masters: Iterable[torch.Tensor]) -> None:
         """Cast the shadows of `masters` again, whatever they look like (after `p.data` edits on a GPU)."""
         wanted = {id(m): m for m in masters}
-        for (key, _), entry in self._entries.items():
-            if key in wanted:
-                self._write(wanted[key], entry)
+        found = [(wanted[key], entry) for (key, _), entry in self._entries.items() if key in wanted]
+        if found:
+            self._write(found)
 
     def note_step(self, masters: Sequence[torch.Tensor]) -> None:
         """An optimizer stepped: these masters changed."""
@@ -89,30 +100,39 @@ class ShadowTable:
                 self._steps[id(master)] += 1
                 self.epoch += 1
 
-    def _create(self, master: torch.Tensor, dtype: torch.dtype, key: tuple[int, torch.dtype]) -> torch.Tensor:
+    def _create(self, master: torch.Tensor, key: tuple[int, torch.dtype]) -> _Entry:
         # An inference tensor could never be saved for a later backward.
         with torch.inference_mode(False), torch.no_grad():
-            shadow = torch.empty_like(master, dtype=dtype, requires_grad=False)
+            shadow = torch.empty_like(master, dtype=key[1], requires_grad=False)
         self._steps.setdefault(key[0], 0)
-        entry = _Entry(shadow, -1, 0, 0, False, None)
-        self._entries[key] = entry
+        self._entries[key] = entry = _Entry(shadow, -1, 0, 0, False)
         weakref.finalize(master, self._forget, key)
-        self._write(master, entry)
-        return shadow
+        return entry
 
     def _forget(self, key: tuple[int, torch.dtype]) -> None:
         self._entries.pop(key, None)
         self._steps.pop(key[0], None)
         self.epoch += 1
 
-    def _write(self, master: torch.Tensor, entry: _Entry) -> None:
+    def _write(self, pairs: Sequence[tuple[torch.Tensor, _Entry]]) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            # Through a detached alias: a graph that saved the shadow for a backward still to come must be told.
-            entry.shadow.copy_(master.detach())
-            entry.sample = _sample(master)
-        entry.version, entry.address = _version(master), master.data_ptr()
-        entry.steps, entry.had_grad = self._steps[id(master)], master.grad is not None
-        self.casts += 1
+            # Through detached aliases: a graph that saved a shadow for a backward still to come must be told.
+            torch._foreach_copy_([entry.shadow for _, entry in pairs], [master.detach() for master, _ in pairs])
+        for master, entry in pairs:
+            address = master.data_ptr()
+            if entry.address != address:
+                entry.view = _view(master) if master.device.type == "cpu" and master.numel() else None
+            entry.version, entry.address = _version(master), address
+            entry.steps, entry.had_grad = self._steps[id(master)], master.grad is not None
+        self._take_samples([entry for _, entry in pairs if entry.view is not None])
+        self.casts += len(pairs)
+
+    @staticmethod
+    def _take_samples(entries: Sequence[_Entry]) -> None:
+        views = [entry.view for entry in entries if entry.view is not None]
+        copies = torch.split(torch.cat(views), [len(view) for view in views]) if views else ()
+        for entry, copy in zip(entries, copies, strict=True):
+            entry.sample = copy
 
     def _stale(self, master: torch.Tensor, entry: _Entry) -> bool:
         if entry.version != _version(master) or entry.address != master.data_ptr():
@@ -123,7 +143,7 @@ class ShadowTable:
         if entry.had_grad and not has_grad:
             return True
         entry.had_grad = has_grad
-        return entry.sample is not None and not torch.equal(entry.sample, _view(master))
+        return entry.sample is not None and entry.view is not None and not torch.equal(entry.sample, entry.view)
 
 
 class ShadowGroup:
@@ -138,15 +158,24 @@ class ShadowGroup:
         self.table, self.dtypes = table, list(dtypes)
         self._seen: list[Any] = []
         self._shadows: list[torch.Tensor] = []
+        # On a CPU: the masters' sampled elements, as views and as they were.
+        self._views: list[torch.Tensor] = []
+        self._sample: torch.Tensor | None = None
 
     def get(self, masters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The up-to-date shadows of `masters`."""
         now = self._look(masters)
-        # A CPU's sample is compared by the table: only elements show an edit through `p.data`.
-        if now is None or now != self._seen or masters[0].device.type == "cpu":
-            self._shadows = [self.table.get(m, dtype) for m, dtype in zip(masters, self.dtypes, strict=True)]
+        if now is None or now != self._seen or self._edited():
+            entries = self.table.entries(masters, self.dtypes)
+            self._shadows = [entry.shadow for entry in entries]
             self._seen = self._look(masters) or []
+            self._views = [entry.view for entry in entries if entry.view is not None]
+            self._sample = torch.cat(self._views) if self._views else None
         return self._shadows
+
+    def _edited(self) -> bool:
+        """Whether a sampled element changed: only elements show an edit through `p.data`."""
+        return self._sample is not None and not torch.equal(self._sample, torch.cat(self._views))
 
     def _look(self, masters: Sequence[torch.Tensor]) -> list[Any] | None:
         """All that can change, read by a fixed number of calls; None where a master has no version."""
@@ -165,15 +194,10 @@ def _version(master: torch.Tensor) -> int:
 
 def _view(master: torch.Tensor) -> torch.Tensor:
     """Up to `_SAMPLE` elements spread over the master, without a copy."""
-    flat = master.detach()
-    count = flat.numel()
-    if not flat.is_contiguous():
-        return flat.flatten()[:_SAMPLE]
-    return flat.view(-1).as_strided((min(count, _SAMPLE),), (max(1, count // _SAMPLE),))
-
-
-def _sample(master: torch.Tensor) -> torch.Tensor | None:
-    return _view(master).clone() if master.device.type == "cpu" and master.numel() else None
+    flat, count = master.detach(), master.numel()
+    if torch.ops.aten.is_non_overlapping_and_dense.default(flat):
+        return flat.as_strided((min(count, _SAMPLE),), (max(1, count // _SAMPLE),))
+    return flat[(0,) * (flat.dim() - 1)][:_SAMPLE]
 
 
 SHADOWS = ShadowTable()

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpcompile import mpcompile
-from mpcompile.training.shadows import SHADOWS, ShadowTable
+from mpcompile.training.shadows import SHADOWS, ShadowGroup, ShadowTable
 
 
 def net() -> nn.Module:
@@ -142,3 +144,45 @@ def test_refresh_casts_again_without_a_reason() -> None:
 def test_gradients_arrive_fp32_on_the_masters(model: nn.Module) -> None:
     wrapped(model)(torch.randn(8, 64)).sum().backward()
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_an_edit_through_data_is_seen_in_every_layout():
+    """The sampled elements are views: of a channels_last weight and of a slice with gaps too."""
+    for master in (
+        nn.Parameter(torch.randn(8, 4, 3, 3).to(memory_format=torch.channels_last)),
+        nn.Parameter(torch.randn(6, 40)[:, ::2]),
+    ):
+        group = ShadowGroup(ShadowTable(), [torch.bfloat16])
+        group.get([master])
+        master.data.mul_(2.0)
+        torch.testing.assert_close(group.get([master])[0], master.detach().bfloat16(), rtol=0, atol=0)
+
+
+def test_masters_that_changed_together_are_cast_together():
+    masters, table = [nn.Parameter(torch.randn(4, 4)) for _ in range(5)], ShadowTable()
+    group = ShadowGroup(table, [torch.bfloat16] * 5)
+    group.get(masters)
+    assert table.casts == 5
+    with torch.no_grad():
+        for master in masters[:3]:
+            master.add_(1.0)
+    with Counted() as calls:
+        shadows = group.get(masters)
+    assert table.casts == 8
+    assert calls["_foreach_copy_"] == 1
+    assert calls["copy_"] == 0
+    for shadow, master in zip(shadows, masters, strict=True):
+        torch.testing.assert_close(shadow, master.detach().bfloat16(), rtol=0, atol=0)
+
+
+class Counted(TorchDispatchMode):
+    """How often each operation was called, by name."""
+
+    def __enter__(self):
+        self.calls = Counter()
+        super().__enter__()
+        return self.calls
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls[func._schema.name.partition("::")[2]] += 1
+        return func(*args, **(kwargs or {}))
