@@ -20,6 +20,7 @@ from mpcompile.graph import joined
 from mpcompile.passes.classify import refuse_unmatched
 from mpcompile.policy import Policy
 from mpcompile.rules.table import rules_for
+from mpcompile.runtime.coverage import recurrent_layers_traced, warn_of_gaps, watch
 from mpcompile.runtime.device import emulated_kinds
 from mpcompile.runtime.dynamo import Compiler, Plan, Settings, decide, log_plan, settings_of
 from mpcompile.training.shadows import SHADOWS
@@ -175,6 +176,7 @@ class MixedPrecisionModule(nn.Module):
             settings, log_plan, lambda: {str(id(m)): name for name, m in model.named_modules()}
         )
         hidden["_call"] = None
+        hidden["_recurrent"] = False
         self.training = model.training
 
     @property
@@ -194,20 +196,24 @@ class MixedPrecisionModule(nn.Module):
         return compiler.plans
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self._call is None:
-            return self._first(*args, **kwargs)
+        return self._first(args, kwargs) if self._call is None else self._run(self._call, args, kwargs)
+
+    def _run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
-            return self._call(*args, **kwargs)
+            if not self._recurrent:
+                return call(*args, **kwargs)
+            with recurrent_layers_traced():
+                return call(*args, **kwargs)
         except BackendCompilerFailed as error:
             raise _own(error) from error
 
-    def _first(self, *args: Any, **kwargs: Any) -> Any:
+    def _first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         compiled = torch.compile(_entry(self.model), backend=self._compiler, dynamic=self.dynamic)
-        try:
-            result = compiled(*args, **kwargs)
-        except BackendCompilerFailed as error:
-            raise _own(error) from error
+        self.__dict__["_recurrent"] = any(isinstance(m, nn.RNNBase) for m in self.model.modules())
+        with watch() as breaks:
+            result = self._run(compiled, args, kwargs)
         self._compiler.check_overrides()
+        warn_of_gaps(self.model, len(self.plans), self._compiler.parameters, breaks, result)
         self.__dict__["_call"] = compiled
         return result
 

@@ -24,6 +24,7 @@ from mpcompile.graph import PrecisionGraph
 from mpcompile.passes.classify import refuse_unmatched, unmatched
 from mpcompile.pipeline import Observer, StepRecord, default_passes, run
 from mpcompile.policy import Policy
+from mpcompile.runtime.coverage import warn_of_recurrent_break
 from mpcompile.runtime.device import emulated_kinds, settle_policy
 from mpcompile.runtime.inductor import compile_inductor, run_eagerly
 from mpcompile.training.shadows import SHADOWS, ShadowGroup, use_shadow
@@ -119,6 +120,8 @@ class Compiler:
     ) -> None:
         self.settings, self.on_plan, self.paths = settings, on_plan, paths
         self.plans: list[Plan] = []
+        # Ids of the parameters that the compiled graphs were called with.
+        self.parameters: set[int] = set()
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
@@ -150,11 +153,11 @@ class Compiler:
         shadows = [(order[places[name]], TORCH_DTYPES[low]) for name, low in written.shadows]
         if not compiled:
             eager = run_eagerly(written.module, fp32_matmul=plan.policy.fp32_matmul)
-            return CompiledGraph(eager, shadows, differentiable_twice=True)
+            return CompiledGraph(eager, shadows, self.parameters, differentiable_twice=True)
         extended = [*fakes, *(_fake_shadow(fakes[i], dtype) for i, dtype in shadows)]
         rounding = has_user_low_cast(plan.graph)
         inner = compile_inductor(written.module, extended, keep_rounding=rounding, fp32_matmul=plan.policy.fp32_matmul)
-        return CompiledGraph(inner, shadows, differentiable_twice=False)
+        return CompiledGraph(inner, shadows, self.parameters, differentiable_twice=False)
 
 
 def _argument_places(capture: FxCapture) -> list[int]:
@@ -176,16 +179,28 @@ def device_of(tensors: Sequence[Any]) -> str:
 
 
 class CompiledGraph:
-    """What Dynamo's bytecode calls: the inner graph, with its shadows brought up to date first."""
+    """What Dynamo's bytecode calls: the inner graph, with its shadows brought up to date first.
+
+    `parameters` receives the ids of those that the graph is first called with.
+    """
 
     def __init__(
-        self, inner: Callable[..., Any], shadows: list[tuple[int, torch.dtype]], *, differentiable_twice: bool
+        self,
+        inner: Callable[..., Any],
+        shadows: list[tuple[int, torch.dtype]],
+        parameters: set[int],
+        *,
+        differentiable_twice: bool,
     ):
         self.inner, self.differentiable_twice = inner, differentiable_twice
+        self.parameters: set[int] | None = parameters
         self.places = [place for place, _ in shadows]
         self.shadows = ShadowGroup(SHADOWS, [dtype for _, dtype in shadows])
 
     def __call__(self, *args: Any) -> Any:
+        if self.parameters is not None:
+            self.parameters.update(id(a) for a in args if isinstance(a, torch.nn.Parameter))
+            self.parameters = None
         shadows = self.shadows.get([args[place] for place in self.places]) if self.places else ()
         outputs = self.inner(*args, *shadows)
         if not self.differentiable_twice and torch.is_grad_enabled():
@@ -227,7 +242,9 @@ def backend(module: fx.GraphModule, inputs: Sequence[Any], **given: Any) -> Call
             near = suggest(name, known)
             raise RuntimeFailure("MP702", f"the mpcompile backend has no option {name!r}",
                                  try_=f"did you mean {near}?" if near else f"the options are {', '.join(known)}")  # fmt: skip
-    return Compiler(settings_of(**options), log_plan)(module, inputs)
+    settings = settings_of(**options)
+    warn_of_recurrent_break()
+    return Compiler(settings, log_plan)(module, inputs)
 
 
 def settings_of(

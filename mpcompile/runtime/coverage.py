@@ -1,0 +1,122 @@
+"""What Dynamo left out: graph breaks, and the weights that no compiled graph reads. Nothing falls back unsaid.
+
+Code that Dynamo cannot trace runs as the program wrote it, in FP32.  Dynamo itself says so only in its logs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.utils._pytree import tree_leaves
+
+_SHOWN = 4
+
+
+@contextlib.contextmanager
+def recurrent_layers_traced() -> Iterator[None]:
+    """Let Dynamo trace `nn.LSTM`, `nn.GRU` and `nn.RNN`.
+
+    By default it leaves the rest of a function that touches one to eager FP32.  Its reason, that the loop over time
+    is unrolled into the graph, does not hold here: see `mpcompile.runtime.recurrent`.
+    """
+    config = torch._dynamo.config
+    before = config.allow_rnn
+    config.allow_rnn = True
+    try:
+        yield
+    finally:
+        config.allow_rnn = before
+
+
+@dataclass
+class Breaks:
+    """The graph breaks that happened while `watch` was active: Dynamo's title of each, and how often."""
+
+    titles: Counter[str] = field(default_factory=Counter)
+
+
+@contextlib.contextmanager
+def watch() -> Iterator[Breaks]:
+    """Count the graph breaks of a block."""
+    found, before = Breaks(), Counter(counters["graph_break"])
+    try:
+        yield found
+    finally:
+        for text, count in (Counter(counters["graph_break"]) - before).items():
+            found.titles[text.partition("\n")[0]] += count
+
+
+def warn_of_gaps(model: nn.Module, graphs: int, read: set[int], breaks: Breaks, result: Any) -> None:
+    """Warn when weights of `model` were read by none of its compiled graphs, after a first forward with graph breaks.
+
+    Args:
+      graphs: how many graphs were compiled.
+      read: ids of the parameters that they read.
+      result: what the forward returned; its autograd graph tells what ran from what was not used.
+    """
+    if graphs and not breaks.titles:
+        return  # what is not read then was not used
+    reached = _reached(result)
+    ran = _owners(model, lambda p: id(p) not in read and reached is not None and id(p) in reached)
+    perhaps = _owners(model, lambda p: id(p) not in read and (reached is None or not p.requires_grad))
+    if not ran and not perhaps:
+        return
+    why = "; ".join(f"{title} ({count}x)" if count > 1 else title for title, count in breaks.titles.items())
+    what = "some of the model was not captured" if graphs else "nothing of the model was captured"
+    left = [f"{_some(ran)} ran as written, in FP32"] if ran else []
+    left += [f"{_some(perhaps)} ran so too, or was not used" if ran else
+             f"{_some(perhaps)} ran as written, in FP32, or was not used"] if perhaps else []  # fmt: skip
+    warnings.warn(
+        f"mpcompile: {what}: {'; '.join(left)}. Graph breaks: {why or 'none; is torch.compile disabled?'}",
+        stacklevel=4,
+    )
+
+
+def _owners(model: nn.Module, chosen: Callable[[torch.Tensor], bool]) -> list[str]:
+    """The modules that hold a chosen parameter themselves."""
+    return [
+        f"{path or 'the model itself'} ({type(module).__name__})"
+        for path, module in model.named_modules()
+        if any(chosen(p) for p in module.parameters(recurse=False) if p.is_floating_point())
+    ]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+
+
+def _reached(result: Any) -> set[int] | None:
+    """Ids of the leaves that a backward from `result` would reach; None where there is nothing to follow."""
+    todo = [leaf.grad_fn for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None]
+    if not todo:
+        return None
+    seen, found = set(todo), set()
+    while todo:
+        node: Any = todo.pop()
+        if hasattr(node, "variable"):
+            found.add(id(node.variable))
+        fresh = {n for n, _ in node.next_functions if n is not None} - seen
+        seen |= fresh
+        todo += fresh
+    return found
+
+
+def warn_of_recurrent_break() -> None:
+    """In ``torch.compile(model, backend="mpcompile")``: say that Dynamo left an LSTM, GRU or RNN, and its neighbours."""
+    if any(text.startswith("Attempted to wrap RNN") for text in counters["graph_break"]):
+        warnings.warn(
+            "mpcompile: Dynamo does not trace LSTM, GRU and RNN, and left the function that calls one to eager FP32; "
+            "use mpcompile(model), or set torch._dynamo.config.allow_rnn = True before torch.compile",
+            stacklevel=2,
+        )
+
+
+__all__ = ["Breaks", "recurrent_layers_traced", "warn_of_gaps", "warn_of_recurrent_break", "watch"]
