@@ -17,6 +17,7 @@ import onnx_ir as ir
 from mpcompile.errors import OnnxError, page
 from mpcompile.frontends import onnx as frontend
 from mpcompile.frontends import onnx_check, onnx_write
+from mpcompile.frontends.onnx_emit import Written
 from mpcompile.graph import LOW, Node, PrecisionGraph
 from mpcompile.onnx_tune import sensitivities, smallest
 from mpcompile.passes.assign import Assign
@@ -88,9 +89,13 @@ class OnnxMixedPrecision:
     kept: list[str] = field(default_factory=list)
 
     @cached_property
+    def _written(self) -> Written:
+        return self.written(self.options.simulate)
+
+    @property
     def ir_model(self) -> ir.Model:
         """The rewritten model; large weights are converted when they are read."""
-        return self.written(self.options.simulate)
+        return self._written.ir()
 
     @cached_property
     def model(self) -> onnx.ModelProto:
@@ -99,25 +104,27 @@ class OnnxMixedPrecision:
         Raises:
           OnnxError: MP604, above 2 GB.
         """
-        size = onnx_check.weight_bytes(self.ir_model)
-        if size > onnx_check.EXTERNAL_FROM:
-            raise OnnxError("MP604", f"the model has {size / 1e9:.1f} GB of weights", try_=".save(path)")
-        with no_garbage_collection():
-            return ir.to_proto(ir.external_data.load_to_model(self.ir_model))
+        if self.is_large:
+            size = self._written.weight_bytes / 1e9
+            raise OnnxError("MP604", f"the model has {size:.1f} GB of weights", try_=".save(path)")
+        return self._written.message()
+
+    @property
+    def is_large(self) -> bool:
+        """True when the weights go to a data file."""
+        return self._written.weight_bytes > onnx_check.EXTERNAL_FROM
 
     def simulated(self) -> onnx.ModelProto:
         """The same plan with FP32 operators and rounded values: its numbers are the low type's, on any provider."""
-        if self.options.simulate:
-            return self.model
-        return ir.to_proto(ir.external_data.load_to_model(self.written(True)))
+        return self.model if self.options.simulate else self.written(True).message()
 
     def compare(self, samples: Any) -> list[OutputError]:
         """How far each output is off on `samples`, worst first, in true low-precision numerics (simulated)."""
         feeds = calibrate_room.samples(samples)
         return calibrate_room.compare(self.simulated(), feeds, calibrate_room.reference(self.capture.source, feeds))
 
-    def written(self, simulate: bool) -> ir.Model:
-        """The plan as an `onnx_ir` model, plain or simulated."""
+    def written(self, simulate: bool) -> Written:
+        """The plan as a model, plain or simulated."""
         low_inputs = "" if self.options.keep_io or self.policy.low not in LOW else self.policy.low
         with no_garbage_collection():
             return onnx_write.write(self.capture, self.graph, simulate=simulate, annotated=self.options.annotate,
@@ -147,7 +154,7 @@ class OnnxMixedPrecision:
         Raises:
           OnnxError: MP602, MP603.
         """
-        if onnx_check.weight_bytes(self.ir_model) <= onnx_check.EXTERNAL_FROM:
+        if not self.is_large:
             self._check(self.model)
 
     def _check(self, model: Any) -> None:
@@ -177,10 +184,9 @@ class OnnxMixedPrecision:
           OnnxError: MP602, MP603.
         """
         name = Path(path).name
-        large = onnx_check.weight_bytes(self.ir_model) > onnx_check.EXTERNAL_FROM
 
         def fill(folder: Path) -> None:
-            if not large:
+            if not self.is_large:
                 (folder / name).write_bytes(self.model.SerializeToString())
                 return
             ir.save(self.ir_model, folder / name, external_data=f"{name}.data")
@@ -252,7 +258,7 @@ def _calibrated(policy: Policy, options: Options, model: Any, feeds: Sequence[An
     made.errors = calibrate_room.compare(made.simulated(), feeds, wanted)
     if limit is None or worst(made) <= limit:
         return made
-    order = sensitivities(capture, made.graph, made.written(True), feeds)
+    order = sensitivities(capture, made.graph, made.written(True).ir(), feeds)
     if not auto:
         what = f"an output is off by {worst(made):.3g}, more than {limit:.3g}"
         raise OnnxError("MP605", what, why=str(made.errors[0]),

@@ -10,27 +10,18 @@ from) and hands over the type variables of every operator's schema.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 
-from mpcompile.errors import OnnxError, page
 from mpcompile.frontends import onnx_facts as facts
+from mpcompile.frontends.onnx_load import load
 from mpcompile.frontends.onnx_prepare import opset, prepare, subgraphs
 from mpcompile.frontends.onnx_schema import dtype_name, op_name, signature
 from mpcompile.graph import Node, PrecisionGraph, Role, Value
 from mpcompile.passes.legalize import Signature
-
-page(
-    "MP601",
-    "An ONNX model that cannot be read",
-    "The file is missing, is not an ONNX model, or its external data is not where it says.",
-    "Check it with `python -c \"import onnx; onnx.checker.check_model('model.onnx')\"`; keep the data file beside it.",
-)
-
 
 @dataclass
 class OnnxCapture:
@@ -44,38 +35,20 @@ class OnnxCapture:
       nodes, values: node id -> node of `model`, value name -> value of `model`.
       returned: control node id -> (body, index) of each slot beyond the node's own operands.
       notes: lines for the user.
+      protos: node of `model` -> the message that it was read from, where it stands for the node as it is.
+      annotated: some value has a quantization annotation.
     """
 
     model: ir.Model
     source: Any = None
+    protos: dict[ir.Node, onnx.NodeProto] = field(default_factory=dict)
+    annotated: bool = False
     graph: PrecisionGraph = field(default_factory=PrecisionGraph)
     signatures: dict[str, Signature] = field(default_factory=dict)
     nodes: dict[str, ir.Node] = field(default_factory=dict)
     values: dict[str, ir.Value] = field(default_factory=dict)
     returned: dict[str, list[tuple[ir.Graph, int]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-
-
-def load(model: Any) -> ir.Model:
-    """An `onnx_ir` model of a path, a `ModelProto` or an `onnx_ir.Model` (copied); weights on disk stay there.
-
-    Raises:
-      OnnxError: MP601, when it is none of these or cannot be read.
-    """
-    if isinstance(model, ir.Model):
-        return model.clone()
-    if isinstance(model, onnx.ModelProto):
-        return ir.from_proto(model)
-    if not isinstance(model, (str, os.PathLike)):
-        raise OnnxError("MP601", f"a {type(model).__name__} is no ONNX model", try_="a path or an onnx.ModelProto")
-    path = os.fspath(model)
-    if not os.path.isfile(path):
-        raise OnnxError("MP601", "there is no such file", where=path)
-    try:
-        return ir.load(path)
-    except Exception as error:  # protobuf's own error classes vary by version
-        why = f"{type(error).__name__}: {error}"
-        raise OnnxError("MP601", "the file is not an ONNX model", where=path, why=why) from error
 
 
 def read(model: Any, low: str = "fp32", *, provider: str = "") -> OnnxCapture:
@@ -89,8 +62,9 @@ def read(model: Any, low: str = "fp32", *, provider: str = "") -> OnnxCapture:
     Raises:
       OnnxError: MP601.
     """
-    prepared, notes = prepare(load(model), low)
-    capture = OnnxCapture(prepared, model, notes=notes)
+    loaded = load(model)
+    prepared, notes = prepare(loaded, low)
+    capture = OnnxCapture(prepared, model, loaded.protos, loaded.annotated, notes=notes)
     capture.graph.header = {"source": "onnx"}
     _Reader(capture, provider).main()
     return capture
@@ -203,4 +177,4 @@ def _dtype(value: ir.Value) -> str:
     return dtype_name(value.dtype)
 
 
-__all__ = ["OnnxCapture", "load", "read"]
+__all__ = ["OnnxCapture", "read"]

@@ -8,71 +8,89 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from mpcompile.frontends.onnx_load import WEIGHT, Loaded
 from mpcompile.frontends.onnx_schema import find_schema, signature
 from mpcompile.graph import LOW
 
 # The oldest opset in which (nearly) every operator takes the type.
 OPSETS = {"fp16": 20, "bf16": 22}
-# Bytes from which an initializer is kept out of the message for shape inference (which reads shapes, all small).
-WEIGHT = 4096
 # Operators that mean something else before this opset, and that the version converter does not translate.
 CHANGED = {"Scan": 9}
 
 
-def prepare(model: ir.Model, low: str) -> tuple[ir.Model, list[str]]:
-    """Prepare `model` in place.
+def prepare(loaded: Loaded, low: str) -> tuple[ir.Model, list[str]]:
+    """Prepare ``loaded.model`` in place.
 
     Returns:
       The model (another object when the opset was raised), and lines for the user.
     """
     notes: list[str] = []
+    model, skeleton = loaded.model, loaded.skeleton
     if model.functions:
         common.InlinePass()(model)
+        skeleton = None
     if low in LOW:
         model = _raise_opset(model, low, notes)
-    if common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model).modified:
+    if model is loaded.model and skeleton is not None:
+        _take_over(model, _inferred(skeleton))
+    changed = common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model).modified
+    if changed:
         model.ir_version = max(model.ir_version, 4)  # before that, an initializer had to be an input
-    infer(model)
-    for graph in graphs(model):
-        for node in list(graph):
-            settle_cast_like(node)
+    if model is not loaded.model or skeleton is None:
+        infer(model)
+    for node in [n for graph in graphs(model) for n in graph if n.op_type == "CastLike"]:
+        settle_cast_like(node)
     _own_body_outputs(model)
     return model, notes
 
 
-def graphs(model: ir.Model) -> Iterator[ir.Graph]:
+def graphs(model: ir.Model) -> list[ir.Graph]:
     """The main graph and every graph inside it."""
-    yield model.graph
-    yield from model.graph.subgraphs()
+    found = [model.graph]
+    for graph in found:
+        found += [body for node in graph for _, body in subgraphs(node)]
+    return found
 
 
-def subgraphs(node: ir.Node) -> Iterator[tuple[str, ir.Graph]]:
+def subgraphs(node: ir.Node) -> list[tuple[str, ir.Graph]]:
     """(attribute name, body) of a control-flow node."""
-    for name, attr in node.attributes.items():
+    found: list[tuple[str, ir.Graph]] = []
+    for name, attr in node.attributes.items() if node.attributes else ():
         if attr.type == ir.AttributeType.GRAPH:
-            yield name, attr.value
+            found.append((name, attr.value))
         elif attr.type == ir.AttributeType.GRAPHS:
-            yield from ((f"{name}.{i}", body) for i, body in enumerate(attr.value))
+            found += [(f"{name}.{i}", body) for i, body in enumerate(attr.value)]
+    return found
 
 
 def infer(model: ir.Model) -> None:
     """Fill in types and shapes: ONNX's own inference, then type variables for operators that it does not know."""
     with quiet(), _without_weights(model):
         proto = ir.to_proto(model)
+    _take_over(model, _inferred(proto))
+
+
+def _inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
     try:
-        inferred = onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
+        return onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
     except (RuntimeError, ValueError):  # an operator's inference function that does not like its input
-        inferred = proto
-    _merge(model.graph, inferred.graph)
+        return proto
+
+
+def _take_over(model: ir.Model, inferred: onnx.ModelProto) -> None:
+    _merge(model.graph, inferred.graph, {})
     for graph in graphs(model):
         for node in graph:
-            if any(out.type is None for out in node.outputs):
-                _infer_types(node, model)
+            for out in node.outputs:
+                if out.type is None:
+                    _infer_types(node, model)
+                    break
 
 
 @contextmanager
@@ -90,21 +108,35 @@ def _without_weights(model: ir.Model) -> Iterator[None]:
             value.const_value = tensor
 
 
-def _merge(graph: ir.Graph, inferred: onnx.GraphProto) -> None:
+Types = dict[bytes, tuple[Any, Any]]
+
+
+def _merge(graph: ir.Graph, inferred: onnx.GraphProto, seen: Types) -> None:
     """Take over what was inferred, graph by graph: bodies may use one name for different values."""
     infos = {info.name: info for info in (*inferred.value_info, *inferred.output)}
     for node, proto in zip(graph, inferred.node, strict=True):
         for out in node.outputs:
-            if out.name in infos:
-                ir.serde.deserialize_value_info_proto(infos[out.name], out)
+            info = infos.get(out.name)
+            if info is not None:
+                _typed(out, info.type, seen)
+        if not proto.attribute:
+            continue
         single = onnx.AttributeProto.GRAPH
-        bodies = {attr.name: [attr.g] if attr.type == single else attr.graphs for attr in proto.attribute}
         for name, body in subgraphs(node):
             stem, _, index = name.partition(".")
-            _merge(body, bodies[stem][int(index or 0)])
+            attr = next(attr for attr in proto.attribute if attr.name == stem)
+            _merge(body, attr.g if attr.type == single else attr.graphs[int(index)], seen)
     for value, info in zip(graph.inputs, inferred.input, strict=False):
         if value.type is None:
-            ir.serde.deserialize_value_info_proto(info, value)
+            _typed(value, info.type, seen)
+
+
+def _typed(value: ir.Value, proto: onnx.TypeProto, seen: Types) -> None:
+    """Give `value` the type and shape of a message; equal ones are one object (shapes of messages are frozen)."""
+    key = proto.SerializeToString()
+    if key not in seen:
+        seen[key] = (ir.serde.deserialize_type_proto_for_type(proto), ir.serde.deserialize_type_proto_for_shape(proto))
+    value.type, value.shape = seen[key]
 
 
 def _infer_types(node: ir.Node, model: ir.Model) -> None:
@@ -182,7 +214,7 @@ def _replace(old: ir.Node, new: ir.Node) -> None:
 
 def _own_body_outputs(model: ir.Model) -> None:
     """Bodies give what they make: one that returns a value from outside, or an input, returns a copy."""
-    for graph in model.graph.subgraphs():
+    for graph in graphs(model)[1:]:
         for index, out in enumerate(graph.outputs):
             maker = out.producer()
             if maker is not None and maker.graph is graph:

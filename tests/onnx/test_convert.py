@@ -420,7 +420,7 @@ def test_a_model_that_would_not_load_is_never_written(monkeypatch: pytest.Monkey
 
     def broken(*args: object, **options: object) -> object:
         model = good(*args, **options)
-        next(iter(model.graph)).op_type = "NoSuchOperator"
+        model.proto.graph.node[0].op_type = "NoSuchOperator"
         return model
 
     monkeypatch.setattr(onnx_write, "write", broken)
