@@ -45,6 +45,10 @@ page(
     "Keep the nodes that the message names FP32, let auto=True find a small set, or allow a larger error.",
 )
 
+# ONNX Runtime's CPU provider puts casts around FP16 nodes and looks through all nodes for the name of each: the time to
+# load goes with the square of their number (0.6 s at 1,000, 6 s at 4,000, some minutes at 20,000).
+FP16_NODES = 5000
+SLOW_TO_LOAD = "the CPU provider's time to load FP16 goes with the square of its nodes"
 # What `auto` aims at when no max_error is given: a few roundings of FP16.
 AUTO_ERROR = 1e-2
 
@@ -161,6 +165,8 @@ class OnnxMixedPrecision:
         loads = None
         if self._needs_stand_in:
             loads = self.simulated()
+            if self.policy.low == "fp16":
+                self.notes.append(f"loaded as its simulation, without {self.options.provider} here: {SLOW_TO_LOAD}")
         given = self.capture.source
         self.notes += onnx_check.check(
             model,
@@ -171,9 +177,11 @@ class OnnxMixedPrecision:
 
     @property
     def _needs_stand_in(self) -> bool:
-        """BF16 for a provider that is not installed here: the CPU has no kernels for it."""
-        foreign = not ort.has_provider(self.options.provider)
-        return foreign and self.policy.low == "bf16" and not self.options.simulate and bool(self.options.provider)
+        """For a provider that is not installed here: BF16, which the CPU has no kernels for, and much FP16."""
+        if self.options.simulate or not self.options.provider or ort.has_provider(self.options.provider):
+            return False
+        low = sum(node.precision == "fp16" for node in self.graph) if self.policy.low == "fp16" else 0
+        return self.policy.low == "bf16" or low > FP16_NODES
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model; weights beyond 2 GB go to ``<name>.data`` beside it, one tensor at a time.

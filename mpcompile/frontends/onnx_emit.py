@@ -161,23 +161,24 @@ class _Emitter:
         self.annotations(graph, out)
 
     def initializers(self, graph: ir.Graph, out: onnx.GraphProto) -> None:
-        inputs = set(graph.inputs)
         for value in graph.initializers.values():
             if value in self.edits.dropped or value.const_value is None:
                 continue
-            name = self.edits.names.get(value, value.name or "")
-            if value not in inputs:
-                self.info(out.value_info, value, name)
-            self.tensor(out, name, value.const_value)
+            self.tensor(out, self.edits.names.get(value, value.name or ""), value.const_value)
         for carrier, tensor in self.edits.tensors.get(graph, ()):
-            info = out.value_info.add()
-            info.name = carrier.name
-            info.type.CopyFrom(self.type_of(carrier.value, carrier.dtype))
             self.tensor(out, carrier.name, tensor)
 
     def tensor(self, out: onnx.GraphProto, name: str, held: Any) -> None:
         made = out.initializer.add()
-        size = held.nbytes if held.dtype != ir.DataType.STRING else 0
+        if isinstance(held, onnx.TensorProto):
+            made.CopyFrom(held)
+            made.name = name
+            self.out.weight_bytes += len(held.raw_data)
+            return
+        if isinstance(held, ir.serde.TensorProtoTensor):
+            size = held.raw.ByteSize()
+        else:
+            size = held.nbytes if held.dtype != ir.DataType.STRING else 0
         self.out.weight_bytes += size
         if size > HEAVY:
             promise = ir.ExternalTensor(PROMISE, len(self.out.heavy), size, held.dtype,
@@ -196,17 +197,25 @@ class _Emitter:
             made.CopyFrom(source)
         else:
             self.fields(node, made)
-        self.ends(node, made)
-        for attr in self.edits.attributes.get(node, ()):
-            ir.serde.serialize_attribute_into(made.attribute.add(), attr)
+        if node in self.edits.reads or self.edits.names:
+            self.ends(node, made)
+        if node in self.edits.attributes:
+            for attr in self.edits.attributes[node]:
+                ir.serde.serialize_attribute_into(made.attribute.add(), attr)
         if self.plan is not None:
             self.decide(node, made)
         for value in node.outputs:
-            if value not in returned and value.name:
-                self.info(out.value_info, value, self.edits.names.get(value, value.name))
+            name = value.name
+            if name and value not in returned:
+                self.info(out.value_info, value, self.edits.names.get(value, name))
 
     def fields(self, node: ir.Node, made: onnx.NodeProto) -> None:
-        """All but inputs and outputs of a node that was not read from a message, or has bodies."""
+        """A node that was not read from a message, or has bodies."""
+        made.input.extend("" if value is None else value.name or "" for value in node.inputs)
+        outputs = [value.name or "" for value in node.outputs]
+        while outputs and not outputs[-1]:
+            outputs.pop()
+        made.output.extend(outputs)
         made.op_type, made.domain, made.name, made.overload = node.op_type, node.domain, node.name or "", node.overload
         if node.doc_string:
             made.doc_string = node.doc_string
@@ -227,20 +236,13 @@ class _Emitter:
                 ir.serde.serialize_attribute_into(item, attr)
 
     def ends(self, node: ir.Node, made: onnx.NodeProto) -> None:
-        """The names of what the node reads and gives."""
-        inputs = ["" if value is None else value.name or "" for value in node.inputs]
+        """The names that are not what they were."""
         for slot, carrier in self.edits.reads.get(node, {}).items():
-            inputs[slot] = carrier.name
-        if made.input != inputs:
-            made.input[:] = inputs
+            made.input[slot] = carrier.name
         names = self.edits.names
-        outputs = [names.get(value, value.name or "") for value in node.outputs]
-        while outputs and not outputs[-1]:
-            outputs.pop()
-        if made.output != outputs:
-            made.output[:] = outputs
-        if node.name and made.name != node.name:
-            made.name = node.name
+        for index, value in enumerate(node.outputs) if names else ():
+            if value in names:
+                made.output[index] = names[value]
 
     def decide(self, node: ir.Node, made: onnx.NodeProto) -> None:
         """Write the decision into the metadata; those of an earlier conversion go."""
@@ -253,7 +255,7 @@ class _Emitter:
             del made.metadata_props[:]
             for key, text in kept:
                 made.metadata_props.add(key=key, value=text)
-        key = (str(decided.verdict), str(decided.precision), decided.reason)
+        key = (decided.verdict, decided.precision, decided.reason)
         held = self.decisions.get(key)
         if held is None:
             held = self.decisions[key] = _metadata(decision(decided))
@@ -317,7 +319,7 @@ class _Emitter:
 
     def type_of(self, value: ir.Value, dtype: str = "") -> onnx.TypeProto:
         """The type of `value`, with another element type when `dtype` is given."""
-        key = (id(value.type), id(value.shape), dtype)
+        key = (0 if dtype else id(value.type), id(value.shape), dtype)
         made = self.types.get(key)
         if made is None:
             made = self.types[key] = onnx.TypeProto()
@@ -359,6 +361,9 @@ def _metadata(pairs: Iterator[tuple[str, str]]) -> bytes:
 
 def _fill_tensor(made: onnx.TensorProto, held: Any) -> None:
     """Serialise a tensor whole, wherever its bytes are."""
+    if isinstance(held, ir.serde.TensorProtoTensor):
+        made.CopyFrom(held.raw)
+        return
     if not isinstance(held, ir.ExternalTensor):
         ir.serde.serialize_tensor_into(made, held)
         return

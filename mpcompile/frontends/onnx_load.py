@@ -74,6 +74,10 @@ def _loaded(given: onnx.ModelProto) -> Loaded:
     model = ir.from_proto(skeleton)
     for name, tensor in weights.items():
         model.graph.initializers[name].const_value = ir.serde.deserialize_tensor(tensor)
+    shapes: dict[tuple[int, ...], ir.Shape] = {}
+    for tensor, value in zip(skeleton.graph.initializer, model.graph.initializers.values(), strict=False):
+        if value.name == tensor.name and value.shape is not None:
+            value.shape = shapes.setdefault(tuple(tensor.dims), value.shape)  # one object for equal shapes
     protos = dict(_pairs(model.graph, skeleton.graph))
     return Loaded(model, skeleton, protos, _annotated(skeleton.graph))
 

@@ -35,18 +35,26 @@ def prepare(loaded: Loaded, low: str) -> tuple[ir.Model, list[str]]:
     if model.functions:
         common.InlinePass()(model)
         skeleton = None
+    found = graphs(model)
+    operators = {(n.domain, n.op_type) for graph in found for n in graph}
     if low in LOW:
-        model = _raise_opset(model, low, notes)
-    if model is loaded.model and skeleton is not None:
+        model = _raise_opset(model, low, operators, notes)
+    same = model is loaded.model and skeleton is not None
+    if skeleton is not None and same:
         _take_over(model, _inferred(skeleton))
-    changed = common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model).modified
-    if changed:
-        model.ir_version = max(model.ir_version, 4)  # before that, an initializer had to be an input
-    if model is not loaded.model or skeleton is None:
+    else:
+        loaded.protos.clear()
+        found = graphs(model)
+    if not same or ("", "Constant") in operators:
+        lifted = common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model).modified
+        if lifted:
+            model.ir_version = max(model.ir_version, 4)  # before that, an initializer had to be an input
+    if not same:
         infer(model)
-    for node in [n for graph in graphs(model) for n in graph if n.op_type == "CastLike"]:
-        settle_cast_like(node)
-    _own_body_outputs(model)
+    if not same or ("", "CastLike") in operators:
+        for node in [n for graph in found for n in graph if n.op_type == "CastLike"]:
+            settle_cast_like(node)
+    _own_body_outputs(found[1:])
     return model, notes
 
 
@@ -84,13 +92,10 @@ def _inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _take_over(model: ir.Model, inferred: onnx.ModelProto) -> None:
-    _merge(model.graph, inferred.graph, {})
-    for graph in graphs(model):
-        for node in graph:
-            for out in node.outputs:
-                if out.type is None:
-                    _infer_types(node, model)
-                    break
+    lacking: list[ir.Node] = []
+    _merge(model.graph, inferred.graph, {}, lacking)
+    for node in lacking:
+        _infer_types(node, model)
 
 
 @contextmanager
@@ -111,24 +116,28 @@ def _without_weights(model: ir.Model) -> Iterator[None]:
 Types = dict[bytes, tuple[Any, Any]]
 
 
-def _merge(graph: ir.Graph, inferred: onnx.GraphProto, seen: Types) -> None:
+def _merge(graph: ir.Graph, inferred: onnx.GraphProto, seen: Types, lacking: list[ir.Node]) -> None:
     """Take over what was inferred, graph by graph: bodies may use one name for different values."""
+    for value, info in zip(graph.inputs, inferred.input, strict=False):
+        if value.type is None:
+            _typed(value, info.type, seen)
     infos = {info.name: info for info in (*inferred.value_info, *inferred.output)}
     for node, proto in zip(graph, inferred.node, strict=True):
+        known = True
         for out in node.outputs:
             info = infos.get(out.name)
             if info is not None:
                 _typed(out, info.type, seen)
+            known = known and out.type is not None
+        if not known:
+            lacking.append(node)
         if not proto.attribute:
             continue
         single = onnx.AttributeProto.GRAPH
         for name, body in subgraphs(node):
             stem, _, index = name.partition(".")
             attr = next(attr for attr in proto.attribute if attr.name == stem)
-            _merge(body, attr.g if attr.type == single else attr.graphs[int(index)], seen)
-    for value, info in zip(graph.inputs, inferred.input, strict=False):
-        if value.type is None:
-            _typed(value, info.type, seen)
+            _merge(body, attr.g if attr.type == single else attr.graphs[int(index)], seen, lacking)
 
 
 def _typed(value: ir.Value, proto: onnx.TypeProto, seen: Types) -> None:
@@ -156,13 +165,15 @@ def opset(model: ir.Model, domain: str) -> int:
     return imports.get(domain, imports.get("ai.onnx", 1) if not domain else 1)
 
 
-def _raise_opset(model: ir.Model, low: str, notes: list[str]) -> ir.Model:
+def _raise_opset(model: ir.Model, low: str, operators: set[tuple[str, str]], notes: list[str]) -> ir.Model:
     """Raise the opset when operators of the model take `low` only in a newer one."""
     have, want = opset(model, ""), OPSETS[low]
-    operators = {(n.domain, n.op_type) for g in graphs(model) for n in g if n.domain in ("", "ai.onnx")}
+    if have >= want:
+        return model
+    operators = {(domain, op) for domain, op in operators if domain in ("", "ai.onnx")}
     gained = sorted(op for name, op in operators if _takes(name, op, want, low) and not _takes(name, op, have, low))
     changed = any(op in CHANGED and have < CHANGED[op] for _, op in operators)
-    if have >= want or not gained or changed:
+    if not gained or changed:
         return model
     from onnxscript import version_converter
 
@@ -212,9 +223,9 @@ def _replace(old: ir.Node, new: ir.Node) -> None:
     graph.remove(old, safe=True)
 
 
-def _own_body_outputs(model: ir.Model) -> None:
+def _own_body_outputs(bodies: list[ir.Graph]) -> None:
     """Bodies give what they make: one that returns a value from outside, or an input, returns a copy."""
-    for graph in graphs(model)[1:]:
+    for graph in bodies:
         for index, out in enumerate(graph.outputs):
             maker = out.producer()
             if maker is not None and maker.graph is graph:

@@ -14,6 +14,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from mpcompile.frontends.onnx import OnnxCapture
@@ -180,7 +181,7 @@ class _Planner:
         """A second initializer beside that of `source`, converted to `to`."""
         origin = source.value
         made = Carrier(self.fresh(name), "fp32" if self.simulate else to, origin.graph, origin)
-        tensor = convert(origin.const_value, to, made.name, self.simulate)
+        tensor = convert(origin.const_value, to, made.name, self.simulate, self.graph.values[name].numel)
         self.edits.tensors.setdefault(origin.graph, []).append((made, tensor))  # type: ignore[arg-type]
         self.converted.append((origin, made))
         return made
@@ -253,14 +254,16 @@ class _Planner:
         first[:] = [cast for cast in first if id(cast.result) not in spare]
 
 
-def convert(tensor: Any, to: str, name: str, simulate: bool = False) -> Any:
-    """`tensor` rounded to `to`, to nearest even; a large one when it is saved."""
+def convert(tensor: Any, to: str, name: str, simulate: bool, numel: int) -> Any:
+    """`tensor` rounded to `to`, to nearest even: a message, or for a large one a promise to convert it when saved."""
 
     def now() -> Any:
         with np.errstate(over="ignore"):  # FLT_MAX as a bound becomes infinity: no bound, as it was meant
             low = tensor.numpy().astype(NUMPY_TYPES[to])
-        return ir.tensor(low.astype(np.float32) if simulate else low, name=name)
+        return low.astype(np.float32) if simulate else low
 
-    if tensor.size <= LAZY:
-        return now()
-    return ir.LazyTensor(now, dtype=DATA_TYPES["fp32" if simulate else to], shape=tensor.shape, name=name)
+    dtype = DATA_TYPES["fp32" if simulate else to]
+    if numel > LAZY:
+        return ir.LazyTensor(lambda: ir.Tensor(now(), dtype=dtype), dtype=dtype, shape=tensor.shape, name=name)
+    low = now()
+    return onnx.TensorProto(name=name, data_type=int(dtype), dims=low.shape, raw_data=low.tobytes())
