@@ -66,9 +66,15 @@ class CostModel:
         self._base: dict[str, str] = {}
         self._far: dict[str, bool] = {}
         self._materialised: dict[str, bool] = {}
+        # Elements of a kernel's operands that it alone reads.
+        self._private: dict[str, int] = {}
         self._kernels = frozenset(
             name for name, kind in self._kinds.items() if kind.fusion == "kernel" or not self.fused
         )
+        self._keeps = {
+            what: frozenset(name for name, kind in self._kinds.items() if kind.saves == what)
+            for what in ("inputs", "output")
+        }
         self._views = frozenset(name for name, kind in self._kinds.items() if kind.fusion == "view")
 
     def kind(self, node: Node) -> Kind | None:
@@ -115,32 +121,36 @@ class CostModel:
 
     def saved(self, value: Value, producer: Node) -> bool:
         """True when autograd keeps the value for the backward."""
-        kind = self.kind(producer)
-        if kind is not None and kind.saves == "output":
+        if producer.kind in self._keeps["output"]:
             return True
-        kinds = (self.kind(self.graph.nodes[reader]) for reader, _ in self.uses[value.name])
-        return any(kind is not None and kind.saves == "inputs" for kind in kinds)
+        nodes, keeps = self.graph.nodes, self._keeps["inputs"]
+        return not keeps.isdisjoint([nodes[reader].kind for reader, _ in self.uses[value.name]])
 
     def store(self, value: Value, precision: str) -> float:
         """Seconds to keep a materialised value: written once, read by each reader, and once more by the backward."""
-        producer = self.graph.nodes[value.producer]
-        near = sum(not self.is_kernel(self.graph.nodes[reader]) for reader, _ in self.uses[value.name])
-        passes = 1 + near + 2 * self.saved(value, producer)
-        return value.bytes_at(precision) * passes / self.device.bandwidth
+        return value.bytes_at(precision) * self.traffic(value)
+
+    def traffic(self, value: Value) -> float:
+        """Seconds per byte of a materialised value."""
+        nodes, near = self.graph.nodes, 0
+        for reader, _ in self.uses[value.name]:
+            near += nodes[reader].kind not in self._kernels
+        return (1 + near + 2 * self.saved(value, nodes[value.producer])) / self.device.bandwidth
 
     def work(self, node: Node, precision: str) -> float:
         """Seconds of matrix work, and of the operands that this kernel alone makes someone write."""
         seconds = node.flops / self.device.rate(precision)
         if not self.is_kernel(node):
             return seconds
-        values = (self.graph.values[name] for name in node.inputs)
-        private = sum(v.bytes_at(precision) for v in values if v.castable and not self._shared(v))
-        return seconds + 2 * private / self.device.bandwidth
+        private = self._private.get(node.id)
+        if private is None:
+            values = (self.graph.values[name] for name in node.inputs)
+            private = self._private[node.id] = sum(v.numel for v in values if v.castable and not self._shared(v))
+        return seconds + 2 * private * ITEMSIZE[precision] / self.device.bandwidth
 
     def _shared(self, value: Value) -> bool:
-        return self.graph.values[self.base(value.name)].producer == "" or self.materialised(
-            self.graph.values[self.base(value.name)]
-        )
+        root = self.graph.values[self.base(value.name)]
+        return not root.producer or self.materialised(root)
 
     def is_far(self, reader: Node) -> bool:
         """True for readers that read memory and cannot take a cast in: kernels, and views that a kernel looks through."""

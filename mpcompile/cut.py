@@ -36,8 +36,9 @@ class CutProblem:
 
     def edge(self, start: int, end: int, capacity: float) -> None:
         """Pay `capacity` when `start` is on the source's side and `end` on the sink's."""
-        constant = start == SOURCE and end == SINK  # paid in every cut: it would only cost digits
-        if start != end and capacity > 0 and start != SINK and end != SOURCE and not constant:
+        if start in (end, SINK) or capacity <= 0 or end == SOURCE:
+            return
+        if start != SOURCE or end != SINK:  # that one is paid in every cut: it would only cost digits
             self.heads.append(start)
             self.tails.append(end)
             self.capacities.append(capacity)

@@ -12,7 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from operator import attrgetter
+from typing import Any, Literal
 
 import networkx as nx
 
@@ -22,8 +23,6 @@ DecidedBy = Literal["rule", "override", "hazard", "cost", "unknown", "user-cast"
 Phase = Literal["forward", "backward", "optimizer"]
 Role = Literal["input", "parameter", "buffer", "constant", "activation"]
 CastOrigin = Literal["inserted", "existing", "shadow"]
-
-T = TypeVar("T")
 
 CAST_OP = "mp.cast"
 LOW: frozenset[str] = frozenset({"fp16", "bf16"})
@@ -185,14 +184,14 @@ class PrecisionGraph:
         """A graph that shares nothing mutable with this one."""
         return PrecisionGraph(
             {k: _copy_node(n) for k, n in self.nodes.items()},
-            {k: _twin(v) for k, v in self.values.items()},
+            {k: Value(*_VALUE_FIELDS(v)) for k, v in self.values.items()},
             list(self.inputs),
             list(self.outputs),
             dict(self.header),
         )
 
     def casts(self) -> list[Node]:
-        return [node for node in self.nodes.values() if node.is_cast]
+        return [node for node in self.nodes.values() if node.op == CAST_OP]
 
     def to_networkx(self) -> nx.DiGraph[str]:
         """Node ids as vertices, one edge per (producer, reader), with the values on it."""
@@ -241,18 +240,15 @@ def joined(parts: Mapping[str, PrecisionGraph]) -> PrecisionGraph:
 
 
 def _copy_node(node: Node) -> Node:
-    twin = _twin(node)
-    twin.inputs, twin.outputs, twin.slots = list(node.inputs), list(node.outputs), list(node.slots)
-    twin.attrs, twin.operands, twin.results = dict(node.attrs), dict(node.operands), dict(node.results)
+    twin = Node(*_NODE_FIELDS(node))
+    twin.inputs, twin.outputs, twin.slots = node.inputs.copy(), node.outputs.copy(), node.slots.copy()
+    twin.attrs, twin.operands, twin.results = node.attrs.copy(), node.operands.copy(), node.results.copy()
     return twin
 
 
-def _twin(item: T) -> T:
-    """A shallow copy, twice as fast as `copy.copy` is with slots: a graph has hundreds of thousands of them."""
-    twin = object.__new__(type(item))
-    for name in type(item).__slots__:  # type: ignore[attr-defined]
-        setattr(twin, name, getattr(item, name))
-    return twin
+# Reads all fields at once, in C: a graph has hundreds of thousands of values to copy.
+_VALUE_FIELDS = attrgetter(*Value.__slots__)
+_NODE_FIELDS = attrgetter(*Node.__slots__)
 
 
 def numel_of(shape: Iterable[int]) -> int:

@@ -116,18 +116,23 @@ def precision(graph: PrecisionGraph) -> Iterator[Breach]:
     """Law 1: what a node reads and gives is in the precision that it was given."""
     values = graph.values
     for node in graph.nodes.values():
-        if node.precision not in ("fp32", "keep", "fp16", "bf16") and not node.is_cast:
+        if node.precision not in _PRECISIONS and not node.is_cast:
             what = f"node {node.id!r} has no precision, but {node.precision!r}"
             yield Breach("MP401", what, node.id, "run assign first")
             continue
         for operand, name in enumerate(node.inputs):
-            want, dtype = reads(node, operand), values[name].dtype
-            if want != "any" and dtype in CASTABLE and dtype != want:
+            dtype = values[name].dtype
+            want = node.reads_at(operand) if dtype in CASTABLE and dtype != node.precision else "any"
+            if want not in ("any", dtype):
                 yield Breach("MP401", f"node {node.id!r} reads {name!r} as {dtype}, but needs {want}", node.id)
         for output, name in enumerate(node.outputs):
-            gives, dtype = node.gives_at(output), values[name].dtype
-            if gives != "keep" and dtype in CASTABLE and dtype != gives:
+            dtype = values[name].dtype
+            gives = node.gives_at(output) if dtype in CASTABLE else "keep"
+            if gives not in ("keep", dtype):
                 yield Breach("MP401", f"node {node.id!r} gives {name!r} as {dtype}, but should give {gives}", node.id)
+
+
+_PRECISIONS = frozenset({"fp32", "keep", "fp16", "bf16"})
 
 
 def reads(node: Node, operand: int) -> str:
@@ -148,7 +153,7 @@ def one_cast(graph: PrecisionGraph) -> Iterator[Breach]:
     seen: dict[tuple[str, str, str, int], str] = {}
     written: dict[str, int] = {}
     writing = writers(graph)
-    for node in graph.nodes.values():
+    for node in graph.nodes.values() if writing else graph.casts():
         for alias in writing.get(node.id, ()):
             written[alias] = written.get(alias, 0) + 1
         if not node.is_cast:

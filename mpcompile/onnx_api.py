@@ -17,6 +17,7 @@ import onnx_ir as ir
 from mpcompile.errors import OnnxError, page
 from mpcompile.frontends import onnx as frontend
 from mpcompile.frontends import onnx_check, onnx_write
+from mpcompile.frontends.onnx_emit import Written
 from mpcompile.graph import LOW, Node, PrecisionGraph
 from mpcompile.onnx_tune import sensitivities, smallest
 from mpcompile.passes.assign import Assign
@@ -44,6 +45,10 @@ page(
     "Keep the nodes that the message names FP32, let auto=True find a small set, or allow a larger error.",
 )
 
+# ONNX Runtime's CPU provider puts casts around FP16 nodes and looks through all nodes for the name of each: the time to
+# load goes with the square of their number (0.6 s at 1,000, 6 s at 4,000, some minutes at 20,000).
+FP16_NODES = 5000
+SLOW_TO_LOAD = "the CPU provider's time to load FP16 goes with the square of its nodes"
 # What `auto` aims at when no max_error is given: a few roundings of FP16.
 AUTO_ERROR = 1e-2
 
@@ -88,9 +93,13 @@ class OnnxMixedPrecision:
     kept: list[str] = field(default_factory=list)
 
     @cached_property
+    def _written(self) -> Written:
+        return self.written(self.options.simulate)
+
+    @property
     def ir_model(self) -> ir.Model:
         """The rewritten model; large weights are converted when they are read."""
-        return self.written(self.options.simulate)
+        return self._written.ir()
 
     @cached_property
     def model(self) -> onnx.ModelProto:
@@ -99,25 +108,27 @@ class OnnxMixedPrecision:
         Raises:
           OnnxError: MP604, above 2 GB.
         """
-        size = onnx_check.weight_bytes(self.ir_model)
-        if size > onnx_check.EXTERNAL_FROM:
-            raise OnnxError("MP604", f"the model has {size / 1e9:.1f} GB of weights", try_=".save(path)")
-        with no_garbage_collection():
-            return ir.to_proto(ir.external_data.load_to_model(self.ir_model))
+        if self.is_large:
+            size = self._written.weight_bytes / 1e9
+            raise OnnxError("MP604", f"the model has {size:.1f} GB of weights", try_=".save(path)")
+        return self._written.message()
+
+    @property
+    def is_large(self) -> bool:
+        """True when the weights go to a data file."""
+        return self._written.weight_bytes > onnx_check.EXTERNAL_FROM
 
     def simulated(self) -> onnx.ModelProto:
         """The same plan with FP32 operators and rounded values: its numbers are the low type's, on any provider."""
-        if self.options.simulate:
-            return self.model
-        return ir.to_proto(ir.external_data.load_to_model(self.written(True)))
+        return self.model if self.options.simulate else self.written(True).message()
 
     def compare(self, samples: Any) -> list[OutputError]:
         """How far each output is off on `samples`, worst first, in true low-precision numerics (simulated)."""
         feeds = calibrate_room.samples(samples)
         return calibrate_room.compare(self.simulated(), feeds, calibrate_room.reference(self.capture.source, feeds))
 
-    def written(self, simulate: bool) -> ir.Model:
-        """The plan as an `onnx_ir` model, plain or simulated."""
+    def written(self, simulate: bool) -> Written:
+        """The plan as a model, plain or simulated."""
         low_inputs = "" if self.options.keep_io or self.policy.low not in LOW else self.policy.low
         with no_garbage_collection():
             return onnx_write.write(self.capture, self.graph, simulate=simulate, annotated=self.options.annotate,
@@ -147,13 +158,15 @@ class OnnxMixedPrecision:
         Raises:
           OnnxError: MP602, MP603.
         """
-        if onnx_check.weight_bytes(self.ir_model) <= onnx_check.EXTERNAL_FROM:
+        if not self.is_large:
             self._check(self.model)
 
     def _check(self, model: Any) -> None:
         loads = None
         if self._needs_stand_in:
             loads = self.simulated()
+            if self.policy.low == "fp16":
+                self.notes.append(f"loaded as its simulation, without {self.options.provider} here: {SLOW_TO_LOAD}")
         given = self.capture.source
         self.notes += onnx_check.check(
             model,
@@ -164,9 +177,11 @@ class OnnxMixedPrecision:
 
     @property
     def _needs_stand_in(self) -> bool:
-        """BF16 for a provider that is not installed here: the CPU has no kernels for it."""
-        foreign = not ort.has_provider(self.options.provider)
-        return foreign and self.policy.low == "bf16" and not self.options.simulate and bool(self.options.provider)
+        """For a provider that is not installed here: BF16, which the CPU has no kernels for, and much FP16."""
+        if self.options.simulate or not self.options.provider or ort.has_provider(self.options.provider):
+            return False
+        low = sum(node.precision == "fp16" for node in self.graph) if self.policy.low == "fp16" else 0
+        return self.policy.low == "bf16" or low > FP16_NODES
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model; weights beyond 2 GB go to ``<name>.data`` beside it, one tensor at a time.
@@ -177,10 +192,9 @@ class OnnxMixedPrecision:
           OnnxError: MP602, MP603.
         """
         name = Path(path).name
-        large = onnx_check.weight_bytes(self.ir_model) > onnx_check.EXTERNAL_FROM
 
         def fill(folder: Path) -> None:
-            if not large:
+            if not self.is_large:
                 (folder / name).write_bytes(self.model.SerializeToString())
                 return
             ir.save(self.ir_model, folder / name, external_data=f"{name}.data")
@@ -252,7 +266,7 @@ def _calibrated(policy: Policy, options: Options, model: Any, feeds: Sequence[An
     made.errors = calibrate_room.compare(made.simulated(), feeds, wanted)
     if limit is None or worst(made) <= limit:
         return made
-    order = sensitivities(capture, made.graph, made.written(True), feeds)
+    order = sensitivities(capture, made.graph, made.written(True).ir(), feeds)
     if not auto:
         what = f"an output is off by {worst(made):.3g}, more than {limit:.3g}"
         raise OnnxError("MP605", what, why=str(made.errors[0]),

@@ -61,7 +61,7 @@ class Assign:
             _Plan(
                 graph, CostModel(graph, device(self.device), self.low, self.fused), self.low, self.output, self.bind
             ).run()
-        for node in graph:
+        for node in graph.nodes.values():
             _fix_values(graph, node)
         changed = any(before[node.id] != node.precision for node in graph)
         return PassResult(changed)
@@ -69,12 +69,16 @@ class Assign:
 
 def has_floats(graph: PrecisionGraph, node: Node) -> bool:
     """True when the node reads or gives a value that could be low."""
-    return any(graph.values[name].castable for name in (*node.inputs, *node.outputs))
+    values = graph.values
+    return not CASTABLE.isdisjoint([values[name].dtype for name in (*node.inputs, *node.outputs)])
 
 
 def told(node: Node) -> bool:
     """The node's own precision is not a question: the program's cast, or a tensor made with a named dtype."""
     return node.is_cast or (bool(node.out_dtype) and (node.kind in ("cast", "factory") or not node.inputs))
+
+
+_FIXED = (SOURCE, SINK)
 
 
 @dataclass
@@ -130,7 +134,10 @@ class _Plan:
         return None
 
     def _node(self, node: Node) -> None:
-        """The price of doing the node's work in either precision."""
+        """The price of doing the node's work in either precision, where that is a question or a reason to give."""
+        at = self.vertex[node.id]
+        if at == SOURCE or (at == SINK and node.verdict != "low"):
+            return
         low, fp32 = self.cost.work(node, self.low), self.cost.work(node, "fp32")
         self.saving[node.id] = fp32 - low
         self.problem.edge(SOURCE, self.vertex[node.id], max(fp32 - low, 0.0))
@@ -138,9 +145,9 @@ class _Plan:
 
     def _value(self, value: Value) -> None:
         side = self._side_of(value)
-        if side not in (SOURCE, SINK) and self.cost.materialised(value):
-            low, fp32 = self.cost.store(value, self.low), self.cost.store(value, "fp32")
-            self.problem.edge(SOURCE, side, fp32 - low)
+        if side not in _FIXED and self.cost.materialised(value):
+            saved = value.bytes_at("fp32") - value.bytes_at(self.low)
+            self.problem.edge(SOURCE, side, saved * self.cost.traffic(value))
         self._casts(value, side)
 
     def _side_of(self, value: Value) -> int:
@@ -156,9 +163,18 @@ class _Plan:
 
     def _casts(self, value: Value, side: int) -> None:
         """At most one copy per direction and distance: a low one for low readers, an FP32 one for FP32 readers."""
-        readers = self._readers(value)
+        readers = self._readers(value, side)
+        if side in _FIXED and all(at in _FIXED for at, _ in readers):
+            return  # paid in every plan, or in none
+        if len(readers) == 1:
+            at, far = readers[0]
+            if side != SOURCE and at != SINK:
+                self.problem.edge(at, side, self.cost.cast(value, self.low, far=far))
+            if side != SINK and at != SOURCE:
+                self.problem.edge(side, at, self.cost.cast(value, "fp32", far=far))
+            return
         for far in (False, True):
-            found = {reader for reader, stands_far in readers if stands_far == far and reader != side}
+            found = {reader for reader, stands_far in readers if stands_far == far}
             if side != SOURCE and (low := found - {SINK}):
                 self._copy(side, low, self.cost.cast(value, self.low, far=far), up=False)
             if side != SINK and (up := found - {SOURCE}):
@@ -177,19 +193,18 @@ class _Plan:
                 self.problem.edge(copy if up else reader, reader if up else copy, INFINITE)
         self.problem.edge(side if up else copy, copy if up else side, price)
 
-    def _readers(self, value: Value) -> list[tuple[int, bool]]:
-        """(vertex whose side says in which precision the value is read, whether the cast would stand alone)."""
+    def _readers(self, value: Value, side: int) -> list[tuple[int, bool]]:
+        """(vertex whose side says how the value is read, whether a cast would stand alone) for those not at `side`."""
         found = []
         nodes, vertex, is_far = self.graph.nodes, self.vertex, self.cost.is_far
         for reader, operand in self.cost.uses[value.name]:
             node = nodes[reader]
             pinned = node.operands.get(node.slots[operand]) if node.operands else None
-            if pinned == "fp32":
-                found.append((SINK, is_far(node)))
-            elif pinned != "any" and reader in vertex:
-                found.append((vertex[reader], is_far(node)))
+            at = SINK if pinned == "fp32" else side if pinned == "any" else vertex.get(reader, side)
+            if at != side:
+                found.append((at, is_far(node)))
         wanted = {"fp32": SINK, "low": SOURCE}.get(self.output)
-        if wanted is not None and value.name in self.cost.outputs:
+        if wanted not in (None, side) and value.name in self.cost.outputs:
             found.append((wanted, True))
         return found
 
@@ -216,9 +231,10 @@ class _Plan:
     def _why(self, node: Node, low: bool) -> str:
         if not low:
             return "FP32, as its neighbours are"
-        made = sum(
-            self.graph.values[name].bytes_at(self.low) for name in node.outputs if self.graph.values[name].castable
-        )
+        made = 0
+        for name in node.outputs:
+            value = self.graph.values[name]
+            made += value.bytes_at(self.low) if value.castable else 0
         return f"low, as its neighbours are: {made:,} bytes fewer than in FP32"
 
 
@@ -259,8 +275,10 @@ def _fix_values(graph: PrecisionGraph, node: Node) -> None:
     """The plan's dtype of each castable output."""
     for index, name in enumerate(node.outputs):
         value = graph.values[name]
+        if value.dtype not in CASTABLE:
+            continue
         given = node.gives_at(index)
-        if value.castable and given != "keep":
+        if given != "keep":
             value.dtype = given
 
 

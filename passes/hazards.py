@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mpcompile.graph import Node, PrecisionGraph
+from mpcompile.graph import CASTABLE, Node, PrecisionGraph
 from mpcompile.passes.base import PassResult
 from mpcompile.rules.hazards import HAZARDS, Facts, Hazard, base
 
@@ -63,9 +63,13 @@ class _Sweep:
     def visit(self, node: Node) -> None:
         """Carry and end the hazards that `node` is given; start those that begin here."""
         name = base(node.op)
-        if not any(self.values[v].castable for v in (*node.inputs, *node.outputs)):
+        values = self.values
+        if CASTABLE.isdisjoint([values[v].dtype for v in (*node.inputs, *node.outputs)]):
             return  # integers have no such trouble
-        came = {row: trail for given in reversed(node.inputs) for row, trail in self.carried.get(given, {}).items()}
+        came: dict[Hazard, Trail] = {}
+        for given in reversed(node.inputs):
+            if given in self.carried:
+                came |= self.carried[given]
         for row, trail in came.items():
             if name in row.carries | row.ends and self.joins(row, node):
                 self.go_on(row, Trail(node.id, trail.reason, trail.numel, trail), node, ends=name in row.ends)
@@ -73,7 +77,7 @@ class _Sweep:
             if row not in came and (reason := row.starts(self.facts, node)):
                 size = sum(self.values[out].numel for out in node.outputs)
                 self.go_on(row, Trail(node.id, reason, size), node)
-        if all(given in self.fixed for given in node.inputs) and node.kind != "random":
+        if self.fixed.issuperset(node.inputs) and node.kind != "random":
             self.fixed.update(node.outputs)
 
     def joins(self, row: Hazard, node: Node) -> bool:

@@ -60,9 +60,11 @@ class _Writer:
 
     def redirect(self, node: Node) -> None:
         """Let `node` read each operand in the precision that it wants."""
+        values = self.graph.values
         for operand, name in enumerate(node.inputs):
-            want, dtype = laws.reads(node, operand), self.graph.values[name].dtype
-            if want in CASTABLE and dtype in CASTABLE and dtype != want:
+            dtype = values[name].dtype
+            want = laws.reads(node, operand) if dtype in CASTABLE else "any"
+            if want != dtype and want in CASTABLE:
                 node.inputs[operand] = self.cast(name, want, node.id)
         # Asked again, since a node does not write to what it now reads through a cast.
         for alias in laws.writes(self.graph, node) if node.id in self.writers else ():

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import ClassVar
 
 from mpcompile.graph import CASTABLE, LOW, Node, PrecisionGraph
@@ -72,12 +73,12 @@ class Legalize:
     name: ClassVar[str] = "legalize"
 
     def apply(self, graph: PrecisionGraph) -> PassResult:
-        before = [(n.verdict, n.reason, dict(n.operands), dict(n.results), n.out_dtype) for n in graph]
+        before = [(n.verdict, n.reason, n.operands.copy(), n.results.copy(), n.out_dtype) for n in graph]
         for node in graph.nodes.values():
             self._types(graph, node)
         for node, reason in (*self._quantized(graph), *_feeds_integers(graph)):
             _force(node, reason)
-        after = [(n.verdict, n.reason, dict(n.operands), dict(n.results), n.out_dtype) for n in graph]
+        after = [(n.verdict, n.reason, n.operands, n.results, n.out_dtype) for n in graph]
         return PassResult(before != after)
 
     def _types(self, graph: PrecisionGraph, node: Node) -> None:
@@ -87,10 +88,11 @@ class Legalize:
         values = graph.values
         reads = {slot: values[name].dtype for slot, name in zip(node.slots, node.inputs, strict=True)}
         gives = {index: values[name].dtype for index, name in enumerate(node.outputs)}
-        if not node.out_dtype and LOW & {*reads.values(), *gives.values()}:
+        found = {*reads.values(), *gives.values()}
+        if not node.out_dtype and not LOW.isdisjoint(found):
             _leave(node, reads, gives)
             return
-        if not CASTABLE & {*reads.values(), *gives.values()}:
+        if CASTABLE.isdisjoint(found):
             return
         signature = self.signatures.get(node.id, UNKNOWN)
         main = _main(signature, reads, gives)
@@ -103,11 +105,12 @@ class Legalize:
 
     def _too_large(self, graph: PrecisionGraph, node: Node) -> float:
         """The largest finite constant operand, when the low type cannot hold it; FLT_MAX as a bound means no bound."""
-        # From half a step above the largest number on, rounding gives infinity.
-        limit = LARGEST[self.low] * (1 + 2.0 ** -(SIGNIFICAND_BITS[self.low] + 1))
+        limit = _overflow(self.low)
         for name in node.inputs:
-            ends = graph.values[name].range if graph.values[name].dtype == "fp32" else None
-            for end in map(abs, ends or ()):
+            value = graph.values[name]
+            if value.range is None or value.dtype != "fp32":
+                continue
+            for end in map(abs, value.range):
                 if limit <= end < (NO_BOUND if base(node.op) in BOUNDS else math.inf):
                     return end
         return 0.0
@@ -115,6 +118,8 @@ class Legalize:
     def _pins(self, node: Node, signature: Signature, main: str, reads: dict[int, str], gives: dict[int, str]) -> None:
         """Pin each operand and result whose type variable is not the main one and must be FP32."""
         variables = {signature.input(slot) for slot, dtype in reads.items() if dtype in CASTABLE}
+        if variables <= {main} and not node.operands and len(gives) == 1:
+            return  # nothing but the main variable
         pinned = {signature.input(slot) for slot, to in node.operands.items() if to == "fp32" and slot in reads}
         if main in pinned and node.verdict != "fp32":
             _force(node, "one of its operands stays FP32, and the others share its type")
@@ -135,10 +140,18 @@ class Legalize:
 
     def _quantized(self, graph: PrecisionGraph) -> Iterator[tuple[Node, str]]:
         readers = {name for node in graph if node.op in self.quantize for name in node.inputs}
+        if not readers and not any(node.op in self.dequantize for node in graph):
+            return
         for node in graph:
             maker = (graph.producer(name) for name in node.inputs)
             if any(m is not None and m.op in self.dequantize for m in maker) or readers & set(node.outputs):
                 yield node, "part of a quantized pattern"
+
+
+@cache
+def _overflow(low: str) -> float:
+    """From half a step above the largest number on, rounding gives infinity."""
+    return LARGEST[low] * (1 + 2.0 ** -(SIGNIFICAND_BITS[low] + 1))
 
 
 def _main(signature: Signature, reads: dict[int, str], gives: dict[int, str]) -> str:

@@ -10,26 +10,18 @@ from) and hands over the type variables of every operator's schema.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 
-from mpcompile.errors import OnnxError, page
 from mpcompile.frontends import onnx_facts as facts
+from mpcompile.frontends.onnx_load import load
 from mpcompile.frontends.onnx_prepare import opset, prepare, subgraphs
 from mpcompile.frontends.onnx_schema import dtype_name, op_name, signature
 from mpcompile.graph import Node, PrecisionGraph, Role, Value
 from mpcompile.passes.legalize import Signature
-
-page(
-    "MP601",
-    "An ONNX model that cannot be read",
-    "The file is missing, is not an ONNX model, or its external data is not where it says.",
-    "Check it with `python -c \"import onnx; onnx.checker.check_model('model.onnx')\"`; keep the data file beside it.",
-)
 
 
 @dataclass
@@ -44,38 +36,20 @@ class OnnxCapture:
       nodes, values: node id -> node of `model`, value name -> value of `model`.
       returned: control node id -> (body, index) of each slot beyond the node's own operands.
       notes: lines for the user.
+      protos: node of `model` -> the message that it was read from, where it stands for the node as it is.
+      annotated: some value has a quantization annotation.
     """
 
     model: ir.Model
     source: Any = None
+    protos: dict[ir.Node, onnx.NodeProto] = field(default_factory=dict)
+    annotated: bool = False
     graph: PrecisionGraph = field(default_factory=PrecisionGraph)
     signatures: dict[str, Signature] = field(default_factory=dict)
     nodes: dict[str, ir.Node] = field(default_factory=dict)
     values: dict[str, ir.Value] = field(default_factory=dict)
     returned: dict[str, list[tuple[ir.Graph, int]]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-
-
-def load(model: Any) -> ir.Model:
-    """An `onnx_ir` model of a path, a `ModelProto` or an `onnx_ir.Model` (copied); weights on disk stay there.
-
-    Raises:
-      OnnxError: MP601, when it is none of these or cannot be read.
-    """
-    if isinstance(model, ir.Model):
-        return model.clone()
-    if isinstance(model, onnx.ModelProto):
-        return ir.from_proto(model)
-    if not isinstance(model, (str, os.PathLike)):
-        raise OnnxError("MP601", f"a {type(model).__name__} is no ONNX model", try_="a path or an onnx.ModelProto")
-    path = os.fspath(model)
-    if not os.path.isfile(path):
-        raise OnnxError("MP601", "there is no such file", where=path)
-    try:
-        return ir.load(path)
-    except Exception as error:  # protobuf's own error classes vary by version
-        why = f"{type(error).__name__}: {error}"
-        raise OnnxError("MP601", "the file is not an ONNX model", where=path, why=why) from error
 
 
 def read(model: Any, low: str = "fp32", *, provider: str = "") -> OnnxCapture:
@@ -89,8 +63,9 @@ def read(model: Any, low: str = "fp32", *, provider: str = "") -> OnnxCapture:
     Raises:
       OnnxError: MP601.
     """
-    prepared, notes = prepare(load(model), low)
-    capture = OnnxCapture(prepared, model, notes=notes)
+    loaded = load(model)
+    prepared, notes = prepare(loaded, low)
+    capture = OnnxCapture(prepared, model, loaded.protos, loaded.annotated, notes=notes)
     capture.graph.header = {"source": "onnx"}
     _Reader(capture, provider).main()
     return capture
@@ -105,6 +80,9 @@ class _Reader:
         self.taken: dict[str, int] = {}
         self.ids: dict[str, int] = {}
         self.types: dict[tuple[str, str], tuple[str, Signature]] = {}
+        self.dtypes: dict[int, str] = {}
+        # Equal shapes of one model are one object.
+        self.shapes: dict[tuple[int, bool], tuple[tuple[int | str, ...], int]] = {}
 
     def main(self) -> None:
         graph = self.capture.model.graph
@@ -121,8 +99,9 @@ class _Reader:
                 self.value(value, scope, "activation")
         for value in graph.initializers.values():
             if value not in self.names:
-                tensor = value.const_value
-                self.value(value, scope, "constant" if tensor is None or tensor.size <= 1 else "parameter")
+                made = self.value(value, scope, "parameter")
+                if value.const_value is None or made.numel <= 1:
+                    made.role = "constant"
         for node in graph:
             self.node(node, scope)
 
@@ -135,8 +114,12 @@ class _Reader:
         if count:
             name = f"{name}__{count}"
             self.taken[name] = 1
-        shape, numel = facts.shape_of(value)
-        made = Value(name, _dtype(value), shape, numel, producer, role, scope=scope)
+        known = (id(value.shape), value.shape is None and value.const_value is None and value.dtype is not None)
+        size = self.shapes.get(known)
+        if size is None:
+            size = self.shapes[known] = facts.shape_of(value)
+        shape, numel = size
+        made = Value(name, self.dtype(value), shape, numel, producer, role, scope=scope)
         if value.const_value is not None and role != "input":
             made.range = facts.range_of(value.const_value)
         self.names[value] = name
@@ -144,31 +127,45 @@ class _Reader:
         self.capture.values[name] = value
         return made
 
+    def dtype(self, value: ir.Value) -> str:
+        """`_dtype`, asked once per type (equal types of one model are mostly one object)."""
+        key = id(value.type)
+        if key not in self.dtypes:
+            self.dtypes[key] = _dtype(value)
+        return self.dtypes[key]
+
     def node(self, node: ir.Node, scope: str) -> None:
         key = self.fresh(node)
-        inner: list[ir.Value] = []
-        places: list[tuple[ir.Graph, int]] = []
-        if any(True for _ in subgraphs(node)):
-            for name, body in subgraphs(node):
-                self.body(body, f"{scope}/{key}.{name}".lstrip("/"))
-                inner += list(body.outputs)
-                places += [(body, index) for index in range(len(body.outputs))]
-            self.capture.returned[key] = places
-        slots = [slot for slot, value in enumerate(node.inputs) if value is not None]
-        inputs = [self.names[value] for value in node.inputs if value is not None]
-        inputs += [self.names[value] for value in inner]
-        slots += range(len(node.inputs), len(node.inputs) + len(inner))
+        plain = not node.attributes
+        inner = [] if plain else self.bodies(node, key, scope)
+        read, names = node.inputs, self.names
+        slots = [slot for slot, value in enumerate(read) if value is not None]
+        inputs = [names[value] for value in read if value is not None]
+        if inner:
+            inputs += [names[value] for value in inner]
+            slots += range(len(read), len(read) + len(inner))
         op, types = self.rule(node)
-        made = Node(key, op, inputs, [], slots, facts.attributes(node), facts.module_of(node), facts.source_of(node),
+        module, source = facts.origin_of(node)
+        made = Node(key, op, inputs, [], slots, {} if plain else facts.attributes(node), module, source,
                     scope=scope, flops=facts.flops_of(node))  # fmt: skip
-        for value in node.outputs:
-            out = self.value(value, scope, "activation", key)
-            made.outputs.append(out.name)
+        made.outputs = [self.value(value, scope, "activation", key).name for value in node.outputs]
         if node.op_type == "Cast" and not node.domain:
             made.out_dtype = _dtype(node.outputs[0])
         self.graph.nodes[key] = made
         self.capture.nodes[key] = node
         self.capture.signatures[key] = types
+
+    def bodies(self, node: ir.Node, key: str, scope: str) -> list[ir.Value]:
+        """Read the bodies of a control node; what they return."""
+        inner: list[ir.Value] = []
+        places: list[tuple[ir.Graph, int]] = []
+        for name, body in subgraphs(node):
+            self.body(body, f"{scope}/{key}.{name}".lstrip("/"))
+            inner += list(body.outputs)
+            places += [(body, index) for index in range(len(body.outputs))]
+        if places:
+            self.capture.returned[key] = places
+        return inner
 
     def rule(self, node: ir.Node) -> tuple[str, Signature]:
         key = (node.domain, node.op_type)
@@ -176,6 +173,8 @@ class _Reader:
             types = signature(*key, opset(self.capture.model, node.domain), self.provider)
             self.types[key] = (op_name(*key), types)
         op, types = self.types[key]
+        if not node.attributes:
+            return op, types
         if node.op_type == "BatchNormalization" and len(node.outputs) > 1:
             types = Signature(why="it updates running statistics, which are FP32")
         reduction = node.attributes.get("reduction")
@@ -203,4 +202,4 @@ def _dtype(value: ir.Value) -> str:
     return dtype_name(value.dtype)
 
 
-__all__ = ["OnnxCapture", "load", "read"]
+__all__ = ["OnnxCapture", "read"]

@@ -30,7 +30,7 @@ def shape_of(value: ir.Value) -> tuple[tuple[int | str, ...], int]:
 
 def range_of(tensor: Any) -> tuple[float, float] | None:
     """Smallest and largest element of a float tensor, infinities included; None when it is empty or all NaN."""
-    if tensor.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16) or tensor.size == 0:
+    if tensor.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
         return None
     flat = tensor.numpy().reshape(-1)
     low, high = math.inf, -math.inf
@@ -40,7 +40,7 @@ def range_of(tensor: Any) -> tuple[float, float] | None:
             part = part.astype(np.float32)
         least, most = float(np.fmin.reduce(part)), float(np.fmax.reduce(part))
         low, high = min(low, least), max(high, most)
-    return (low, high) if low <= high else None
+    return (low, high) if low <= high else None  # not so when there is nothing but NaN
 
 
 def attributes(node: ir.Node) -> dict[str, Any]:
@@ -57,6 +57,14 @@ def attributes(node: ir.Node) -> dict[str, Any]:
         elif attr.type in (ir.AttributeType.INTS, ir.AttributeType.FLOATS, ir.AttributeType.STRINGS):
             plain[name] = list(attr.value)
     return plain
+
+
+def origin_of(node: ir.Node) -> tuple[str, str]:
+    """Module path and source line of a node; "" where nothing is known."""
+    props = node.metadata_props
+    if props:
+        return module_of(node), source_of(node)
+    return (module_of(node) if (node.name or "").startswith("/") else ""), ""
 
 
 def module_of(node: ir.Node) -> str:

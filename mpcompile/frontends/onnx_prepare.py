@@ -8,71 +8,94 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from mpcompile.frontends.onnx_load import WEIGHT, Loaded
 from mpcompile.frontends.onnx_schema import find_schema, signature
 from mpcompile.graph import LOW
 
 # The oldest opset in which (nearly) every operator takes the type.
 OPSETS = {"fp16": 20, "bf16": 22}
-# Bytes from which an initializer is kept out of the message for shape inference (which reads shapes, all small).
-WEIGHT = 4096
 # Operators that mean something else before this opset, and that the version converter does not translate.
 CHANGED = {"Scan": 9}
 
 
-def prepare(model: ir.Model, low: str) -> tuple[ir.Model, list[str]]:
-    """Prepare `model` in place.
+def prepare(loaded: Loaded, low: str) -> tuple[ir.Model, list[str]]:
+    """Prepare ``loaded.model`` in place.
 
     Returns:
       The model (another object when the opset was raised), and lines for the user.
     """
     notes: list[str] = []
+    model, skeleton = loaded.model, loaded.skeleton
     if model.functions:
         common.InlinePass()(model)
+        skeleton = None
+    found = graphs(model)
+    operators = {(n.domain, n.op_type) for graph in found for n in graph}
     if low in LOW:
-        model = _raise_opset(model, low, notes)
-    if common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model).modified:
-        model.ir_version = max(model.ir_version, 4)  # before that, an initializer had to be an input
-    infer(model)
-    for graph in graphs(model):
-        for node in list(graph):
+        model = _raise_opset(model, low, operators, notes)
+    same = model is loaded.model and skeleton is not None
+    if skeleton is not None and same:
+        _take_over(model, _inferred(skeleton))
+    else:
+        loaded.protos.clear()
+        found = graphs(model)
+    if not same or ("", "Constant") in operators:
+        lifted = common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model).modified
+        if lifted:
+            model.ir_version = max(model.ir_version, 4)  # before that, an initializer had to be an input
+    if not same:
+        infer(model)
+    if not same or ("", "CastLike") in operators:
+        for node in [n for graph in found for n in graph if n.op_type == "CastLike"]:
             settle_cast_like(node)
-    _own_body_outputs(model)
+    _own_body_outputs(found[1:])
     return model, notes
 
 
-def graphs(model: ir.Model) -> Iterator[ir.Graph]:
+def graphs(model: ir.Model) -> list[ir.Graph]:
     """The main graph and every graph inside it."""
-    yield model.graph
-    yield from model.graph.subgraphs()
+    found = [model.graph]
+    for graph in found:
+        found += [body for node in graph for _, body in subgraphs(node)]
+    return found
 
 
-def subgraphs(node: ir.Node) -> Iterator[tuple[str, ir.Graph]]:
+def subgraphs(node: ir.Node) -> list[tuple[str, ir.Graph]]:
     """(attribute name, body) of a control-flow node."""
-    for name, attr in node.attributes.items():
+    found: list[tuple[str, ir.Graph]] = []
+    for name, attr in node.attributes.items() if node.attributes else ():
         if attr.type == ir.AttributeType.GRAPH:
-            yield name, attr.value
+            found.append((name, attr.value))
         elif attr.type == ir.AttributeType.GRAPHS:
-            yield from ((f"{name}.{i}", body) for i, body in enumerate(attr.value))
+            found += [(f"{name}.{i}", body) for i, body in enumerate(attr.value)]
+    return found
 
 
 def infer(model: ir.Model) -> None:
     """Fill in types and shapes: ONNX's own inference, then type variables for operators that it does not know."""
     with quiet(), _without_weights(model):
         proto = ir.to_proto(model)
+    _take_over(model, _inferred(proto))
+
+
+def _inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
     try:
-        inferred = onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
+        return onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
     except (RuntimeError, ValueError):  # an operator's inference function that does not like its input
-        inferred = proto
-    _merge(model.graph, inferred.graph)
-    for graph in graphs(model):
-        for node in graph:
-            if any(out.type is None for out in node.outputs):
-                _infer_types(node, model)
+        return proto
+
+
+def _take_over(model: ir.Model, inferred: onnx.ModelProto) -> None:
+    lacking: list[ir.Node] = []
+    _merge(model.graph, inferred.graph, {}, lacking)
+    for node in lacking:
+        _infer_types(node, model)
 
 
 @contextmanager
@@ -90,21 +113,39 @@ def _without_weights(model: ir.Model) -> Iterator[None]:
             value.const_value = tensor
 
 
-def _merge(graph: ir.Graph, inferred: onnx.GraphProto) -> None:
+Types = dict[bytes, tuple[Any, Any]]
+
+
+def _merge(graph: ir.Graph, inferred: onnx.GraphProto, seen: Types, lacking: list[ir.Node]) -> None:
     """Take over what was inferred, graph by graph: bodies may use one name for different values."""
-    infos = {info.name: info for info in (*inferred.value_info, *inferred.output)}
-    for node, proto in zip(graph, inferred.node, strict=True):
-        for out in node.outputs:
-            if out.name in infos:
-                ir.serde.deserialize_value_info_proto(infos[out.name], out)
-        single = onnx.AttributeProto.GRAPH
-        bodies = {attr.name: [attr.g] if attr.type == single else attr.graphs for attr in proto.attribute}
-        for name, body in subgraphs(node):
-            stem, _, index = name.partition(".")
-            _merge(body, bodies[stem][int(index or 0)])
     for value, info in zip(graph.inputs, inferred.input, strict=False):
         if value.type is None:
-            ir.serde.deserialize_value_info_proto(info, value)
+            _typed(value, info.type, seen)
+    infos = {info.name: info for info in (*inferred.value_info, *inferred.output)}
+    for node, proto in zip(graph, inferred.node, strict=True):
+        known = True
+        for out in node.outputs:
+            info = infos.get(out.name)
+            if info is not None:
+                _typed(out, info.type, seen)
+            known = known and out.type is not None
+        if not known:
+            lacking.append(node)
+        if not proto.attribute:
+            continue
+        single = onnx.AttributeProto.GRAPH
+        for name, body in subgraphs(node):
+            stem, _, index = name.partition(".")
+            attr = next(attr for attr in proto.attribute if attr.name == stem)
+            _merge(body, attr.g if attr.type == single else attr.graphs[int(index)], seen, lacking)
+
+
+def _typed(value: ir.Value, proto: onnx.TypeProto, seen: Types) -> None:
+    """Give `value` the type and shape of a message; equal ones are one object (shapes of messages are frozen)."""
+    key = proto.SerializeToString()
+    if key not in seen:
+        seen[key] = (ir.serde.deserialize_type_proto_for_type(proto), ir.serde.deserialize_type_proto_for_shape(proto))
+    value.type, value.shape = seen[key]
 
 
 def _infer_types(node: ir.Node, model: ir.Model) -> None:
@@ -124,13 +165,15 @@ def opset(model: ir.Model, domain: str) -> int:
     return imports.get(domain, imports.get("ai.onnx", 1) if not domain else 1)
 
 
-def _raise_opset(model: ir.Model, low: str, notes: list[str]) -> ir.Model:
+def _raise_opset(model: ir.Model, low: str, operators: set[tuple[str, str]], notes: list[str]) -> ir.Model:
     """Raise the opset when operators of the model take `low` only in a newer one."""
     have, want = opset(model, ""), OPSETS[low]
-    operators = {(n.domain, n.op_type) for g in graphs(model) for n in g if n.domain in ("", "ai.onnx")}
+    if have >= want:
+        return model
+    operators = {(domain, op) for domain, op in operators if domain in ("", "ai.onnx")}
     gained = sorted(op for name, op in operators if _takes(name, op, want, low) and not _takes(name, op, have, low))
     changed = any(op in CHANGED and have < CHANGED[op] for _, op in operators)
-    if have >= want or not gained or changed:
+    if not gained or changed:
         return model
     from onnxscript import version_converter
 
@@ -180,9 +223,9 @@ def _replace(old: ir.Node, new: ir.Node) -> None:
     graph.remove(old, safe=True)
 
 
-def _own_body_outputs(model: ir.Model) -> None:
+def _own_body_outputs(bodies: list[ir.Graph]) -> None:
     """Bodies give what they make: one that returns a value from outside, or an input, returns a copy."""
-    for graph in model.graph.subgraphs():
+    for graph in bodies:
         for index, out in enumerate(graph.outputs):
             maker = out.producer()
             if maker is not None and maker.graph is graph:

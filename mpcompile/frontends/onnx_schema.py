@@ -36,6 +36,7 @@ DTYPE_ATTRIBUTES = {
 }  # fmt: skip
 
 
+@cache
 def dtype_name(element: Any) -> str:
     """The precision graph's name of an `onnx_ir.DataType` (None: "unknown")."""
     return "unknown" if element is None else DTYPES.get(element.name, element.name.lower())

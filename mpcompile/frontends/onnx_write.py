@@ -3,6 +3,8 @@
 Casts of initializers become second initializers, converted once; everything else becomes a Cast node right after the
 value is made.  Inputs and outputs keep their names.  With ``simulate`` every low value is an FP32 value that went
 through the low type and back: any runtime computes such a model, and its numbers are those of the low type.
+
+This file decides what is different; `mpcompile.frontends.onnx_emit` writes it down.
 """
 
 from __future__ import annotations
@@ -12,90 +14,66 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import onnx
 import onnx_ir as ir
 
 from mpcompile.frontends.onnx import OnnxCapture
+from mpcompile.frontends.onnx_emit import (
+    DATA_TYPES,
+    Carrier,
+    Edits,
+    NewCast,
+    Written,
+    carrier_of,
+    decision,
+    emit,
+    header,
+    place,
+)
 from mpcompile.graph import LOW, Node, PrecisionGraph
 from mpcompile.rules.table import load_kinds
 
-DATA_TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 NUMPY_TYPES: Mapping[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 # Tensors with more elements are converted when they are saved, one at a time.
-LAZY = 1 << 20
+LAZY = 1 << 18
 
 
-def write(capture: OnnxCapture, graph: PrecisionGraph, *, simulate: bool = False, casts: bool = True,
-          annotated: bool = True, low_inputs: str = "") -> ir.Model:  # fmt: skip
+def write(capture: OnnxCapture, graph: PrecisionGraph, *, simulate: bool = False, annotated: bool = True,
+          low_inputs: str = "") -> Written:  # fmt: skip
     """A new ONNX model with the decisions of `graph`, which the passes made from ``capture.graph``.
 
     Args:
       simulate: FP32 operators, each low result rounded through the low type.
-      casts: False writes the FP32 model with the annotations only.
       low_inputs: the low type, when FP32 inputs are to be given in it.
       annotated: write each node's decisions into its ``metadata_props`` ("mpcompile.verdict" and so on).
     """
-    twin = capture.model.clone()
-    writer = _Writer(capture, graph, _pairs(capture.model, twin), simulate)
-    if low_inputs and casts:
-        writer.lower_inputs(low_inputs)
-    if annotated:
-        annotate(twin, graph, {key: writer.nodes[node] for key, node in capture.nodes.items() if key in graph.nodes})
-    if casts:
-        writer.all()
-    return twin
+    planner = _Planner(capture, graph, simulate)
+    if low_inputs:
+        planner.lower_inputs(low_inputs)
+    planner.all()
+    return emit(capture, graph if annotated else None, planner.edits, header(graph) if annotated else {})
 
 
 def annotate(model: ir.Model, graph: PrecisionGraph, nodes: Mapping[str, ir.Node]) -> None:
     """Write verdict, precision, reason, module and source line of every node into its metadata."""
     for key, made in nodes.items():
-        node, props = graph.nodes[key], made.metadata_props
-        props["mpcompile.verdict"], props["mpcompile.precision"] = str(node.verdict), str(node.precision)
-        props["mpcompile.reason"] = node.reason
-        if node.module:
-            props["mpcompile.module"] = node.module
-        if node.source:
-            props["mpcompile.source"] = node.source
-    model.metadata_props["mpcompile.schema"] = "mpcompile.report/1"
-    for name in ("policy", "device"):
-        if graph.header.get(name):
-            model.metadata_props[f"mpcompile.{name}"] = graph.header[name]
+        made.metadata_props.update((*decision(graph.nodes[key]), *place(graph.nodes[key])))
+    model.metadata_props.update(header(graph))
 
 
-class _Pairs(dict[Any, Any]):
-    """Node or value or graph of the capture -> its copy."""
+class _Planner:
+    """One writing: `moved` maps a name of the plan to what carries it, where that is not its own value."""
 
-
-def _pairs(model: ir.Model, twin: ir.Model) -> _Pairs:
-    pairs = _Pairs()
-    _pair(model.graph, twin.graph, pairs)
-    return pairs
-
-
-def _pair(old: ir.Graph, new: ir.Graph, pairs: _Pairs) -> None:
-    pairs[old] = new
-    pairs.update(zip(old.inputs, new.inputs, strict=True))
-    pairs.update((value, new.initializers[name]) for name, value in old.initializers.items())
-    for node, copy in zip(old, new, strict=True):
-        pairs[node] = copy
-        pairs.update(zip(node.outputs, copy.outputs, strict=True))
-        for name, attr in node.attributes.items():
-            if attr.type == ir.AttributeType.GRAPH:
-                _pair(attr.value, copy.attributes[name].value, pairs)
-            elif attr.type == ir.AttributeType.GRAPHS:
-                for one, other in zip(attr.value, copy.attributes[name].value, strict=True):
-                    _pair(one, other, pairs)
-
-
-class _Writer:
-    """One writing: `values` maps each name of the plan to the ONNX value that carries it."""
-
-    def __init__(self, capture: OnnxCapture, graph: PrecisionGraph, pairs: _Pairs, simulate: bool) -> None:
-        self.capture, self.graph, self.nodes, self.simulate = capture, graph, pairs, simulate
-        self.values: dict[str, ir.Value] = {name: pairs[value] for name, value in capture.values.items()}
+    def __init__(self, capture: OnnxCapture, graph: PrecisionGraph, simulate: bool) -> None:
+        self.capture, self.graph, self.simulate = capture, graph, simulate
+        self.edits = Edits()
+        self.moved: dict[str, Carrier] = {}
+        self.own: dict[ir.Value, Carrier] = {}
         # Graph inputs that are given low: name -> the input itself; readers in FP32 read a cast of it.
-        self.lowered: dict[str, ir.Value] = {}
+        self.lowered: dict[str, Carrier] = {}
         self.views = {name for name, kind in load_kinds().items() if kind.fusion == "view"}
-        self.converted: list[tuple[ir.Value, ir.Value]] = []
+        self.converted: list[tuple[ir.Value, Carrier]] = []
+        self.taken = {value.name for value in capture.values.values()}
 
     def all(self) -> None:
         for node in self.graph.nodes.values():
@@ -107,170 +85,185 @@ class _Writer:
         self.drop_initializers()
         self.drop_casts()
 
+    def carrier(self, name: str) -> Carrier:
+        """What carries the plan's value `name`."""
+        held = self.moved.get(name)
+        return held if held is not None else self.own_carrier(self.capture.values[name])
+
+    def own_carrier(self, value: ir.Value) -> Carrier:
+        """`value` itself; one object, so that a new name reaches all who read it."""
+        held = self.own.get(value)
+        if held is None:
+            held = self.own[value] = carrier_of(value)
+        return held
+
     def lower_inputs(self, low: str) -> None:
         """Let FP32 inputs be given in `low`."""
         for name in self.graph.inputs:
-            value = self.values[name]
+            value = self.capture.values[name]
             if value.dtype == ir.DataType.FLOAT and not value.is_initializer():
-                value.type = ir.TensorType(DATA_TYPES[low])
-                self.lowered[name] = value
-                self.values[name] = self.after(value, _cast(value, "fp32", f"{name}_fp32_given"))
+                self.edits.types[value] = low
+                self.lowered[name] = given = Carrier(value.name or "", low, value.graph, value)
+                self.moved[name] = self.cast_of(given, "fp32", f"{name}_fp32_given")
 
     # ------------------------------------------------------------------------------------------------------- nodes
 
     def node(self, node: Node) -> None:
         """Redirect the operands of `node`; give its results their planned types."""
-        made = self.nodes[self.capture.nodes[node.id]]
-        own = len(made.inputs)
-        for slot, name in zip(node.slots, node.inputs, strict=True):
-            value = self.values[name]
-            if slot >= own:
-                body, index = self.capture.returned[node.id][slot - own]
-                if self.nodes[body].outputs[index] is not value:
-                    self.nodes[body].outputs[index] = value
-            elif made.inputs[slot] is not value:
-                made.replace_input_with(slot, value)
+        before = self.capture.graph.nodes[node.id]
+        if node.inputs != before.inputs or not self.moved.keys().isdisjoint(node.inputs):
+            self.redirect(node, before)
         if node.precision in LOW:
-            _fp32_core(made, self.simulate)
+            self.fp32_core(node)
         for name in node.outputs:
-            dtype, before = self.graph.values[name].dtype, self.capture.graph.values[name].dtype
-            if dtype == before:
+            dtype = self.graph.values[name].dtype
+            if dtype == self.capture.graph.values[name].dtype:
                 continue
             if not self.simulate:
-                self.values[name].type = ir.TensorType(DATA_TYPES[dtype])
-            elif dtype in LOW and node.kind not in self.views and self.values[name].name:
-                self.values[name] = self.round(self.values[name], dtype)
+                self.edits.types[self.capture.values[name]] = dtype
+            elif dtype in LOW and node.kind not in self.views and self.capture.values[name].name:
+                self.moved[name] = self.round(self.carrier(name), dtype)
+
+    def redirect(self, node: Node, before: Node) -> None:
+        made = self.capture.nodes[node.id]
+        own, reads = len(made.inputs), self.edits.reads
+        for slot, name, old in zip(node.slots, node.inputs, before.inputs, strict=True):
+            carrier = self.moved.get(name)
+            if carrier is None:
+                if name == old:
+                    continue
+                carrier = self.carrier(name)
+            if slot < own:
+                reads.setdefault(made, {})[slot] = carrier
+                continue
+            body, index = self.capture.returned[node.id][slot - own]
+            self.edits.returns.setdefault(body, {})[index] = carrier
+
+    def fp32_core(self, node: Node) -> None:
+        """Ask fused attention for its softmax in FP32, where its author said nothing."""
+        if node.op != "onnx::Attention" or self.simulate or "softmax_precision" in node.attrs:
+            return
+        attr = ir.AttrInt64("softmax_precision", ir.DataType.FLOAT)
+        self.edits.attributes[self.capture.nodes[node.id]] = [attr]
 
     def cast(self, cast: Node) -> None:
         """The value that carries a planned cast."""
-        source, to = self.values[cast.inputs[0]], str(cast.attrs["to"])
-        name, real = cast.outputs[0], self.real(cast.inputs[0])
-        origin = self.origin(cast.inputs[0])
-        if cast.inputs[0] in self.lowered:
-            given = self.lowered[cast.inputs[0]]
-            self.values[name] = source if self.simulate or DATA_TYPES[to] != given.dtype else given
+        read, to, name = cast.inputs[0], str(cast.attrs["to"]), cast.outputs[0]
+        source = self.carrier(read)
+        if read in self.lowered:
+            given = self.lowered[read]
+            self.moved[name] = source if self.simulate or to != given.dtype else given
             return
-        if self.simulate and real == "fp32":
+        fixed = self.is_fixed(source)
+        if self.simulate and source.dtype == "fp32":
             # The source is FP32 in any case: going up is free, going down is a round trip.
             if to == "fp32":
-                self.values[name] = source
+                self.moved[name] = source
             else:
-                self.values[name] = self.constant(origin, source, name, to) if origin else self.round(source, to, name)
+                self.moved[name] = self.constant(source, name, to) if fixed else self.round(source, to, name)
             return
-        if origin is not None:
-            self.values[name] = self.constant(origin, source, name, to)
-        else:
-            self.values[name] = self.after(source, _cast(source, to, name))
-            if self.simulate and to in LOW:
-                self.values[name] = self.after(self.values[name], _cast(self.values[name], "fp32", f"{name}_up"))
-        self.annotate(self.values[name], cast)
-
-    def real(self, name: str) -> str:
-        """The element type of the ONNX value that carries `name` in a simulation."""
-        dtype = self.values[name].dtype
-        return next((key for key, known in DATA_TYPES.items() if known == dtype), "")
-
-    def annotate(self, value: ir.Value, cast: Node) -> None:
-        maker = value.producer()
-        if maker is not None:
-            maker.metadata_props["mpcompile.origin"] = cast.origin or "inserted"
+        if fixed:
+            self.moved[name] = self.constant(source, name, to)
+            return
+        self.moved[name] = self.cast_of(source, to, name, cast.origin or "inserted")
+        if self.simulate and to in LOW:
+            self.moved[name] = self.cast_of(self.moved[name], "fp32", f"{name}_up")
 
     # ------------------------------------------------------------------------------------------------------- pieces
 
-    def origin(self, name: str) -> ir.Value | None:
-        """The initializer behind `name` that may be converted now: not one that a caller can override."""
-        value = self.values[name]
-        fixed = value.is_initializer() and not value.is_graph_input() and value.const_value is not None
-        return value if fixed else None
+    def is_fixed(self, source: Carrier) -> bool:
+        """True for an initializer that may be converted now: not one that a caller can override."""
+        value = source.value
+        own = source is self.own.get(value) and value.is_initializer()
+        return own and not value.is_graph_input() and value.const_value is not None
 
-    def constant(self, origin: ir.Value, source: ir.Value, name: str, to: str) -> ir.Value:
-        """A second initializer beside `origin`, converted to `to`."""
-        tensor = convert(origin.const_value, to, name, self.simulate)
-        made = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=origin.shape, const_value=tensor)
-        graph = origin.graph
-        assert graph is not None
-        graph.register_initializer(made)
+    def constant(self, source: Carrier, name: str, to: str) -> Carrier:
+        """A second initializer beside that of `source`, converted to `to`."""
+        origin = source.value
+        made = Carrier(self.fresh(name), "fp32" if self.simulate else to, origin.graph, origin)
+        tensor = convert(origin.const_value, to, made.name, self.simulate, self.graph.values[name].numel)
+        self.edits.tensors.setdefault(origin.graph, []).append((made, tensor))  # type: ignore[arg-type]
         self.converted.append((origin, made))
         return made
 
-    def round(self, value: ir.Value, to: str, name: str = "") -> ir.Value:
-        """`value` through the low type and back to FP32."""
-        name = name or f"{value.name}_{to}_rounded"
-        down = self.after(value, _cast(value, to, f"{name}_down"))
-        return self.after(down, _cast(down, "fp32", name))
+    def round(self, source: Carrier, to: str, name: str = "") -> Carrier:
+        """`source` through the low type and back to FP32."""
+        name = name or f"{source.name}_{to}_rounded"
+        return self.cast_of(self.cast_of(source, to, f"{name}_down"), "fp32", name)
 
-    def after(self, value: ir.Value, node: ir.Node) -> ir.Value:
-        """Put `node` right behind the maker of `value`, or first in its graph."""
-        maker = value.producer()
-        if maker is not None and maker.graph is not None:
-            maker.graph.insert_after(maker, node)
-            return node.outputs[0]
-        graph = value.graph
-        assert graph is not None
-        first = next(iter(graph), None)
-        if first is None:
-            graph.append(node)
-        else:
-            graph.insert_before(first, node)
-        return node.outputs[0]
+    def cast_of(self, source: Carrier, to: str, name: str, origin: str = "") -> Carrier:
+        """A Cast right behind the maker of `source`, or first in its graph."""
+        result = Carrier(self.fresh(name), to, source.anchor, source.value)
+        self.edits.after.setdefault(source.anchor, []).append(NewCast(source, result, origin))
+        return result
+
+    def fresh(self, name: str) -> str:
+        while name in self.taken:
+            name += "_"
+        self.taken.add(name)
+        return name
 
     # --------------------------------------------------------------------------------------------------------- ends
 
     def outputs(self) -> None:
         """Point the graph's outputs at what the plan returns; the names stay with the outputs."""
-        outputs = self.nodes[self.capture.model.graph].outputs
-        names = [value.name for value in outputs]
+        graph = self.capture.model.graph
+        names = [value.name for value in graph.outputs]
+        returns = self.edits.returns.setdefault(graph, {})
         for index, name in enumerate(self.graph.outputs):
-            value, before = self.values[name], outputs[index]
-            if value is before:
+            carrier, before = self.carrier(name), graph.outputs[index]
+            if name not in self.moved and carrier.value is before:
                 continue
-            if self.simulate and self.graph.values[name].dtype in LOW and value.dtype == ir.DataType.FLOAT:
-                value = self.after(value, _cast(value, self.graph.values[name].dtype, f"{value.name}_given"))
-            outputs[index] = value
-            if before.name == names[index] and value.name not in names:
-                before.name = f"{names[index]}_{self.graph.values[self.capture.graph.outputs[index]].dtype}_before"
-                value.name = names[index]
+            dtype = self.graph.values[name].dtype
+            if self.simulate and dtype in LOW and carrier.dtype == "fp32":
+                carrier = self.cast_of(carrier, dtype, f"{carrier.name}_given")
+            returns[index] = carrier
+            if before not in self.edits.names and carrier.name not in names:
+                was = self.graph.values[self.capture.graph.outputs[index]].dtype
+                self.rename(before, self.fresh(f"{before.name}_{was}_before"))
+                carrier.name = str(before.name)
+
+    def rename(self, value: ir.Value, name: str) -> None:
+        """Let `value` be called `name` where it is made and by all who read it."""
+        self.edits.names[value] = name
+        carrier = self.own_carrier(value)
+        carrier.name = name
+        for node, slot in value.uses():
+            self.edits.reads.setdefault(node, {}).setdefault(slot, carrier)
 
     def drop_initializers(self) -> None:
-        """Remove initializers that nobody reads any more; a sole copy takes over the name."""
+        """Leave out initializers that nobody reads any more; a sole copy takes over the name."""
+        reads = self.edits.reads
         for origin, made in self.converted:
-            if origin.uses() or origin.is_graph_output() or origin.graph is None:
+            own = self.own[origin]
+            read = any(reads.get(node, {}).get(slot, own) is own for node, slot in origin.uses())
+            if read or origin in self.edits.dropped or origin.is_graph_output():
                 continue
-            graph, name = origin.graph, origin.name
-            assert name is not None
-            del graph.initializers[name]
-            del graph.initializers[made.name]  # type: ignore[arg-type]
-            made.name = name
-            graph.initializers[name] = made
+            self.edits.dropped.add(origin)
+            made.name = str(origin.name)
 
     def drop_casts(self) -> None:
-        """Remove the casts of lowered inputs that nobody reads."""
-        for name in self.lowered:
-            value = self.values[name]
-            maker = value.producer()
-            if maker is not None and maker.graph is not None and not value.uses() and not value.is_graph_output():
-                maker.graph.remove(maker, safe=True)
+        """Leave out the casts of lowered inputs that nobody reads."""
+        if not self.lowered:
+            return
+        used = {id(c) for reads in self.edits.reads.values() for c in reads.values()}
+        used |= {id(c) for returns in self.edits.returns.values() for c in returns.values()}
+        used |= {id(cast.source) for casts in self.edits.after.values() for cast in casts}
+        first = self.edits.after.get(self.capture.model.graph, [])
+        spare = {id(self.moved[name]) for name in self.lowered} - used
+        first[:] = [cast for cast in first if id(cast.result) not in spare]
 
 
-def convert(tensor: Any, to: str, name: str, simulate: bool = False) -> Any:
-    """`tensor` rounded to `to`, to nearest even; a large one when it is saved."""
+def convert(tensor: Any, to: str, name: str, simulate: bool, numel: int) -> Any:
+    """`tensor` rounded to `to`, to nearest even: a message, or for a large one a promise to convert it when saved."""
 
     def now() -> Any:
         with np.errstate(over="ignore"):  # FLT_MAX as a bound becomes infinity: no bound, as it was meant
             low = tensor.numpy().astype(NUMPY_TYPES[to])
-        return ir.tensor(low.astype(np.float32) if simulate else low, name=name)
+        return low.astype(np.float32) if simulate else low
 
-    if tensor.size <= LAZY:
-        return now()
-    return ir.LazyTensor(now, dtype=DATA_TYPES["fp32" if simulate else to], shape=tensor.shape, name=name)
-
-
-def _cast(value: ir.Value, to: str, name: str) -> ir.Node:
-    out = ir.Value(name=name, type=ir.TensorType(DATA_TYPES[to]), shape=value.shape)
-    return ir.Node("", "Cast", [value], [ir.AttrInt64("to", DATA_TYPES[to])], outputs=[out], name=f"{name}/Cast")
-
-
-def _fp32_core(node: ir.Node, simulate: bool) -> None:
-    """Ask fused attention for its softmax in FP32, where its author said nothing."""
-    if node.op_type == "Attention" and not node.domain and not simulate and "softmax_precision" not in node.attributes:
-        node.attributes["softmax_precision"] = ir.AttrInt64("softmax_precision", ir.DataType.FLOAT)
+    dtype = DATA_TYPES["fp32" if simulate else to]
+    if numel > LAZY:
+        return ir.LazyTensor(lambda: ir.Tensor(now(), dtype=dtype), dtype=dtype, shape=tensor.shape, name=name)
+    low = now()
+    return onnx.TensorProto(name=name, data_type=int(dtype), dims=low.shape, raw_data=low.tobytes())

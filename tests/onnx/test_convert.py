@@ -420,7 +420,7 @@ def test_a_model_that_would_not_load_is_never_written(monkeypatch: pytest.Monkey
 
     def broken(*args: object, **options: object) -> object:
         model = good(*args, **options)
-        next(iter(model.graph)).op_type = "NoSuchOperator"
+        model.proto.graph.node[0].op_type = "NoSuchOperator"
         return model
 
     monkeypatch.setattr(onnx_write, "write", broken)
@@ -501,3 +501,24 @@ def test_the_report_calls_parts_in_half_precision_what_they_are() -> None:
     assert found["onnx::Gemm"] == ("bf16", "low")
     assert report["source"] == "onnx"
     assert report["schema"] == "mpcompile.report/1"
+
+
+def test_much_fp16_for_a_provider_that_is_not_here_is_loaded_as_its_simulation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime's CPU provider takes time with the square of the FP16 nodes."""
+    from mpcompile import onnx_api
+    from mpcompile.frontends import onnx_check
+
+    loaded: list[bool] = []
+    real = onnx_check.session
+
+    def watched(model: onnx.ModelProto, **options: object) -> object:
+        loaded.append(any(t.data_type == TensorProto.FLOAT16 for t in model.graph.initializer))
+        return real(model, **options)
+
+    monkeypatch.setattr(onnx_check, "session", watched)
+    monkeypatch.setattr(onnx_api, "FP16_NODES", 2)
+    made = convert(mlp(), "fp16", provider="rocm")
+    assert any("loaded as its simulation" in note for note in made.notes)
+    assert not convert(mlp(), "fp16", provider="cpu").notes
+    assert loaded == [False, True]
+    assert {t.data_type for t in made.model.graph.initializer} == {TensorProto.FLOAT16}
