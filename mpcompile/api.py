@@ -195,6 +195,12 @@ class MixedPrecisionModule(nn.Module):
         compiler: Compiler = self._compiler
         return compiler.plans
 
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds that mpcompile itself added to torch's compilation so far: tracing again, passes, writing."""
+        compiler: Compiler = self._compiler
+        return compiler.seconds
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._first(args, kwargs) if self._call is None else self._run(self._call, args, kwargs)
 

@@ -119,7 +119,7 @@ def _show(name: str, facts: dict[str, Any], results: list[Result]) -> None:
     title = f"{name}: {facts['microbatches']} x {facts['rows']} rows a step; {facts['policy']}"
     table = Table(title=title, title_justify="left")
     for column in ("", "ms/step", "x eager", f"x {PEER}", f"{facts['unit']}/s", "saved MB", "FP32 %", "peak MB",
-                   "casts", "first s", "loss diff", "MFU %"):  # fmt: skip
+                   "casts", "first s", "ours s", "loss diff", "MFU %"):  # fmt: skip
         table.add_column(column, justify="left" if not column else "right", no_wrap=True)
     for one in results:
         table.add_row(one.candidate, *(["failed"] if one.error else _cells(one)))
@@ -143,6 +143,7 @@ def _cells(one: Result) -> list[str]:
         _number(one.peak, 1e-6, ".1f"),
         _number(one.casts, 1, ".0f"),
         _number(one.first, 1, ".1f"),
+        _number(one.ours, 1, ".2f"),
         _number(one.difference, 1, "+.1e"),
         _number(one.mfu, 100, ".1f"),
     ]

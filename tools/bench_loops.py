@@ -57,6 +57,12 @@ class Loop(Protocol):
     forward: Callable[[], Tensor] | None  # of one microbatch, with a graph; None where the step has none of its own
     optimizer: torch.optim.Optimizer
 
+    def ours(self) -> float | None:
+        """Seconds of the compilation that are mpcompile's own; None where it has no part."""
+
+    def kept(self) -> tuple[int, int] | None:
+        """(all, FP32) bytes kept for the backward, where the loop knows them itself."""
+
     def step(self) -> Tensor: ...
 
 
@@ -69,6 +75,12 @@ class Plain:
         self.data = [_as(batch, next(model.parameters()).dtype) for batch in job.data]
         self.scaler = torch.amp.GradScaler(job.device, enabled=False)
         self.forward: Callable[[], Tensor] | None = lambda: self._loss(self.data[0])
+
+    def ours(self) -> float | None:
+        return getattr(self.call, "compile_seconds", None)
+
+    def kept(self) -> tuple[int, int] | None:
+        return None
 
     def scaled(self) -> Plain:
         self.scaler = torch.amp.GradScaler(self.job.device)
@@ -114,6 +126,12 @@ class Step:
         for batch in self.job.data:
             total += self.run(**batch).loss
         return total / self.job.micro
+
+    def ours(self) -> float | None:
+        return float(self.run.compile_seconds)
+
+    def kept(self) -> tuple[int, int] | None:
+        return self.run.saved_bytes  # type: ignore[no-any-return]
 
 
 @contextlib.contextmanager

@@ -28,10 +28,9 @@ class Result:
     """What one candidate did. Seconds are of one optimizer step; bytes are of one step beyond what it starts with.
 
     Fields:
-      first: seconds of the first step, compilation included.
+      first: seconds of the first step, compilation included; `ours` of them are mpcompile's own.
       loss: after `Plan.check` steps from the same weights; `difference` is relative to eager FP32's.
-      saved, saved_fp32: bytes kept for the backward of one microbatch, parameters and shadows apart (None: the
-        candidate has no forward of its own to ask).
+      saved, saved_fp32: bytes kept for the backward of one microbatch, parameters and shadows apart.
       peak: most bytes held during a step beyond those held before it.
       state: bytes held between steps: parameters, optimizer state, shadows (CUDA only).
       casts: weights cast to the low type outside the compiled graphs, per step.
@@ -43,6 +42,7 @@ class Result:
     candidate: str
     times: list[float] = field(default_factory=list)
     first: float = 0.0
+    ours: float | None = None
     loss: float | None = None
     difference: float | None = None
     saved: int | None = None
@@ -134,7 +134,7 @@ def _prepared(result: Result, job: Job, plan: Plan) -> Prepared:
     loop = CANDIDATES[result.candidate](job)
     start = time.perf_counter()
     loss = loop.step().item()
-    result.first = time.perf_counter() - start
+    result.first, result.ours = time.perf_counter() - start, loop.ours()
     start = time.perf_counter()
     for _ in range(plan.check - 1):
         loss = loop.step().item()
@@ -151,6 +151,8 @@ def _bytes(result: Result, loop: Loop, job: Job) -> None:
         loop.optimizer.zero_grad(set_to_none=True)
         result.saved, result.saved_fp32 = kept.total, kept.fp32
         loop.step()
+    elif (known := loop.kept()) is not None:
+        result.saved, result.saved_fp32 = known
     casts = SHADOWS.casts
     result.peak = peak_bytes(loop.step, job.device)
     result.casts = SHADOWS.casts - casts

@@ -120,17 +120,22 @@ class Compiler:
     ) -> None:
         self.settings, self.on_plan, self.paths = settings, on_plan, paths
         self.plans: list[Plan] = []
+        # What this backend added to torch's own compilation: tracing again, the passes, writing the graph.
+        self.seconds = 0.0
         # Ids of the parameters that the compiled graphs were called with.
         self.parameters: set[int] = set()
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        start = time.perf_counter()
         placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
         fakes = [n.meta.get("example_value", given) for n, given in zip(placeholders, inputs, strict=True)]
         plan = decide(trace_dynamo(module, fakes, self.paths()), self.settings, device_of(fakes), partial=True)
         self.plans.append(plan)
         if self.on_plan is not None:
             self.on_plan(plan)
-        return self._emit(plan, fakes)
+        emitted = self._emit(plan, fakes)
+        self.seconds += time.perf_counter() - start
+        return emitted
 
     def check_overrides(self) -> None:
         """After a whole forward: an override that matched in no graph of it is an error.
@@ -156,7 +161,9 @@ class Compiler:
             return CompiledGraph(eager, shadows, self.parameters, differentiable_twice=True)
         extended = [*fakes, *(_fake_shadow(fakes[i], dtype) for i, dtype in shadows)]
         rounding = has_user_low_cast(plan.graph)
+        start = time.perf_counter()
         inner = compile_inductor(written.module, extended, keep_rounding=rounding, fp32_matmul=plan.policy.fp32_matmul)
+        self.seconds -= time.perf_counter() - start
         return CompiledGraph(inner, shadows, self.parameters, differentiable_twice=False)
 
 

@@ -84,6 +84,7 @@ class Artefact:
       args: (place, number among the batch's tensors).
       layout: what each gradient is: (parameter's name, dtype).
       buffers: the model's tensors that the leading outputs replace.
+      saved: fakes of what the forward makes and keeps for the backward (none where it runs op by op).
     """
 
     joint: Joint
@@ -93,6 +94,7 @@ class Artefact:
     layout: Layout
     buffers: list[Tensor]
     named: dict[str, Tensor]
+    saved: list[Tensor]
     guard: str | None = None
 
     def plain_joint(self) -> Joint:
@@ -174,6 +176,9 @@ class Artefacts:
     def __len__(self) -> int:
         return sum(map(len, self._alike.values()))
 
+    def __iter__(self) -> Iterator[Artefact]:
+        return (artefact for alike in self._alike.values() for artefact in alike)
+
     def find(self, batch: Batch) -> Artefact:
         modes = tuple(map(_TRAINING, self._modules)), tuple(map(_REQUIRES_GRAD, self._parameters))
         kind, shapes = (batch.kind(), modes), batch.shapes()
@@ -229,9 +234,9 @@ class Artefacts:
         fixed = [self._fixed(one, tensors) for one in forward.inputs]
         places = [(i, one.index) for i, one in enumerate(forward.inputs) if one.kind == "arg"]
         layout = tuple((forward.inputs[i].name, forward.inputs[i].dtype) for i in joint.grads)
-        return Artefact(
-            joint, run_joint(joint, self.backend), fixed, places, layout, [fixed[i] for i in joint.mutated], self.named
-        )
+        run, saved = run_joint(joint, self.backend)
+        buffers = [fixed[i] for i in joint.mutated]
+        return Artefact(joint, run, fixed, places, layout, buffers, self.named, saved)
 
     def _fixed(self, one: Input, tensors: dict[str, Tensor]) -> Any:
         if one.kind in ("arg", "seed"):

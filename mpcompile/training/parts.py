@@ -20,6 +20,10 @@ RECOMPUTE_CHEAP = True
 
 Run = Callable[[list[Any]], Sequence[Any]]
 
+aten = torch.ops.aten
+_VIEWS = (aten.permute.default, aten.view.default, aten.t.default, aten.transpose.int, aten.reshape.default,
+          aten.alias.default, aten.expand.default, aten.slice.Tensor, aten.unsqueeze.default, aten.squeeze.dim)  # fmt: skip
+
 
 def decompositions(backend: str) -> dict[Any, Callable[..., Any]] | None:
     """What the backend wants decomposed in the joint trace."""
@@ -31,10 +35,13 @@ def decompositions(backend: str) -> dict[Any, Callable[..., Any]] | None:
     return select_decomp_table()
 
 
-def run_joint(joint: Joint, backend: str) -> Run:
-    """A function of (*inputs, seed) that gives (*mutated, loss, *grads)."""
+def run_joint(joint: Joint, backend: str) -> tuple[Run, list[Tensor]]:
+    """A function of (*inputs, seed) that gives (*mutated, loss, *grads), and fakes of what it keeps for the backward.
+
+    Run op by op, a joint graph keeps what its next nodes read: no list of it exists.
+    """
     if backend == "eager":
-        return _eager(joint.module)
+        return _eager(joint.module), []
     return _in_two(joint)
 
 
@@ -53,7 +60,7 @@ def _eager(module: fx.GraphModule) -> Run:
     return run
 
 
-def _in_two(joint: Joint) -> Run:
+def _in_two(joint: Joint) -> tuple[Run, list[Tensor]]:
     from torch._inductor.compile_fx import compile_fx_inner, partition_fn
     from torch._inductor.virtualized import V
 
@@ -78,7 +85,19 @@ def _in_two(joint: Joint) -> Run:
             outputs.extend(backward(saved))
         return outputs
 
-    return run
+    return run, _made(outputs_of(first)[kept:])
+
+
+def _made(nodes: Sequence[Any]) -> list[Tensor]:
+    """Fakes of the saved tensors that the forward makes: not its inputs, nor views of them."""
+    found = []
+    for node in nodes:
+        source = node
+        while isinstance(source, fx.Node) and source.target in _VIEWS:
+            source = source.args[0]
+        if isinstance(source, fx.Node) and source.op != "placeholder" and isinstance(node.meta.get("val"), Tensor):
+            found.append(node.meta["val"])
+    return found
 
 
 def _order_saved(first: fx.GraphModule, second: fx.GraphModule, kept: int) -> list[int]:

@@ -241,6 +241,25 @@ class TrainStep:
                 self._emitted = {key: emit(artefact, self._updaters[layout], window)}
         return self._emitted[key]
 
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds that the passes took for the graphs compiled so far."""
+        return sum(artefact.joint.forward.plan.seconds for artefact in self.artefacts)
+
+    @property
+    def saved_bytes(self) -> tuple[int, int]:
+        """(all, those in FP32): what the last call's forward kept for its backward, parameters and shadows apart.
+
+        Known where forward and backward are compiled; zero with backend="eager".
+
+        Raises:
+          TrainingError: MP542, before the first update.
+        """
+        if self._last is None:
+            raise TrainingError("MP542", "the step has kept nothing yet", try_="call it once with a batch")
+        sizes = [(t.dtype, int(t.numel()) * t.element_size()) for t in self._last[0].saved]
+        return sum(size for _, size in sizes), sum(size for dtype, size in sizes if dtype == torch.float32)
+
     def export_onnx(self, path: Any) -> Any:
         """Write the step of the last batch as one plain ONNX model, whose state goes in and comes out.
 

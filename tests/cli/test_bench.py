@@ -20,7 +20,7 @@ from mpcompile.tools.main import app
 
 ROWS, WIDTH = 8, 32
 WORKLOAD = Workload(
-    lambda: MLP(WIDTH),
+    lambda: MLP(WIDTH, 4),
     lambda rows: {"x": torch.randn(rows, WIDTH), "labels": torch.randint(0, 16, (rows,))},
     ROWS,
     unit="rows",

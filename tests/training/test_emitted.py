@@ -250,3 +250,22 @@ def test_weights_larger_than_the_buffer_are_updated_in_pieces(kind, clip, monkey
     exact = {"rtol": 0, "atol": 0} if clip is None else {"rtol": 1e-6, "atol": 1e-7}
     torch.testing.assert_close(weights, other_weights, **exact)
     torch.testing.assert_close(states, other_states, **exact)
+
+
+def test_bytes_kept_for_the_backward_grow_with_the_batch():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+    step = mpcompile(model, "bf16", low=["0", "2"], dynamic=False).train_step(
+        optim.SGD(model.parameters(), lr=0.1), lambda m, x: m(x).square().mean()
+    )
+    with pytest.raises(TrainingError, match="MP542"):
+        step.saved_bytes  # noqa: B018
+    kept = []
+    for rows in (16, 32):
+        step(torch.randn(rows, 64))
+        kept.append(step.saved_bytes)
+    (small, _), (large, single) = kept
+    assert large == 2 * small
+    assert large >= 32 * (64 + 256) * 2, "the operands of both products, in BF16"
+    assert single < large / 2
+    assert step.compile_seconds > 0
