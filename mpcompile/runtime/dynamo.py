@@ -29,6 +29,9 @@ from mpcompile.runtime.device import emulated_kinds, settle_policy
 from mpcompile.runtime.inductor import compile_inductor, run_eagerly
 from mpcompile.training.shadows import SHADOWS, ShadowGroup, use_shadow
 
+# Elements from which a shadow's gradient is worth a call of its own, outside the compiled backward.
+LARGE = 1 << 18
+
 log = logging.getLogger("mpcompile")
 
 page(
@@ -159,12 +162,28 @@ class Compiler:
         if not compiled:
             eager = run_eagerly(written.module, fp32_matmul=plan.policy.fp32_matmul)
             return CompiledGraph(eager, shadows, self.parameters, differentiable_twice=True)
-        extended = [*fakes, *(_fake_shadow(fakes[i], dtype) for i, dtype in shadows)]
+        lifted = _lift_large(written.module, [fakes[i] for i, _ in shadows])
+        extended = [*fakes, *(_fake_shadow(fakes[i], dtype, n in lifted) for n, (i, dtype) in enumerate(shadows))]
         rounding = has_user_low_cast(plan.graph)
         start = time.perf_counter()
         inner = compile_inductor(written.module, extended, keep_rounding=rounding, fp32_matmul=plan.policy.fp32_matmul)
         self.seconds -= time.perf_counter() - start
-        return CompiledGraph(inner, shadows, self.parameters, differentiable_twice=False)
+        return CompiledGraph(inner, shadows, self.parameters, lifted, differentiable_twice=False)
+
+
+def _lift_large(module: fx.GraphModule, masters: Sequence[torch.Tensor]) -> frozenset[int]:
+    """Numbers of the shadows that the graph is differentiated by itself, because they are large.
+
+    The gradient of such a shadow leaves the compiled backward in the low type, and autograd casts it outside: one after
+    the other, each low one freed. Inside, Inductor casts all of them at the end, and holds every gradient twice.
+    """
+    places = {f"shadow_{i}": i for i, master in enumerate(masters) if master.numel() >= LARGE}
+    for node in module.graph.find_nodes(op="call_function", target=use_shadow):
+        if node.args[1].name in places:
+            node.replace_all_uses_with(node.args[1])
+            module.graph.erase_node(node)
+    module.recompile()
+    return frozenset(places.values())
 
 
 def _argument_places(capture: FxCapture) -> list[int]:
@@ -174,9 +193,9 @@ def _argument_places(capture: FxCapture) -> list[int]:
     return [place.get(capture.origin[name][0], -1) for name in capture.graph.inputs]
 
 
-def _fake_shadow(master: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _fake_shadow(master: torch.Tensor, dtype: torch.dtype, lifted: bool) -> torch.Tensor:
     with master.fake_mode:  # type: ignore[attr-defined]
-        return torch.empty_like(master, dtype=dtype, requires_grad=False)
+        return torch.empty_like(master, dtype=dtype, requires_grad=lifted and master.requires_grad)
 
 
 def device_of(tensors: Sequence[Any]) -> str:
@@ -188,7 +207,8 @@ def device_of(tensors: Sequence[Any]) -> str:
 class CompiledGraph:
     """What Dynamo's bytecode calls: the inner graph, with its shadows brought up to date first.
 
-    `parameters` receives the ids of those that the graph is first called with.
+    `parameters` receives the ids of those that the graph is first called with; `lifted` are the numbers of the shadows
+    that the graph is differentiated by.
     """
 
     def __init__(
@@ -196,6 +216,7 @@ class CompiledGraph:
         inner: Callable[..., Any],
         shadows: list[tuple[int, torch.dtype]],
         parameters: set[int],
+        lifted: frozenset[int] = frozenset(),
         *,
         differentiable_twice: bool,
     ):
@@ -203,12 +224,17 @@ class CompiledGraph:
         self.parameters: set[int] | None = parameters
         self.places = [place for place, _ in shadows]
         self.shadows = ShadowGroup(SHADOWS, [dtype for _, dtype in shadows])
+        self.lifted = [(number, self.places[number]) for number in sorted(lifted)]
 
     def __call__(self, *args: Any) -> Any:
         if self.parameters is not None:
             self.parameters.update(id(a) for a in args if isinstance(a, torch.nn.Parameter))
             self.parameters = None
-        shadows = self.shadows.get([args[place] for place in self.places]) if self.places else ()
+        shadows = self.shadows.get([args[place] for place in self.places]) if self.places else []
+        if self.lifted and torch.is_grad_enabled():
+            shadows = list(shadows)
+            for number, place in self.lifted:
+                shadows[number] = use_shadow(args[place], shadows[number])
         outputs = self.inner(*args, *shadows)
         if not self.differentiable_twice and torch.is_grad_enabled():
             _refuse_double_backward(outputs)
