@@ -19,8 +19,8 @@ from onnx_ir.passes import common
 
 from mpcompile.errors import OnnxError
 from mpcompile.frontends import onnx_facts as facts
-from mpcompile.frontends.onnx_load import load
-from mpcompile.frontends.onnx_prepare import infer, opset, prepare, quiet, subgraphs
+from mpcompile.frontends.onnx_load import load, quiet
+from mpcompile.frontends.onnx_prepare import infer, opset, prepare, subgraphs
 from mpcompile.frontends.onnx_schema import dtype_name, op_name, signature
 from mpcompile.graph import Node, PrecisionGraph, Role, Value
 from mpcompile.passes.legalize import Signature

@@ -220,6 +220,29 @@ def test_custom_domains_stay_fp32_and_are_listed() -> None:
     assert types_of_inputs(made.model, "Odd") == ["FLOAT"]
 
 
+def test_what_a_custom_operator_gives_has_the_type_that_its_readers_need() -> None:
+    """Nobody infers the type of `c`; MatMul's result is FP32, so `d` is, so `c` is: casts stand where they must."""
+    given = parse(
+        "g (float[2, 8] x) => (float[2, 8] y) { h = MatMul(x, w)\n c = vendor.Odd(h)\n d = Relu(c)\n y = MatMul(d, w) }",
+        domains='"vendor" : 1', w=noise(8, 8),
+    )  # fmt: skip
+    made = convert(given, "fp16").model
+    assert ops(made) == ["Cast", "MatMul", "Cast", "Odd", "Cast", "Relu", "MatMul", "Cast"]
+    del made.graph.value_info[:]  # the last product, with what is inferred from its own casts alone
+    made.graph.node[3].CopyFrom(onnx.helper.make_node("Identity", made.graph.node[3].input, made.graph.node[3].output))
+    assert types(made)["d"] == "FLOAT16"
+
+
+def test_values_of_unknown_type_keep_their_readers_fp32() -> None:
+    given = parse(
+        "g (float[2, 8] x) => (float[2, 8] y) { h = MatMul(x, w)\n c = vendor.Odd(h)\n d = Relu(c)\n e = Mul(d, d)\n"
+        " y = vendor.Odd(e) }",
+        domains='"vendor" : 1', w=noise(8, 8),
+    )  # fmt: skip
+    made = convert(given, "fp16", low=["onnx::Relu", "onnx::Mul"])
+    assert ops(made.model) == ["Cast", "MatMul", "Cast", "Odd", "Relu", "Mul", "Odd"]
+
+
 def types_of_inputs(model: onnx.ModelProto, op: str) -> list[str]:
     """Element types of what the first `op` reads, by the casts in front of it."""
     made = {out: node for node in model.graph.node for out in node.output}
