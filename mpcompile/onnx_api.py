@@ -122,10 +122,14 @@ class OnnxMixedPrecision:
         """The same plan with FP32 operators and rounded values: its numbers are the low type's, on any provider."""
         return self.model if self.options.simulate else self.written(True).message()
 
+    def _stand_in(self) -> Any:
+        """The simulation, as a session takes it."""
+        return (self._written if self.options.simulate else self.written(True)).loadable()
+
     def compare(self, samples: Any) -> list[OutputError]:
         """How far each output is off on `samples`, worst first, in true low-precision numerics (simulated)."""
         feeds = calibrate_room.samples(samples)
-        return calibrate_room.compare(self.simulated(), feeds, calibrate_room.reference(self.capture.source, feeds))
+        return calibrate_room.compare(self._stand_in(), feeds, calibrate_room.reference(self.capture.source, feeds))
 
     def written(self, simulate: bool) -> Written:
         """The plan as a model, plain or simulated."""
@@ -158,22 +162,16 @@ class OnnxMixedPrecision:
         Raises:
           OnnxError: MP602, MP603.
         """
-        if not self.is_large:
-            self._check(self.model)
+        if not self.is_large:  # if it is, `save` checks the file
+            self._check(self._written.loadable())
 
     def _check(self, model: Any) -> None:
         loads = None
         if self._needs_stand_in:
-            loads = self.simulated()
+            loads = self.written(True).loadable()
             if self.policy.low == "fp16":
                 self.notes.append(f"loaded as its simulation, without {self.options.provider} here: {SLOW_TO_LOAD}")
-        given = self.capture.source
-        self.notes += onnx_check.check(
-            model,
-            lambda: ir.to_proto(given) if isinstance(given, ir.Model) else given,
-            loads,
-            self.options.session_options,
-        )
+        self.notes += onnx_check.check(model, lambda: self.capture.source, loads, self.options.session_options)
 
     @property
     def _needs_stand_in(self) -> bool:
@@ -263,7 +261,7 @@ def _calibrated(policy: Policy, options: Options, model: Any, feeds: Sequence[An
     made = plan(policy, options, capture, ranges)
     wanted = calibrate_room.reference(model, feeds)
     limit = max_error if max_error is not None else AUTO_ERROR if auto else None
-    made.errors = calibrate_room.compare(made.simulated(), feeds, wanted)
+    made.errors = calibrate_room.compare(made._stand_in(), feeds, wanted)
     if limit is None or worst(made) <= limit:
         return made
     order = sensitivities(capture, made.graph, made.written(True).ir(), feeds)
@@ -275,7 +273,7 @@ def _calibrated(policy: Policy, options: Options, model: Any, feeds: Sequence[An
     def attempt(kept: Sequence[str]) -> OnnxMixedPrecision:
         more = replace(options, keep_fp32=(*options.keep_fp32, *([_Named(frozenset(kept))] if kept else ())))
         tried = plan(policy, more, capture, ranges)
-        tried.errors, tried.kept = calibrate_room.compare(tried.simulated(), feeds, wanted), list(kept)
+        tried.errors, tried.kept = calibrate_room.compare(tried._stand_in(), feeds, wanted), list(kept)
         return tried
 
     kept = smallest(order, lambda names: worst(attempt(names)), limit)

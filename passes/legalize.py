@@ -96,6 +96,8 @@ class Legalize:
             return
         signature = self.signatures.get(node.id, UNKNOWN)
         main = _main(signature, reads, gives)
+        if "unknown" in found and main in _unknown(signature, reads, gives):
+            _force(node, "the type of one of its operands is not known, and the others share it")
         if node.verdict != "fp32" and self.low not in signature.allowed.get(main, FP32_ONLY):
             _force(node, signature.why or f"its type may not be {self.low}")
         elif node.decided_by != "override" and (size := self._too_large(graph, node)):
@@ -160,6 +162,12 @@ def _main(signature: Signature, reads: dict[int, str], gives: dict[int, str]) ->
         if dtype in CASTABLE:
             return signature.output(index)
     return next((signature.input(slot) for slot, dtype in reads.items() if dtype in CASTABLE), "")
+
+
+def _unknown(signature: Signature, reads: dict[int, str], gives: dict[int, str]) -> set[str]:
+    """The type variables of values whose types nobody knows."""
+    found = {signature.input(slot) for slot, dtype in reads.items() if dtype == "unknown"}
+    return found | {signature.output(index) for index, dtype in gives.items() if dtype == "unknown"}
 
 
 def _leave(node: Node, reads: dict[int, str], gives: dict[int, str]) -> None:

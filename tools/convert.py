@@ -21,7 +21,9 @@ def convert(
     keep_fp32: options.KeepFp32 = None,
     low: options.Low = None,
     provider: Annotated[str, typer.Option(help="Whose kernels it is for: cuda, cpu, or '' for any.")] = "cuda",
-    low_io: Annotated[bool, typer.Option("--low-io", help="FP32 inputs and outputs become low too.")] = False,
+    keep_io: Annotated[
+        bool, typer.Option("--keep-io/--low-io", help="Inputs and outputs keep their types, or FP32 ones become low.")
+    ] = True,
     simulate: Annotated[
         bool, typer.Option(help="FP32 operators, results rounded: the numbers, on any provider.")
     ] = False,
@@ -45,7 +47,7 @@ def convert(
         keep_fp32=tuple(keep_fp32 or ()),
         low=tuple(low or ()),
         strict=strict,
-        keep_io=not low_io,
+        keep_io=keep_io,
         provider=provider,
         simulate=simulate,
         annotate=annotate,

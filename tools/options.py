@@ -10,7 +10,9 @@ import typer
 Target = Annotated[
     str, typer.Argument(help="FILE.py:FACTORY, PACKAGE.MODULE:FACTORY or MODEL.onnx", show_default=False)
 ]
-Policy = Annotated[str, typer.Option("--policy", "-p", help="auto, bf16, fp16, fp32, or fields: low=fp16,output=low")]
+Policy = Annotated[
+    str, typer.Option("--policy", "--precision", "-p", help="auto, bf16, fp16, fp32, or fields: low=fp16,output=low")
+]
 KeepFp32 = Annotated[
     list[str] | None, typer.Option("--keep-fp32", help="Glob on module path, op or node to keep FP32.")
 ]

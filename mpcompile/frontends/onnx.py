@@ -15,10 +15,12 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
+from onnx_ir.passes import common
 
+from mpcompile.errors import OnnxError
 from mpcompile.frontends import onnx_facts as facts
-from mpcompile.frontends.onnx_load import load
-from mpcompile.frontends.onnx_prepare import opset, prepare, subgraphs
+from mpcompile.frontends.onnx_load import load, quiet
+from mpcompile.frontends.onnx_prepare import infer, opset, prepare, subgraphs
 from mpcompile.frontends.onnx_schema import dtype_name, op_name, signature
 from mpcompile.graph import Node, PrecisionGraph, Role, Value
 from mpcompile.passes.legalize import Signature
@@ -65,10 +67,32 @@ def read(model: Any, low: str = "fp32", *, provider: str = "") -> OnnxCapture:
     """
     loaded = load(model)
     prepared, notes = prepare(loaded, low)
-    capture = OnnxCapture(prepared, model, loaded.protos, loaded.annotated, notes=notes)
-    capture.graph.header = {"source": "onnx"}
-    _Reader(capture, provider).main()
-    return capture
+
+    def walk() -> OnnxCapture:
+        capture = OnnxCapture(prepared, model, loaded.protos, loaded.annotated, notes=notes)
+        capture.graph.header = {"source": "onnx"}
+        _Reader(capture, provider).main()
+        return capture
+
+    try:
+        return walk()
+    except KeyError:  # a value that is read before it is made: other tools leave nodes in any order
+        with quiet():
+            _sort(prepared)
+    try:
+        return walk()
+    except KeyError as error:
+        raise OnnxError("MP601", f"nothing makes the value {error.args[0].name!r}, which a node reads or a body returns",
+                        why="the model is not valid ONNX", try_="onnx.checker.check_model(model)") from error  # fmt: skip
+
+
+def _sort(model: ir.Model) -> None:
+    """Put the nodes in order, and infer types again: inference goes once, from first to last."""
+    try:
+        common.TopologicalSortPass()(model)
+    except ValueError as error:
+        raise OnnxError("MP601", "the nodes of the model form a cycle", why=str(error)) from error
+    infer(model)
 
 
 class _Reader:

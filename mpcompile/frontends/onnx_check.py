@@ -15,9 +15,10 @@ from typing import Any
 
 import onnx
 import onnx_ir as ir
+import onnxruntime
 
 from mpcompile.errors import OnnxError, page
-from mpcompile.runtime.ort import session
+from mpcompile.runtime.ort import on_disk, session
 
 page(
     "MP602",
@@ -43,7 +44,7 @@ def weight_bytes(model: ir.Model) -> int:
 
 
 def check(model: Any, original: Callable[[], Any], loads: Any = None, options: Any = None) -> list[str]:
-    """Check `model` (a `ModelProto`, or a path for models with a data file).
+    """Check `model`: a `ModelProto`, or for large weights a path, or an `onnx_ir.Model` that goes to a file first.
 
     Args:
       original: gives the model before the conversion; asked only when a check fails.
@@ -56,6 +57,11 @@ def check(model: Any, original: Callable[[], Any], loads: Any = None, options: A
     Raises:
       OnnxError: MP602, MP603.
     """
+    if isinstance(model, ir.Model):
+        with on_disk(model) as path:
+            return check(path, original, loads, options)
+    if options is None and not isinstance(model, onnx.ModelProto):
+        options = _frugal()
     notes = []
     if error := _fails(lambda: _full_check(model)):
         if not (before := _fails(lambda: _full_check(original()))):
@@ -73,7 +79,18 @@ def check(model: Any, original: Callable[[], Any], loads: Any = None, options: A
     return notes
 
 
+def _frugal() -> Any:
+    """Options for large weights: the optimizer would fold the CPU provider's casts, into an FP32 copy of them all."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options
+
+
 def _full_check(model: Any) -> None:
+    if isinstance(model, ir.Model):
+        with on_disk(model) as path:
+            return _full_check(path)
     onnx.checker.check_model(model if isinstance(model, onnx.ModelProto) else os.fspath(model), full_check=True)
 
 

@@ -16,10 +16,13 @@ import onnx
 import onnx_ir as ir
 
 from mpcompile.frontends.onnx import OnnxCapture
+from mpcompile.frontends.onnx_facts import release
 from mpcompile.frontends.onnx_schema import dtype_name
 from mpcompile.graph import Node, PrecisionGraph
 
 DATA_TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+# Models with more bytes of weights go to the runtime by way of a file, not by way of two more copies in memory.
+IN_MEMORY = 1 << 28
 # Tensors with more bytes are kept out of the message until it is asked for.
 HEAVY = 1 << 20
 PROMISE = "mpcompile.promise"
@@ -96,6 +99,10 @@ class Written:
             tensor.name = name
         self.heavy = []
         return self.proto
+
+    def loadable(self) -> onnx.ModelProto | ir.Model:
+        """What to give a runtime: the message, or for large weights a model that is written to a file first."""
+        return self.message() if self.weight_bytes <= IN_MEMORY else self.ir()
 
     def ir(self) -> ir.Model:
         """An `onnx_ir` model, whose heavy tensors are converted when they are read."""
@@ -370,6 +377,7 @@ def _fill_tensor(made: onnx.TensorProto, held: Any) -> None:
     made.data_type, made.name = int(held.dtype), held.name or ""
     made.dims.extend(held.shape.numpy())
     made.raw_data = held.tobytes()
+    release(held)
 
 
 def _all_values(graph: ir.Graph) -> Iterator[ir.Value]:

@@ -32,7 +32,19 @@ def range_of(tensor: Any) -> tuple[float, float] | None:
     """Smallest and largest element of a float tensor, infinities included; None when it is empty or all NaN."""
     if tensor.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
         return None
-    flat = tensor.numpy().reshape(-1)
+    found = _range(tensor.numpy())
+    release(tensor)
+    return found
+
+
+def release(tensor: Any) -> None:
+    """Give back the memory through which a tensor's file was read; it is opened again when needed."""
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()
+
+
+def _range(array: Any) -> tuple[float, float] | None:
+    flat = array.reshape(-1)
     low, high = math.inf, -math.inf
     for start in range(0, flat.size, SLICE):
         part = flat[start : start + SLICE]

@@ -6,13 +6,18 @@ Its large weights are promises of a file that nobody opens, so it is small whate
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
+from onnx import numpy_helper
 
 from mpcompile.errors import OnnxError, page
 
@@ -54,24 +59,33 @@ def load(model: Any) -> Loaded:
     if isinstance(model, ir.Model):
         return Loaded(model.clone())
     if isinstance(model, onnx.ModelProto):
-        return _loaded(model)
+        return _loaded(model, "")
     if not isinstance(model, (str, os.PathLike)):
         raise OnnxError("MP601", f"a {type(model).__name__} is no ONNX model", try_="a path or an onnx.ModelProto")
     path = os.fspath(model)
     if not os.path.isfile(path):
         raise OnnxError("MP601", "there is no such file", where=path)
     try:
-        loaded = _loaded(onnx.load(path, load_external_data=False))
+        given = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's own error classes vary by version
         why = f"{type(error).__name__}: {error}"
         raise OnnxError("MP601", "the file is not an ONNX model", where=path, why=why) from error
+    loaded = _loaded(given, path)
     ir.external_data.set_base_dir(loaded.model.graph, os.path.dirname(path) or ".")
     return loaded
 
 
-def _loaded(given: onnx.ModelProto) -> Loaded:
+def _loaded(given: onnx.ModelProto, path: str) -> Loaded:
     skeleton, weights = _skeleton(given)
-    model = ir.from_proto(skeleton)
+    try:
+        with quiet():
+            model = ir.from_proto(skeleton)
+    except Exception as error:  # `onnx_ir` raises what it likes
+        cause = error
+        while cause.__cause__ is not None:  # it wraps the reason in where it was, many times over
+            cause = cause.__cause__  # type: ignore[assignment]
+        why = f"{type(cause).__name__}: {cause}"
+        raise OnnxError("MP601", "the model cannot be read", where=path, why=why) from error
     for name, tensor in weights.items():
         model.graph.initializers[name].const_value = ir.serde.deserialize_tensor(tensor)
     shapes: dict[tuple[int, ...], ir.Shape] = {}
@@ -89,9 +103,10 @@ def _skeleton(given: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, onnx.T
         if field_.name != "graph":
             _copy(twin, field_, content)
     for field_, content in given.graph.ListFields():
-        if field_.name != "initializer":
+        if field_.name not in ("initializer", "sparse_initializer"):
             _copy(twin.graph, field_, content)
-    for tensor in given.graph.initializer:
+    dense = [_dense(tensor) for tensor in given.graph.sparse_initializer]
+    for tensor in (*given.graph.initializer, *dense):
         made = twin.graph.initializer.add()
         if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.ByteSize() <= WEIGHT:
             made.CopyFrom(tensor)
@@ -101,6 +116,29 @@ def _skeleton(given: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, onnx.T
         made.dims.extend(tensor.dims)
         made.external_data.add(key="location", value="promise")
     return twin, weights
+
+
+def _dense(sparse: onnx.SparseTensorProto) -> onnx.TensorProto:
+    """A sparse initializer with its zeros: `onnx_ir` knows no other."""
+    values = numpy_helper.to_array(sparse.values)
+    flat = np.zeros(math.prod(sparse.dims), values.dtype)
+    places = numpy_helper.to_array(sparse.indices)
+    flat[places if places.ndim == 1 else np.ravel_multi_index(tuple(places.T), tuple(sparse.dims))] = values
+    return numpy_helper.from_array(flat.reshape(tuple(sparse.dims)), sparse.values.name)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries' warnings about models that they cannot infer to themselves."""
+    loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _copy(message: Any, field_: Any, content: Any) -> None:
@@ -132,4 +170,4 @@ def _annotated(proto: onnx.GraphProto) -> bool:
     return any(_annotated(body) for attr in attrs for body in (*attr.graphs, *([attr.g] if attr.HasField("g") else [])))
 
 
-__all__ = ["Loaded", "load"]
+__all__ = ["Loaded", "load", "quiet"]

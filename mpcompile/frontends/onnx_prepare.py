@@ -5,7 +5,6 @@ Only what does not change a bit of the model's results happens here, on a copy o
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +13,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from mpcompile.frontends.onnx_load import WEIGHT, Loaded
+from mpcompile.frontends.onnx_load import WEIGHT, Loaded, quiet
 from mpcompile.frontends.onnx_schema import find_schema, signature
 from mpcompile.graph import LOW
 
@@ -96,6 +95,8 @@ def _take_over(model: ir.Model, inferred: onnx.ModelProto) -> None:
     _merge(model.graph, inferred.graph, {}, lacking)
     for node in lacking:
         _infer_types(node, model)
+    if any(out.type is None for node in lacking for out in node.outputs):
+        _infer_from_readers(model, lacking)
 
 
 @contextmanager
@@ -203,6 +204,29 @@ def _takes(domain: str, op: str, version: int, low: str) -> bool:
     return any(low in types.allowed.get(variable, ()) for variable in types.outputs)
 
 
+def _infer_from_readers(model: ir.Model, lacking: list[ir.Node]) -> None:
+    """What a custom operator gives has the type that its readers need: that of their other operands and results."""
+    for node in reversed(lacking):
+        for out in node.outputs:
+            for reader, slot in out.uses():
+                out.type = out.type or _needed(reader, slot, model)
+    for node in lacking:
+        _infer_types(node, model)
+
+
+def _needed(reader: ir.Node, slot: int, model: ir.Model) -> Any:
+    """The type of the operands and results of `reader` that share a type variable with operand `slot`."""
+    version = opset(model, reader.domain)
+    if not find_schema(reader.domain, reader.op_type, version):
+        return None
+    types = signature(reader.domain, reader.op_type, version, "")
+    variable = types.input(slot)
+    peers = [v for i, v in enumerate(reader.inputs) if v is not None and i != slot and types.input(i) == variable]
+    peers += [v for i, v in enumerate(reader.outputs) if types.output(i) == variable]
+    known = (value.type for value in peers if variable and isinstance(value.type, ir.TensorType))
+    return next(known, None)
+
+
 def settle_cast_like(node: ir.Node) -> None:
     """CastLike takes its type from a value that may change its own: write down the type that it has now."""
     if node.op_type != "CastLike" or node.domain or node.outputs[0].dtype is None:
@@ -235,17 +259,3 @@ def _own_body_outputs(bodies: list[ir.Graph]) -> None:
             copy.outputs[0].type, copy.outputs[0].shape = out.type, out.shape
             graph.append(copy)
             graph.outputs[index] = copy.outputs[0]
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the libraries' warnings about models that they cannot infer to themselves."""
-    loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

@@ -30,6 +30,7 @@ from mpcompile.frontends.onnx_emit import (
     header,
     place,
 )
+from mpcompile.frontends.onnx_facts import release
 from mpcompile.graph import LOW, Node, PrecisionGraph
 from mpcompile.rules.table import load_kinds
 
@@ -260,6 +261,7 @@ def convert(tensor: Any, to: str, name: str, simulate: bool, numel: int) -> Any:
     def now() -> Any:
         with np.errstate(over="ignore"):  # FLT_MAX as a bound becomes infinity: no bound, as it was meant
             low = tensor.numpy().astype(NUMPY_TYPES[to])
+        release(tensor)
         return low.astype(np.float32) if simulate else low
 
     dtype = DATA_TYPES["fp32" if simulate else to]

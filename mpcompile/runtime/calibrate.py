@@ -89,7 +89,7 @@ def values(capture: OnnxCapture, names: Sequence[str], feeds: Sequence[Feeds],
     present = {name: by_name[key] for name, key in onnx_names.items() if key in by_name}
     target.graph.outputs.clear()
     target.graph.outputs.extend(present.values())
-    held = ort.session(ir.to_proto(target), ["CPUExecutionProvider"])
+    held = ort.session(target, ["CPUExecutionProvider"])
     return [dict(zip(present, ort.run(held, one).values(), strict=True)) for one in feeds]
 
 
@@ -125,11 +125,11 @@ def _slices(capture: OnnxCapture, limit: int) -> Iterator[list[str]]:
 
 def reference(source: Any, feeds: Sequence[Feeds]) -> list[dict[str, Any]]:
     """Outputs of the model as it was given, for each sample."""
-    held = ort.session(ir.to_proto(source) if isinstance(source, ir.Model) else source, ["CPUExecutionProvider"])
+    held = ort.session(source, ["CPUExecutionProvider"])
     return [ort.run(held, one) for one in feeds]
 
 
-def compare(model: onnx.ModelProto, feeds: Sequence[Feeds], wanted: Sequence[Feeds]) -> list[OutputError]:
+def compare(model: onnx.ModelProto | ir.Model, feeds: Sequence[Feeds], wanted: Sequence[Feeds]) -> list[OutputError]:
     """How far the outputs of `model` are from `wanted`, worst first; the worst sample of each output counts."""
     held = ort.session(model, ["CPUExecutionProvider"])
     worst: dict[str, OutputError] = {}

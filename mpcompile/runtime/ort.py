@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 
 from mpcompile.errors import RuntimeFailure, page
@@ -22,18 +25,31 @@ page(
 
 
 def session(model: Any, providers: Sequence[str] | None = None, options: Any = None) -> ort.InferenceSession:
-    """An ONNX Runtime session of a `ModelProto`, its bytes or its path, that keeps its warnings to itself.
+    """An ONNX Runtime session that keeps its warnings to itself.
 
     Args:
+      model: a `ModelProto`, its bytes, a path, or an `onnx_ir.Model` (by way of a file: its weights may be anywhere).
       providers: execution providers in order of preference; all that are installed when None.
       options: an `onnxruntime.SessionOptions`.
     """
     if options is None:
         options = ort.SessionOptions()
         options.log_severity_level = 4
+    if isinstance(model, ir.Model):
+        with on_disk(model) as path:
+            return session(path, providers, options)
     source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
     source = source if isinstance(source, bytes) else os.fspath(source)
     return ort.InferenceSession(source, options, providers=list(providers or ort.get_available_providers()))
+
+
+@contextmanager
+def on_disk(model: ir.Model) -> Iterator[str]:
+    """The path of `model` in a folder that is gone afterwards; weights are written one at a time."""
+    with tempfile.TemporaryDirectory(prefix="mpcompile.", ignore_cleanup_errors=True) as folder:
+        path = os.path.join(folder, "model.onnx")
+        ir.save(model, path, external_data="model.data")
+        yield path
 
 
 def has_provider(name: str) -> bool:
@@ -48,7 +64,8 @@ def run(held: ort.InferenceSession, feeds: Mapping[str, Any], outputs: Sequence[
       RuntimeFailure: MP703, for inputs that the model does not take.
     """
     known = {i.name: i for i in held.get_inputs()}
-    wrong = [name for name in feeds if name not in known]
+    may = {*known, *(i.name for i in held.get_overridable_initializers())}
+    wrong = [name for name in feeds if name not in may]
     lacking = [name for name in known if name not in feeds]
     if wrong or lacking:
         raise RuntimeFailure("MP703", f"inputs {wrong or lacking} are {'unknown' if wrong else 'missing'}",
@@ -84,4 +101,4 @@ def _array(value: ort.OrtValue) -> Any:
     return torch.utils.dlpack.from_dlpack(value._ortvalue).view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
 
 
-__all__ = ["has_provider", "run", "session"]
+__all__ = ["has_provider", "on_disk", "run", "session"]

@@ -214,6 +214,12 @@ def test_convert_an_onnx_model(tmp_path: Path) -> None:
     assert {row["precision"] for row in rows} == {"fp16"}
     assert "written:" in call("convert", str(source), str(made)).stdout
     assert "MP802" in call("convert", str(tmp_path / "nt.onnx"), str(made), code=2).stderr
+    data("convert", str(source), str(made), "--precision", "bf16", "--keep-io", "--keep-fp32", "onnx::Relu")
+    model = onnx.load(made)
+    assert [node.op_type for node in model.graph.node] == ["Cast", "MatMul", "Cast", "Relu"]
+    assert model.graph.initializer[0].data_type == onnx.TensorProto.BFLOAT16
+    data("convert", str(source), str(made), "--low-io")
+    assert onnx.load(made).graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
 
 
 def test_export_a_pytorch_model(tmp_path: Path) -> None:

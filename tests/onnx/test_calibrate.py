@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 from onnx_models import mlp, noise, parse
 
@@ -123,3 +125,13 @@ def test_smallest_asks_far_fewer_questions_than_there_are_nodes() -> None:
     assert len(asked) < 60
     assert smallest(order, lambda kept: 1.0, 0.5) is None
     assert smallest(order, lambda kept: 0.0, 0.5) == []
+
+
+def test_weights_in_a_data_file_calibrate_too(tmp_path: Path) -> None:
+    onnx.save(mlp(), tmp_path / "m.onnx", save_as_external_data=True, location="m.data", size_threshold=0)
+    feeds = {"x": noise(3, 16)}
+    want = convert(mlp(), "fp16", calibrate=feeds)
+    for given in (tmp_path / "m.onnx", ir.load(tmp_path / "m.onnx")):
+        made = convert(given, "fp16", calibrate=feeds)
+        assert (made.errors, made.ranges) == (want.errors, want.ranges)
+        assert made.compare(feeds) == want.errors

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import ml_dtypes
@@ -217,6 +220,29 @@ def test_custom_domains_stay_fp32_and_are_listed() -> None:
     assert types_of_inputs(made.model, "Odd") == ["FLOAT"]
 
 
+def test_what_a_custom_operator_gives_has_the_type_that_its_readers_need() -> None:
+    """Nobody infers the type of `c`; MatMul's result is FP32, so `d` is, so `c` is: casts stand where they must."""
+    given = parse(
+        "g (float[2, 8] x) => (float[2, 8] y) { h = MatMul(x, w)\n c = vendor.Odd(h)\n d = Relu(c)\n y = MatMul(d, w) }",
+        domains='"vendor" : 1', w=noise(8, 8),
+    )  # fmt: skip
+    made = convert(given, "fp16").model
+    assert ops(made) == ["Cast", "MatMul", "Cast", "Odd", "Cast", "Relu", "MatMul", "Cast"]
+    del made.graph.value_info[:]  # the last product, with what is inferred from its own casts alone
+    made.graph.node[3].CopyFrom(onnx.helper.make_node("Identity", made.graph.node[3].input, made.graph.node[3].output))
+    assert types(made)["d"] == "FLOAT16"
+
+
+def test_values_of_unknown_type_keep_their_readers_fp32() -> None:
+    given = parse(
+        "g (float[2, 8] x) => (float[2, 8] y) { h = MatMul(x, w)\n c = vendor.Odd(h)\n d = Relu(c)\n e = Mul(d, d)\n"
+        " y = vendor.Odd(e) }",
+        domains='"vendor" : 1', w=noise(8, 8),
+    )  # fmt: skip
+    made = convert(given, "fp16", low=["onnx::Relu", "onnx::Mul"])
+    assert ops(made.model) == ["Cast", "MatMul", "Cast", "Odd", "Relu", "Mul", "Odd"]
+
+
 def types_of_inputs(model: onnx.ModelProto, op: str) -> list[str]:
     """Element types of what the first `op` reads, by the casts in front of it."""
     made = {out: node for node in model.graph.node for out in node.output}
@@ -294,6 +320,9 @@ def test_initializers_that_are_inputs_can_still_be_overridden() -> None:
     np.testing.assert_allclose(
         held.run(None, {"x": noise(2, 8), "w": other})[0], noise(2, 8) @ other, rtol=1e-2, atol=1e-2
     )
+    made = convert(given, "fp16")
+    for weights, feeds in ((other, {"w": other}), (noise(8, 8), {})):
+        np.testing.assert_allclose(made.run(x=noise(2, 8), **feeds)["y"], noise(2, 8) @ weights, rtol=1e-2, atol=1e-2)
 
 
 def test_outputs_that_are_inputs_or_initializers_keep_their_names() -> None:
@@ -383,6 +412,26 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
         convert(tmp_path / "text.onnx", "fp16")
     with pytest.raises(OnnxError, match="MP601"):
         convert(42, "fp16")
+    with pytest.raises(OnnxError, match=r"MP601.*'nobody'"):
+        convert(parse("g (float[2] x) => (float[2] y) { y = Add(x, nobody) }"), "fp16")
+    with pytest.raises(OnnxError, match=r"MP601.*cycle"):
+        convert(parse("g (float[2] x) => (float[2] y) { a = Add(x, b)\n b = Relu(a)\n y = Relu(b) }"), "fp16")
+    captured = "g (float[2] x, bool c) => (float[2] y) { y = If(c) <a = t () => (float[2] x) {}, b = e () => (float[2] x) {}> }"
+    with pytest.raises(OnnxError, match=r"MP601.*'x'"):
+        convert(parse(captured.replace("a =", "then_branch =").replace("b =", "else_branch =")), "fp16")
+
+
+def test_nodes_in_any_order_are_sorted() -> None:
+    given = parse(
+        "g (float[4, 8] x) => (float[4, 8] y) { h = MatMul(x, w)\n e = Exp(h)\n y = MatMul(e, w) }", w=noise(8, 8)
+    )
+    turned = onnx.ModelProto()
+    turned.CopyFrom(given)
+    del turned.graph.node[:]
+    turned.graph.node.extend(reversed(given.graph.node))
+    made = convert(turned, "fp16")
+    assert ops(made.model) == ops(convert(given, "fp16").model)
+    close(made.simulated(), given, {"x": noise(4, 8, scale=0.3)}, 1e-2)
 
 
 def test_save_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,15 +448,24 @@ def test_save_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_large_weights_go_to_a_data_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mpcompile.frontends import onnx_check
+    from mpcompile.frontends import onnx_check, onnx_emit
 
     monkeypatch.setattr(onnx_check, "EXTERNAL_FROM", 1000)
+    monkeypatch.setattr(onnx_emit, "HEAVY", 100)
     made = convert(mlp(), "fp16")
     with pytest.raises(OnnxError, match="MP604"):
         _ = made.model
     made.save(tmp_path / "big.onnx")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["big.onnx", "big.onnx.data"]
     close(onnx.load(tmp_path / "big.onnx"), mlp(), {"x": noise(3, 16)}, 5e-3)
+    broken = convert(mlp(), "fp16")
+    broken._written.proto.graph.node[0].op_type = "NoSuchOperator"
+    with pytest.raises(OnnxError, match="MP602"):
+        broken.save(tmp_path / "broken.onnx")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["big.onnx", "big.onnx.data"]
+    foreign = convert(mlp(), "bf16", provider="rocm")  # what is loaded is its simulation, by way of a file too
+    monkeypatch.setattr(onnx_emit, "IN_MEMORY", 0)
+    foreign.save(tmp_path / "bf16.onnx")
     monkeypatch.undo()
     again = convert(tmp_path / "big.onnx", "fp16")
     close(again.model, mlp(), {"x": noise(3, 16)}, 5e-3)
@@ -522,3 +580,38 @@ def test_much_fp16_for_a_provider_that_is_not_here_is_loaded_as_its_simulation(m
     assert not convert(mlp(), "fp16", provider="cpu").notes
     assert loaded == [False, True]
     assert {t.data_type for t in made.model.graph.initializer} == {TensorProto.FLOAT16}
+
+
+MEASURE = """
+import resource, sys
+from mpcompile.frontends import onnx_check
+from mpcompile.onnx_api import convert
+onnx_check.EXTERNAL_FROM = 1 << 28
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+made = convert(sys.argv[1] + "/m.onnx", sys.argv[2])
+made.save(sys.argv[1] + "/out.onnx")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("low", ["fp16", "bf16"])
+def test_large_weights_are_streamed(low: str, tmp_path: Path) -> None:
+    """A gigabyte of weights is converted, checked and saved in less than half of that."""
+    size, count = 4096 * 4096 * 4, 16
+    (tmp_path / "w.data").touch()
+    os.truncate(tmp_path / "w.data", count * size)  # zeros that take no space
+    chain = "\n".join(f"h{i + 1} = MatMul(h{i}, w{i})" for i in range(count))
+    given = parse(f"g (float[n, 4096] h0) => (float[n, 4096] h{count}) {{ {chain} }}")
+    for i in range(count):
+        tensor = given.graph.initializer.add(
+            name=f"w{i}", data_type=1, dims=[4096, 4096], data_location=TensorProto.EXTERNAL
+        )
+        for key, text in (("location", "w.data"), ("offset", str(i * size)), ("length", str(size))):
+            tensor.external_data.add(key=key, value=text)
+    onnx.save(given, tmp_path / "m.onnx")
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(tmp_path), low], capture_output=True, text=True, check=True
+    )
+    assert (tmp_path / "out.onnx.data").stat().st_size == count * size // 2
+    assert int(done.stdout) * 1024 < count * size / 2
