@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
 
 from mpcompile.errors import CaptureError, page
+from mpcompile.frontends.recurrent import traced_whole
 
 page(
     "MP101",
@@ -218,13 +220,16 @@ def export(
     Raises:
       CaptureError: MP101, with torch's own message.
     """
-    with autocast_off():
+    with autocast_off(), traced_whole():
         return _guarded(lambda: torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False))
 
 
 def _guarded(call: Callable[[], torch.export.ExportedProgram]) -> torch.export.ExportedProgram:
     try:
-        return call()
+        with warnings.catch_warnings():
+            # What `nn.LSTM` and its kin do to themselves in a trace.
+            warnings.filterwarnings("ignore", message="The tensor attributes? .* assigned during export")
+            return call()
     except Exception as error:
         first = str(error).strip().splitlines() or [type(error).__name__]
         raise CaptureError(

@@ -319,3 +319,12 @@ def test_an_unmatched_glob_names_near_ones_and_leaves_the_model() -> None:
     with pytest.raises(Exception, match="MP203"):
         mpcompile(model, "bf16", keep_fp32=["decoder.*"], backend="eager")(torch.randn(2, WIDTH))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_models_do_not_make_each_other_s_sizes_symbolic() -> None:
+    shapes = set()
+    for size in (8, 9):
+        mp = mpcompile(nn.Linear(WIDTH, WIDTH), "bf16", backend="eager")
+        mp(torch.randn(size, WIDTH))
+        shapes |= {v.shape for v in mp.plans[0].graph.values.values() if v.role == "input"}
+    assert shapes == {(8, WIDTH), (9, WIDTH)}
