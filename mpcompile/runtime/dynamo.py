@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from mpcompile.errors import MPCompileError, RuleError, RuntimeFailure, page, suggest
-from mpcompile.frontends.capture import trace_dynamo
+from mpcompile.frontends.capture import numbers_settled, trace_dynamo
 from mpcompile.frontends.facts import TORCH_DTYPES
 from mpcompile.frontends.fx import FxCapture, read
 from mpcompile.frontends.fx_write import has_user_low_cast, write
@@ -130,7 +130,8 @@ class Compiler:
         self.plans.append(plan)
         if self.on_plan is not None:
             self.on_plan(plan)
-        return self._emit(plan, fakes)
+        with numbers_settled(plan.capture.module):
+            return self._emit(plan, fakes)
 
     def check_overrides(self) -> None:
         """After a whole forward: an override that matched in no graph of it is an error.
