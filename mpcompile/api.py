@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -16,11 +17,12 @@ from mpcompile.errors import CaptureError, MPCompileError, RuleError, page
 from mpcompile.frontends.capture import export
 from mpcompile.frontends.exported import inline_regions
 from mpcompile.frontends.fx_write import write
+from mpcompile.frontends.recurrent import traced_whole
 from mpcompile.graph import joined
 from mpcompile.passes.classify import refuse_unmatched
 from mpcompile.policy import Policy
 from mpcompile.rules.table import rules_for
-from mpcompile.runtime.coverage import recurrent_layers_traced, warn_of_gaps, watch
+from mpcompile.runtime.coverage import warn_of_gaps, watch
 from mpcompile.runtime.device import emulated_kinds
 from mpcompile.runtime.dynamo import Compiler, Plan, Settings, decide, log_plan, settings_of
 from mpcompile.training.shadows import SHADOWS
@@ -62,6 +64,7 @@ page(
     "'inductor', 'eager' or 'onnxruntime'.",
 )
 
+_ENTRIES = itertools.count()
 BACKENDS = ("inductor", "eager", "onnxruntime")
 
 
@@ -208,7 +211,7 @@ class MixedPrecisionModule(nn.Module):
         try:
             if not self._recurrent:
                 return call(*args, **kwargs)
-            with recurrent_layers_traced():
+            with traced_whole():
                 return call(*args, **kwargs)
         except BackendCompilerFailed as error:
             raise _own(error) from error
@@ -315,16 +318,17 @@ def _own(error: BackendCompilerFailed) -> Exception:
 
 
 def _entry(model: nn.Module) -> Callable[..., Any]:
-    """A function of its own code object that calls the model.
+    """A function of its own code object and name that calls the model.
 
     Dynamo caches by code object and gives up, running eagerly, after eight compilations of one; models of one class
-    under many policies must not exhaust each other's cache.
+    under many policies must not exhaust each other's cache.  And it remembers by name which sizes have changed: those
+    of one model must not make another's symbolic.
     """
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)
 
-    call.__code__ = call.__code__.replace()
+    call.__code__ = call.__code__.replace(co_name=f"{type(model).__name__}_{next(_ENTRIES)}")
     return call
 
 

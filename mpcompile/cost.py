@@ -8,6 +8,7 @@ cast that stands alone (of a kernel's result or a graph input, in front of a ker
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
@@ -23,7 +24,7 @@ SHADOW_CAST = 1e-11
 
 @dataclass(frozen=True)
 class Device:
-    """One row of devices.toml: FLOP/s by precision, bytes/s, and seconds per kernel."""
+    """One row of devices.toml: FLOP/s by precision, bytes/s, seconds per kernel, and kinds with a speedup of their own."""
 
     name: str
     fp32: float
@@ -31,8 +32,12 @@ class Device:
     fp16: float
     bandwidth: float
     launch: float
+    speedup: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
-    def rate(self, precision: str) -> float:
+    def rate(self, precision: str, kind: str = "") -> float:
+        own = self.speedup.get(kind, {}).get(precision)
+        if own is not None:
+            return own * self.fp32
         return {"bf16": self.bf16, "fp16": self.fp16}.get(precision, self.fp32)
 
 
@@ -139,7 +144,7 @@ class CostModel:
 
     def work(self, node: Node, precision: str) -> float:
         """Seconds of matrix work, and of the operands that this kernel alone makes someone write."""
-        seconds = node.flops / self.device.rate(precision)
+        seconds = node.flops / self.device.rate(precision, node.kind)
         if not self.is_kernel(node):
             return seconds
         private = self._private.get(node.id)

@@ -222,11 +222,16 @@ class _Plan:
             return
         if node.verdict == "low" and not low:
             node.decided_by = "cost"
-            gain = max(self.saving.get(node.id, 0.0), 0.0) * 1e6
-            node.reason = f"too small: low precision would save {gain:.3g} us, less than its casts cost"
+            node.reason = self._why_not(node)
         elif node.verdict == "propagate":
             node.decided_by = "cost"
             node.reason = f"{node.reason}; {self._why(node, low)}"
+
+    def _why_not(self, node: Node) -> str:
+        gain = self.saving.get(node.id, 0.0) * 1e6
+        if gain > 0:
+            return f"too small: low precision would save {gain:.3g} us, less than its casts cost"
+        return f"{node.kind} kernels for {self.low} are no faster than for FP32 on this device"
 
     def _why(self, node: Node, low: bool) -> str:
         if not low:

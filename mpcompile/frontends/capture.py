@@ -14,21 +14,25 @@ from __future__ import annotations
 import contextlib
 import itertools
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch._dynamo.symbolic_convert import TensorifyState
 from torch._guards import detect_fake_mode
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._ops import HigherOrderOperator
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.passes._tensorify_python_scalars import tensorify_python_scalars
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
 
 from mpcompile.errors import CaptureError, page
+from mpcompile.frontends.recurrent import traced_whole
 
 page(
     "MP101",
@@ -181,12 +185,42 @@ def trace_dynamo(
     fake_mode = next((x.fake_mode for x in inputs if isinstance(x, FakeTensor)), None) or contextlib.nullcontext()
     with autocast_off(), fx.traceback.preserve_node_meta(), fake_mode:
         traced = make_fx(tracer.run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*inputs)
+    if isinstance(fake_mode, FakeTensorMode):
+        _numbers_as_tensors(traced, fake_mode)
     before = [n for n in module.graph.nodes if n.op == "placeholder"]
     after = [n for n in traced.graph.nodes if n.op == "placeholder"]
     for old, new in zip(before, after, strict=True):
         new.meta["mp_name"] = _input_name(old)
         new.meta["mp_role"] = _input_role(old)
     return traced
+
+
+def _numbers_as_tensors(traced: fx.GraphModule, fake_mode: FakeTensorMode) -> None:
+    """A Python number that changes from call to call enters as a tensor and is read by `item`: compute with the tensor.
+
+    Where that cannot be (a size, a probability), torch asks Dynamo to trace again for this number alone.
+    """
+    found = traced.graph.find_nodes(op="call_function", target=torch.ops.aten.item.default)
+    shapes = fake_mode.shape_env
+    if not found or shapes is None:
+        return
+    numbers = {str(symbol) for node in found for symbol in node.meta["val"].node.expr.free_symbols}
+    for node in found:
+        node.target = torch.ops.aten._local_scalar_dense.default
+    tensorify_python_scalars(traced, shapes, fake_mode)
+    traced.meta["mp_numbers"] = numbers
+    traced.recompile()
+
+
+@contextlib.contextmanager
+def numbers_settled(traced: fx.GraphModule) -> Iterator[None]:
+    """While `traced` is compiled: AOTAutograd, which finds no `item` any more, must not ask for another trace."""
+    numbers = traced.meta.get("mp_numbers", set()) - TensorifyState.force_specializations
+    TensorifyState.force_specializations |= numbers
+    try:
+        yield
+    finally:
+        TensorifyState.force_specializations -= numbers
 
 
 def _input_role(node: fx.Node) -> str:
@@ -218,13 +252,16 @@ def export(
     Raises:
       CaptureError: MP101, with torch's own message.
     """
-    with autocast_off():
+    with autocast_off(), traced_whole():
         return _guarded(lambda: torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False))
 
 
 def _guarded(call: Callable[[], torch.export.ExportedProgram]) -> torch.export.ExportedProgram:
     try:
-        return call()
+        with warnings.catch_warnings():
+            # What `nn.LSTM` and its kin do to themselves in a trace.
+            warnings.filterwarnings("ignore", message="The tensor attributes? .* assigned during export")
+            return call()
     except Exception as error:
         first = str(error).strip().splitlines() or [type(error).__name__]
         raise CaptureError(

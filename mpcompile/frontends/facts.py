@@ -138,12 +138,25 @@ def _frames(trace: str) -> tuple[str, ...]:
 
 def flops(node: fx.Node) -> int:
     """Multiply-adds counted as two, from the shapes of the trace; 0 for what is not matrix work."""
-    count = _FLOPS.get(getattr(getattr(node.target, "overloadpacket", None), "__name__", ""))
+    packet = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
+    if packet in _RECURRENT:
+        return _recurrence(node)
+    count = _FLOPS.get(packet)
     value = node.meta.get("val")
     if count is None or not isinstance(value, torch.Tensor):
         return 0
     tensors = [a.meta.get("val") if isinstance(a, fx.Node) else a for a in node.args]
     return int(count([_sizes(t) for t in tensors], _sizes(value)))
+
+
+def _recurrence(node: fx.Node) -> int:
+    """Every weight of an LSTM, GRU or RNN, or of one cell, is multiplied with every row of the input."""
+    schema: Any = getattr(node.target, "_schema", None)
+    given: dict[str, Any] = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+    rows = next(iter(given.values())).meta.get("val")
+    weights = given.get("params") or [given.get("w_ih"), given.get("w_hh")]
+    sizes = [_sizes(w.meta.get("val")) for w in weights if isinstance(w, fx.Node)]
+    return 2 * math.prod(_sizes(rows)[:-1]) * sum(math.prod(size) for size in sizes if len(size) == 2)
 
 
 def _sizes(tensor: Any) -> list[int]:
@@ -175,6 +188,7 @@ def _attention(args: list[list[int]], out: list[int]) -> int:
     return 4 * math.prod(query) * key[-2]
 
 
+_RECURRENT = frozenset(name + tail for name in ("lstm", "gru", "rnn_tanh", "rnn_relu") for tail in ("", "_cell"))
 _FLOPS: dict[str, Any] = {
     **dict.fromkeys(("mm", "bmm", "matmul", "mv", "dot"), _inner),
     **dict.fromkeys(("addmm", "baddbmm", "addbmm"), _addmm),

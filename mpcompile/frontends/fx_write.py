@@ -118,9 +118,15 @@ class _Writer:
             self._copy(old)
         new = self.env[old]
         if index is not None:
-            new = self.graph.call_function(operator.getitem, (new, index))
+            new = self._item(name, old, new, index)
         self.values[name] = new
         return new
+
+    def _item(self, name: str, old: fx.Node, new: fx.Node, index: int) -> fx.Node:
+        item = self.graph.call_function(operator.getitem, (new, index))
+        planned, dtype = self.plan.nodes.get(old.name), self.plan.values[name].dtype
+        emulated = planned is not None and self._emulated(planned) and dtype in LOW
+        return self._cast(item, TORCH_DTYPES[dtype]) if emulated else item
 
     def _casts(self, casts: Iterable[Node]) -> None:
         for cast in casts:

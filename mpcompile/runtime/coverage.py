@@ -20,22 +20,6 @@ from torch.utils._pytree import tree_leaves
 _SHOWN = 4
 
 
-@contextlib.contextmanager
-def recurrent_layers_traced() -> Iterator[None]:
-    """Let Dynamo trace `nn.LSTM`, `nn.GRU` and `nn.RNN`.
-
-    By default it leaves the rest of a function that touches one to eager FP32.  Its reason, that the loop over time
-    is unrolled into the graph, does not hold here: see `mpcompile.runtime.recurrent`.
-    """
-    config = torch._dynamo.config
-    before = config.allow_rnn
-    config.allow_rnn = True
-    try:
-        yield
-    finally:
-        config.allow_rnn = before
-
-
 @dataclass
 class Breaks:
     """The graph breaks that happened while `watch` was active: Dynamo's title of each, and how often."""
@@ -119,4 +103,4 @@ def warn_of_recurrent_break() -> None:
         )
 
 
-__all__ = ["Breaks", "recurrent_layers_traced", "warn_of_gaps", "warn_of_recurrent_break", "watch"]
+__all__ = ["Breaks", "warn_of_gaps", "warn_of_recurrent_break", "watch"]

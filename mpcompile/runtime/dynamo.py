@@ -16,7 +16,7 @@ import torch
 from torch import fx
 
 from mpcompile.errors import MPCompileError, RuleError, RuntimeFailure, page, suggest
-from mpcompile.frontends.capture import trace_dynamo
+from mpcompile.frontends.capture import numbers_settled, trace_dynamo
 from mpcompile.frontends.facts import TORCH_DTYPES
 from mpcompile.frontends.fx import FxCapture, read
 from mpcompile.frontends.fx_write import has_user_low_cast, write
@@ -136,7 +136,8 @@ class Compiler:
         self.plans.append(plan)
         if self.on_plan is not None:
             self.on_plan(plan)
-        emitted = self._emit(plan, fakes)
+        with numbers_settled(plan.capture.module):
+            emitted = self._emit(plan, fakes)
         self.seconds += time.perf_counter() - start
         return emitted
 

@@ -11,6 +11,7 @@ import torch
 from torch import fx
 
 from mpcompile.frontends.capture import autocast_off
+from mpcompile.frontends.recurrent import with_whole_layers
 
 Runnable = Callable[..., Any]
 
@@ -55,6 +56,7 @@ def compile_inductor(
     inner_compile: Any = compile_fx_inner
     if fp32_matmul != "highest":
         inner_compile = functools.partial(_compile_with_precision, fp32_matmul)
+    module = with_whole_layers(module)
     with plain_autograd():
         compiled: Any = compile_fx(module, list(inputs), inner_compile=inner_compile, config_patches=patches)
     runnable: Runnable = compiled

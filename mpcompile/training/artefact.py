@@ -134,7 +134,7 @@ class Artefact:
         fakes = {number: self.joint.forward.fakes[place] for place, number in self.args}
         for number, fake in fakes.items():
             sizes = zip(fake.shape, tensors[number].shape, strict=True)
-            if any(isinstance(traced, int) and traced != given for traced, given in sizes):
+            if any(_settled(traced) not in (None, given) for traced, given in sizes):
                 return False
         environment = next(iter(fakes.values())).fake_mode.shape_env  # type: ignore[attr-defined]
         if self.guard is None:
@@ -142,6 +142,11 @@ class Artefact:
             self.guard = environment.produce_guards_expression(list(fakes.values())) or ""
         given = [tensors[number] for number in fakes]
         return not self.guard or bool(environment.evaluate_guards_expression(self.guard, given))
+
+
+def _settled(size: int | torch.SymInt) -> int | None:
+    """The one size that a graph is for; None where it stayed symbolic. Tracing settles some that began so."""
+    return size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size
 
 
 @dataclass

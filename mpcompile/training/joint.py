@@ -19,6 +19,7 @@ from torch._functorch._aot_autograd.descriptors import GradAOTOutput, InputMutat
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._guards import TracingContext, tracing
 
+from mpcompile.frontends.recurrent import with_whole_layers
 from mpcompile.runtime.inductor import plain_autograd
 from mpcompile.training.forward import Forward
 from mpcompile.training.graphs import inputs_of, outputs_of, values_of
@@ -47,11 +48,11 @@ class Joint:
 def trace(forward: Forward, decompositions: dict[Any, Callable[..., Any]] | None = None) -> Joint:
     """The joint graph of `forward`; `decompositions` are the backend's (None leaves ATen as autograd gives it)."""
     fake_mode = forward.fakes[0].fake_mode  # type: ignore[attr-defined]
+    # Plain ATen has recurrent layers by their time steps; a compiler is given them whole.
+    module = forward.module if decompositions is None else with_whole_layers(forward.module)
     with contextlib.ExitStack() as stack, fresh_tracing(fake_mode):
         stack.enter_context(plain_autograd())
-        made = aot_export_joint_with_descriptors(
-            stack, forward.module, tuple(forward.fakes), decompositions=decompositions
-        )
+        made = aot_export_joint_with_descriptors(stack, module, tuple(forward.fakes), decompositions=decompositions)
     return _read(made.graph_module, forward)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from mpcompile.frontends.facts import hint
 from mpcompile.training.graphs import inputs_of, outputs_of, values_of
 from mpcompile.training.joint import Joint, fresh_tracing
 from mpcompile.training.update import InPlace
@@ -112,7 +113,8 @@ def _lay_out_saved(first: fx.GraphModule, second: fx.GraphModule, strides: Seque
     laid_out = {getattr(node, "name", None): stride for node, stride in zip(saved, strides, strict=False) if stride}
     for node in inputs_of(second):
         value, stride = node.meta.get("val"), laid_out.get(node.name)
-        if isinstance(value, Tensor) and stride is not None and tuple(value.stride()) != tuple(stride):
+        # By their hints: comparing a symbolic stride with a number would settle its size.
+        if isinstance(value, Tensor) and stride is not None and list(map(hint, value.stride())) != list(stride):
             node.meta["val"] = value.as_strided(value.size(), stride)
 
 

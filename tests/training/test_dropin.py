@@ -319,3 +319,46 @@ def test_an_unmatched_glob_names_near_ones_and_leaves_the_model() -> None:
     with pytest.raises(Exception, match="MP203"):
         mpcompile(model, "bf16", keep_fp32=["decoder.*"], backend="eager")(torch.randn(2, WIDTH))
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_models_do_not_make_each_other_s_sizes_symbolic() -> None:
+    shapes = set()
+    for size in (8, 9):
+        mp = mpcompile(nn.Linear(WIDTH, WIDTH), "bf16", backend="eager")
+        mp(torch.randn(size, WIDTH))
+        shapes |= {v.shape for v in mp.plans[0].graph.values.values() if v.role == "input"}
+    assert shapes == {(8, WIDTH), (9, WIDTH)}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_number_that_changes_from_call_to_call_is_an_input(backend: str) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: torch.Tensor, scale: float) -> torch.Tensor:
+            return (self.fc(x) * scale + scale).sum(1)
+
+    model, x = Scaled(), torch.randn(8, WIDTH)
+    mp = mpcompile(model, "bf16", backend=backend, low=["fc"])
+    for scale in (0.5, 0.7, 0.9, 1.1):
+        got = mp(x, scale)
+        got.sum().backward()
+        torch.testing.assert_close(got, model(x, scale), rtol=0.03, atol=0.1)
+    assert len(mp.plans) == 2, "one for the first number, one for all others"
+
+
+def test_a_number_that_must_be_known_costs_a_graph_each() -> None:
+    class Drop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: torch.Tensor, p: float) -> torch.Tensor:
+            return F.dropout(self.fc(x), p)
+
+    mp = mpcompile(Drop(), "bf16", backend="eager", low=["fc"])
+    for p in (0.2, 0.5, 0.8, 0.5):
+        assert abs((mp(torch.randn(64, WIDTH), p) == 0).float().mean() - p) < 0.1
+    assert len(mp.plans) == 3

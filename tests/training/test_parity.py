@@ -36,7 +36,7 @@ def compare(name: str, policy: str, backend: str) -> None:
     plain = copy.deepcopy(model)
     # Every product low: at these sizes the cost model would leave many of them FP32.
     mp = mpcompile(
-        model, policy, backend=backend, low=[lambda node: node.kind in ("matmul", "convolution", "attention")]
+        model, policy, backend=backend, low=[lambda node: node.kind in ("matmul", "convolution", "attention", "rnn")]
     )
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if policy == "fp16" else None
     got, expected = curve(model, mp, batch, scaler), curve(plain, plain, batch, None)
