@@ -28,7 +28,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
 
-from mpcompile.errors import CaptureError, page
+from mpcompile.errors import CaptureError, MPCompileError, page
 
 page(
     "MP101",
@@ -225,6 +225,8 @@ def export(
 def _guarded(call: Callable[[], torch.export.ExportedProgram]) -> torch.export.ExportedProgram:
     try:
         return call()
+    except MPCompileError:
+        raise
     except Exception as error:
         first = str(error).strip().splitlines() or [type(error).__name__]
         raise CaptureError(
