@@ -390,7 +390,7 @@ def test_activation_checkpoints_reach_the_partitioner_and_train_all(reentrant):
         found.append([step(*batch).loss.item() for batch in batches(3)])
         assert len(own.state_dict()["state"]) == len(list(model.parameters()))
     assert found[0] == found[1]
-    (artefact,) = step.artefacts._exact.values()
+    (made,) = step.artefacts._exact.values()
     tags = [n for n in made.joint.module.graph.nodes if n.meta.get("recompute") is CheckpointPolicy.PREFER_RECOMPUTE]
     assert any("relu" in n.name for n in tags)
     assert not any(n.meta.get("recompute") and "log_softmax" in n.name for n in made.joint.module.graph.nodes)
@@ -398,7 +398,7 @@ def test_activation_checkpoints_reach_the_partitioner_and_train_all(reentrant):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_the_graph_follows_an_optimizer_s_loaded_state(accumulate):
-    model, own, _, step = make(accumulate=accumulate)
+    _, own, _, step = make(accumulate=accumulate)
     data = batches(2 * accumulate)
     for batch in data[:accumulate]:
         step(*batch)
