@@ -31,7 +31,7 @@ from torch.fx.passes._tensorify_python_scalars import tensorify_python_scalars
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
 
-from mpcompile.errors import CaptureError, page
+from mpcompile.errors import CaptureError, MPCompileError, page
 from mpcompile.frontends.recurrent import traced_whole
 
 page(
@@ -262,6 +262,8 @@ def _guarded(call: Callable[[], torch.export.ExportedProgram]) -> torch.export.E
             # What `nn.LSTM` and its kin do to themselves in a trace.
             warnings.filterwarnings("ignore", message="The tensor attributes? .* assigned during export")
             return call()
+    except MPCompileError:
+        raise
     except Exception as error:
         first = str(error).strip().splitlines() or [type(error).__name__]
         raise CaptureError(

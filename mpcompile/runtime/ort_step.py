@@ -30,8 +30,8 @@ from mpcompile.graph import LOW
 from mpcompile.runtime.ort import has_provider
 from mpcompile.runtime.ort import session as make_session
 from mpcompile.training.artefact import compiling
+from mpcompile.training.batch import Batch
 from mpcompile.training.emit import Emitted, emit
-from mpcompile.training.forward import Batch
 from mpcompile.training.step import StepResult, TrainStep
 from mpcompile.training.updater import MOST_FUSED
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,17 +16,36 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpcompile.errors import CaptureError
-from mpcompile.training.forward import Batch, Forward, Input, capture
+from mpcompile.errors import CaptureError, TrainingError, page
+from mpcompile.training.batch import Batch, Hole
+from mpcompile.training.forward import Forward, Input, capture, owned
 from mpcompile.training.graphs import outputs_of, values_of
 from mpcompile.training.joint import Joint, trace
 from mpcompile.training.parts import Run, decompositions, run_joint
-from mpcompile.training.shadows import SHADOWS
+from mpcompile.training.shadow_set import ShadowSet
 from mpcompile.training.window import Layout
 
-_VERSION = operator.attrgetter("_version")
 _TRAINING = operator.attrgetter("training")
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
+
+
+# So many values of the arguments that are no tensors are compiled before a word is said.
+MANY_VALUES = 8
+
+page(
+    "MP523",
+    "A hook that the emitted step would not run",
+    "A parameter has a gradient hook, or a module a backward hook. The backward is one compiled graph, in which no "
+    "Python runs.",
+    "Put the arithmetic into the loss or the optimizer (max_grad_norm clips), remove the hook, or use the drop-in way: "
+    "`loss = mp(x); loss.backward(); optimizer.step()`.",
+)
+page(
+    "MP533",
+    "A step that is compiled again and again",
+    "Arguments that are not tensors are constants of the graph, and one of them has another value at nearly every call.",
+    "Pass the number that moves as a tensor: step(x, torch.tensor(weight)).",
+)
 
 
 @contextlib.contextmanager
@@ -33,46 +53,6 @@ def compiling() -> Iterator[None]:
     """Tracing and compiling under a caller's `no_grad` too, and without a draw from the user's random numbers."""
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng():
         yield
-
-
-class ShadowSet:
-    """The shadows that the compiled graphs read, kept equal to their masters.
-
-    The update refreshes them; an edit of a master from outside (`load_state_dict`, in place) raises the master's
-    version, which one comparison per step sees.
-    """
-
-    def __init__(self) -> None:
-        self.masters: list[Tensor] = []
-        self.shadows: list[Tensor] = []
-        self._places: dict[tuple[int, torch.dtype], int] = {}
-        self._versions: list[int] = []
-
-    def __len__(self) -> int:
-        return len(self.shadows)
-
-    def get(self, master: Tensor, dtype: torch.dtype) -> Tensor:
-        """The shadow of `master`, made now if it is new."""
-        place = self._places.setdefault((id(master), dtype), len(self.shadows))
-        if place == len(self.shadows):
-            self.masters.append(master)
-            self.shadows.append(SHADOWS.get(master, dtype))
-            self._versions.append(master._version)
-        return self.shadows[place]
-
-    def bring_up_to_date(self) -> None:
-        """Cast again if a master was edited since the last update."""
-        if list(map(_VERSION, self.masters)) != self._versions:
-            self.refresh()
-
-    def refresh(self) -> None:
-        with torch.no_grad():
-            torch._foreach_copy_(self.shadows, self.masters)
-        self.note_update()
-
-    def note_update(self) -> None:
-        """The shadows are those of the masters as they are now."""
-        self._versions = list(map(_VERSION, self.masters))
 
 
 @dataclass
@@ -83,7 +63,9 @@ class Artefact:
       fixed: the inputs that are not of the batch, in their places (None where the batch goes).
       args: (place, number among the batch's tensors).
       layout: what each gradient is: (parameter's name, dtype).
-      buffers: the model's tensors that the leading outputs replace.
+      buffers: the model's tensors that leading outputs replace: (output, tensor).
+      writes: inputs of the batch that the model writes to: (output, number among the batch's tensors).
+      strides: how each gradient lies in memory; None until the first run.
       saved: fakes of what the forward makes and keeps for the backward (none where it runs op by op).
     """
 
@@ -92,10 +74,16 @@ class Artefact:
     fixed: list[Any]
     args: list[tuple[int, int]]
     layout: Layout
-    buffers: list[Tensor]
+    buffers: list[tuple[int, Tensor]]
+    writes: list[tuple[int, int]]
     named: dict[str, Tensor]
     saved: list[Tensor]
     guard: str | None = None
+    strides: tuple[tuple[int, ...], ...] | None = None
+
+    def __post_init__(self) -> None:
+        self._from, self._held = [i for i, _ in self.buffers], [held for _, held in self.buffers]
+        self._count = len(self.buffers) + len(self.writes)
 
     def plain_joint(self) -> Joint:
         """Forward and backward as ATen has them, without the backend's decompositions."""
@@ -104,10 +92,15 @@ class Artefact:
     def __call__(self, tensors: Sequence[Tensor], seed: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """(loss, gradients) of a batch, times the seed; buffers are brought up to date."""
         outputs = self.run([*self.inputs(tensors), seed])
-        count = len(self.buffers)
-        if count:
-            torch._foreach_copy_(self.buffers, list(outputs[:count]))
-        return outputs[count], outputs[count + 1 :]
+        count = self._count
+        if self._held:
+            torch._foreach_copy_(self._held, [outputs[i] for i in self._from])
+        for output, number in self.writes:
+            tensors[number].detach().copy_(outputs[output])
+        grads = outputs[count + 1 :]
+        if self.strides is None:
+            self.strides = tuple(g.stride() for g in grads)
+        return outputs[count], grads
 
     def tensors(self) -> list[Tensor]:
         """The model's tensors and shadows that the artefact reads, at their addresses."""
@@ -126,8 +119,13 @@ class Artefact:
         return [seed if kind == "seed" else given for kind, given in zip(kinds, inputs, strict=True)]
 
     def gradients(self) -> list[Tensor]:
-        """Fake tensors such as the gradients are."""
-        return values_of(outputs_of(self.joint.module)[len(self.buffers) + 1 :])
+        """Fake tensors such as the gradients are; the compiler may lay them out as it likes."""
+        fakes: list[Tensor] = values_of(outputs_of(self.joint.module)[self._count + 1 :])
+        if self.strides is None:
+            return fakes
+        with fakes[0].fake_mode:  # type: ignore[attr-defined]
+            pairs = zip(fakes, self.strides, strict=True)
+            return [torch.empty_strided(f.shape, s, dtype=f.dtype, device=f.device) for f, s in pairs]
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """True when the graph is right for tensors of these sizes."""
@@ -171,7 +169,7 @@ class Artefacts:
     def __post_init__(self) -> None:
         self._modules = list(self.model.modules())
         self._parameters = list(self.model.parameters())
-        self.named: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
+        self.named = owned(self.model, self.loss_fn)[0]
 
     def clear(self) -> None:
         self.__post_init__()
@@ -187,16 +185,39 @@ class Artefacts:
     def find(self, batch: Batch) -> Artefact:
         modes = tuple(map(_TRAINING, self._modules)), tuple(map(_REQUIRES_GRAD, self._parameters))
         kind, shapes = (batch.kind(), modes), batch.shapes()
-        found = self._exact.get((kind, shapes))
+        try:
+            found = self._exact.get((kind, shapes))
+        except TypeError:
+            batch.refuse_objects()
+            raise
         if found is None:
+            batch.refuse_objects()
+            _refuse_hooks(self.model, self.named)
             alike = self._alike.setdefault(kind, [])
             found = next((a for a in alike if a.fits(batch.tensors)), None)
             if found is None:
                 with compiling(), self.around():
                     found = self._make(batch, self._moving(kind, shapes))
                 alike.append(found)
+                self._count_values(batch, modes)
             self._exact[kind, shapes] = found
         return found
+
+    def _count_values(self, batch: Batch, modes: Any) -> None:
+        """Say so when the values of constants are what makes graph after graph."""
+        alike = [tree for (tree, *_), m in self._alike if m == modes and tree == batch.tree]
+        if len(alike) == MANY_VALUES:
+            warnings.warn(
+                str(
+                    TrainingError(
+                        "MP533",
+                        f"the step was compiled for {MANY_VALUES} values of its arguments that are not tensors",
+                        why=f"the last were {[o for o in batch.others if o is not Hole]!r:.200}",
+                        try_="pass a number that moves as a tensor",
+                    )
+                ),
+                stacklevel=4,
+            )
 
     def _moving(self, kind: Any, shapes: tuple[torch.Size, ...]) -> list[tuple[int, int]]:
         """The dimensions to keep symbolic: those in which the batches so far differ."""
@@ -233,17 +254,62 @@ class Artefacts:
 
     def _compiled(self, forward: Forward) -> Artefact:
         joint = trace(forward, decompositions(self.backend))
-        tensors: dict[str, Tensor] = dict(self.model.named_parameters(remove_duplicate=False))
-        tensors.update(self.model.named_buffers(remove_duplicate=False))
-        tensors.update(forward.constants)
+        parameters, buffers = owned(self.model, self.loss_fn)
+        tensors = {**parameters, **buffers, **forward.constants}
         fixed = [self._fixed(one, tensors) for one in forward.inputs]
         places = [(i, one.index) for i, one in enumerate(forward.inputs) if one.kind == "arg"]
         layout = tuple((forward.inputs[i].name, forward.inputs[i].dtype) for i in joint.grads)
+        numbers = dict(places)
+        buffers_ = [(k, fixed[i]) for k, i in enumerate(joint.mutated) if i not in numbers]
+        writes = [(k, numbers[i]) for k, i in enumerate(joint.mutated) if i in numbers]
+        _refuse_no_gradient(joint, forward)
         run, saved = run_joint(joint, self.backend)
-        buffers = [fixed[i] for i in joint.mutated]
-        return Artefact(joint, run, fixed, places, layout, buffers, self.named, saved)
+        return Artefact(joint, run, fixed, places, layout, buffers_, writes, self.named, saved)
 
     def _fixed(self, one: Input, tensors: dict[str, Tensor]) -> Any:
         if one.kind in ("arg", "seed"):
             return None if one.kind == "arg" else self.seed
         return self.shadows.get(tensors[one.name], one.dtype) if one.kind == "shadow" else tensors[one.name]
+
+
+def _refuse_hooks(model: nn.Module, named: dict[str, Tensor]) -> None:
+    """Hooks on gradients would silently not run.
+
+    Raises:
+      TrainingError: MP523.
+    """
+    hooked = [name for name, p in named.items() if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)]
+    hooked += [name for name, m in model.named_modules() if m._backward_hooks or m._backward_pre_hooks]
+    if hooked:
+        raise TrainingError(
+            "MP523",
+            f"there is a backward hook on {hooked[0] or 'the model'}"
+            + (f" and {len(hooked) - 1} more" * (len(hooked) > 1)),
+            try_="the drop-in way: loss = mp(x); loss.backward(); optimizer.step()",
+        )
+
+
+def _refuse_no_gradient(joint: Joint, forward: Forward) -> None:
+    """Say what is wrong when there is nothing that the update could use.
+
+    Raises:
+      TrainingError: MP522, MP521.
+    """
+    trained = [one.name for one in forward.inputs if one.trained]
+    if not joint.grads:
+        why = (
+            f"the loss does not depend on {trained[0]!r}, nor on any other"
+            if trained
+            else "the loss reads none of them"
+        )
+        raise TrainingError("MP522", "the loss has no gradient for a parameter that the optimizer trains",
+                            why=f"{why}: is it detached, or made under no_grad?")  # fmt: skip
+    values = values_of(outputs_of(joint.module)[len(joint.mutated) + 1 :])
+    for place, value in zip(joint.grads, values, strict=True):
+        if value.layout != torch.strided:
+            raise TrainingError(
+                "MP521",
+                f"the gradient of {forward.inputs[place].name} is sparse",
+                why="the emitted update works on dense gradients",
+                try_="nn.Embedding(..., sparse=False), or the drop-in way: loss.backward(); optimizer.step()",
+            )

@@ -84,6 +84,11 @@ class Replays:
         self._runs: dict[Any, int] = {}
         self._steps: dict[Any, _Step] = {}
 
+    def clear(self) -> None:
+        """What was recorded is void; keys may come again for other work."""
+        self._runs.clear()
+        self._steps.clear()
+
     def find(self, key: Any, run: Run, tensors: Sequence[Tensor], fixed: Callable[[], Sequence[Tensor]]) -> Run:
         """What to call with the batch: `run` itself, or its replay.
 

@@ -6,7 +6,7 @@ shadow, a graph input of its own: its gradient then arrives in the low type, and
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim
 from torch.export.graph_signature import InputKind
-from torch.utils import _pytree as pytree
 
 from mpcompile.errors import TrainingError, page
 from mpcompile.frontends.capture import export
@@ -23,13 +22,15 @@ from mpcompile.frontends.facts import TORCH_DTYPES
 from mpcompile.frontends.fx_write import write
 from mpcompile.runtime.device import emulated_kinds
 from mpcompile.runtime.dynamo import Plan, Settings, decide
-from mpcompile.training import loss_region
+from mpcompile.training import checkpoints, loss_region
+from mpcompile.training.batch import Batch
 from mpcompile.training.graphs import inputs_of
 
 page(
     "MP531",
     "A training step without a loss",
-    "The model's output (or what `loss_fn` returned) is not a scalar floating-point loss, and has none under `.loss`.",
+    "The model's output (or what `loss_fn` returned) is not a scalar floating-point loss, and has none under `.loss`, "
+    'under ["loss"], or as the first of a tuple.',
     "Pass `loss_fn(model, *args, **kwargs)` that returns the scalar loss, or let the model return it.",
 )
 
@@ -81,27 +82,21 @@ class LossOf(nn.Module):
         return loss_in(call(*operands, **kwargs))
 
 
-class Batch:
-    """A call's arguments as a flat list of tensors, and what it takes to put them back."""
-
-    def __init__(self, args: Any, kwargs: Any) -> None:
-        leaves, self.tree = pytree.tree_flatten((args, kwargs))
-        self.tensors: list[Tensor] = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        self.others = tuple(_HOLE if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-
-    def rebuild(self, tensors: Sequence[Tensor]) -> Any:
-        rest = iter(tensors)
-        return pytree.tree_unflatten([next(rest) if o is _HOLE else o for o in self.others], self.tree)
-
-    def kind(self) -> tuple[Any, ...]:
-        """All that a graph depends on but the sizes."""
-        return self.tree, self.others, tuple((t.dtype, t.device, t.dim()) for t in self.tensors)
-
-    def shapes(self) -> tuple[torch.Size, ...]:
-        return tuple(t.shape for t in self.tensors)
+def owned(model: nn.Module, loss_fn: Callable[..., Any] | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(parameters, buffers) by the names that a step gives them: the model's, and those of a `loss_fn` with its own."""
+    parameters: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    buffers: dict[str, Tensor] = dict(model.named_buffers(remove_duplicate=False))
+    if isinstance(loss_fn, nn.Module):
+        parameters.update(_of_loss(loss_fn.named_parameters(remove_duplicate=False)))
+        buffers.update(_of_loss(loss_fn.named_buffers(remove_duplicate=False)))
+    return parameters, buffers
 
 
-_HOLE = "<tensor>"
+def _of_loss(named: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{_OF_LOSS}{name}": tensor for name, tensor in named}
+
+
+_OF_LOSS = "loss_fn:"
 
 
 def loss_in(output: Any) -> Tensor:
@@ -111,6 +106,8 @@ def loss_in(output: Any) -> Tensor:
       TrainingError: MP531.
     """
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
+    if isinstance(loss, (tuple, list)) and loss:
+        loss = loss[0]
     if isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point():
         return loss.reshape(())
     what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(output).__name__}"
@@ -145,9 +142,11 @@ def capture(
       CaptureError: MP101. TrainingError: MP531.
     """
     sizes = tuple({d: Dim.AUTO for t, d in dynamic if t == i} for i in range(len(batch.tensors))) if dynamic else None
-    program = export(LossOf(model, loss_fn, batch), tuple(batch.tensors), None, sizes and {"tensors": sizes})
+    with checkpoints.seen():
+        program = export(LossOf(model, loss_fn, batch), tuple(batch.tensors), None, sizes and {"tensors": sizes})
     module = program.graph_module
     inline_regions(module)
+    checkpoints.tag(module)
     sources = _name_inputs(program, module)
     device = next((p.device.type for p in model.parameters()), "cpu")
     plan = decide(module, settings, "cuda" if device == "cuda" else "cpu")
@@ -164,7 +163,9 @@ def capture(
     if chunk_loss:
         _chunk_losses(written.module, plan)
     written.module.recompile()
-    return _assemble(written.module, written.shadows, sources, plan, program, model, trained)
+    constants = {_settled(name): value for name, value in program.constants.items()}
+    parameters = owned(model, loss_fn)[0]
+    return _assemble(written.module, written.shadows, sources, plan, constants, parameters, trained)
 
 
 def _chunk_losses(module: fx.GraphModule, plan: Plan) -> None:
@@ -204,7 +205,7 @@ def _name_inputs(program: Any, module: fx.GraphModule) -> dict[str, Input]:
     for node in module.graph.find_nodes(op="placeholder"):
         spec, value = specs[node.name], node.meta.get("val")
         kind: Any = kinds[spec.kind]
-        name = (spec.target or "").removeprefix("model.") if kind != "arg" else node.name
+        name = _settled(spec.target or "") if kind != "arg" else node.name
         node.meta["mp_name"], node.meta["mp_role"] = name or node.name, _ROLES[kind]
         dtype = value.dtype if isinstance(value, Tensor) else torch.int64
         found[node.name] = Input(kind, name, dtype, leaf if kind == "arg" else -1)
@@ -214,6 +215,13 @@ def _name_inputs(program: Any, module: fx.GraphModule) -> dict[str, Input]:
             if twin is not node:
                 node.replace_all_uses_with(twin)
     return found
+
+
+def _settled(target: str) -> str:
+    """A name of `LossOf`'s as `owned` has it."""
+    if target.startswith("loss_fn."):
+        return _OF_LOSS + target.removeprefix("loss_fn.")
+    return target.removeprefix("model.")
 
 
 def _own(path: str) -> str:
@@ -228,12 +236,11 @@ def _assemble(
     shadows: Sequence[tuple[str, str]],
     sources: dict[str, Input],
     plan: Plan,
-    program: Any,
-    model: nn.Module,
+    constants: dict[str, Tensor],
+    parameters: dict[str, Tensor],
     trained: set[int],
 ) -> Forward:
     """Drop the inputs that nothing reads, and give each that is left its fake tensor."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     low = {f"{name}.shadow": TORCH_DTYPES[to] for name, to in shadows}
     fakes = {n.name: n.meta["val"] for n in plan.capture.module.graph.find_nodes(op="placeholder")}
     by_name = {i.name: key for key, i in sources.items()}
@@ -260,7 +267,7 @@ def _assemble(
         values.append(_fake(value, value.dtype, wanted) if isinstance(value, Tensor) else value)
         inputs.append(Input(source.kind, source.name, source.dtype, source.index, wanted))
     module.recompile()
-    return Forward(module, inputs, values, plan, dict(program.constants))
+    return Forward(module, inputs, values, plan, constants)
 
 
 def _fake(like: Tensor, dtype: torch.dtype, trained: bool) -> Tensor:

@@ -4,9 +4,6 @@
 numbers of its groups.  `Binding.apply` runs the optimizer's own ``step`` on traced stand-ins.  The numbers (lr, weight
 decay, betas…) are elements of one FP64 tensor that is filled anew when they change, so a scheduler changes no graph;
 a branch of the optimizer on a number (``if weight_decay != 0``) is settled at trace time and remembered as a guard.
-
-Step counters of parameters that move together are one scalar in the graph, and views of one tensor in
-``optimizer.state``: a bias correction is computed once, not once per parameter.
 """
 
 from __future__ import annotations
@@ -23,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mpcompile.errors import TrainingError, page
+from mpcompile.training.counters import STARTED, Counters, Shared, resync
 from mpcompile.training.scalars import NumbersAsTensors, Test, tensor_builtins
 
 page(
@@ -40,9 +38,6 @@ page(
 )
 
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
-STARTED = "started"  # not in the optimizer's state: 0 until the first step that was taken
-
-
 # Muon's iteration count and polynomial are part of its code: nothing schedules them.
 _NOT_NUMBERS = ("params", "initial_lr", "param_names", "ns_steps", "ns_coefficients")
 
@@ -58,19 +53,6 @@ class Slot:
     def read(self, groups: Sequence[dict[str, Any]]) -> Any:
         value = groups[self.group][self.key]
         return value if self.index is None else value[self.index]
-
-
-@dataclass
-class Shared:
-    """A 0-dim state that the parameters `members` share: `base[j]` is the state of member j.
-
-    `value` is what a graph reads: storage of its own, as a graph that writes `base` must not read an element of it.
-    """
-
-    key: str
-    members: list[int]
-    base: Tensor
-    value: Tensor
 
 
 @dataclass
@@ -107,6 +89,10 @@ class Binding:
         """True when the traced update is right for these numbers."""
         same = all(numbers[i] == value for i, value in self.baked.items())
         return same and all(test(numbers) == outcome for test, outcome in self.guards)
+
+    def resync(self) -> None:
+        """The counters may have been moved by something else."""
+        resync(self.shared)
 
     def state_tensors(self) -> list[Tensor]:
         state = self.optimizer.state
@@ -224,8 +210,11 @@ class Binding:
         return {**group, **{k: v for k, v in ours.items() if k in group}}
 
 
-def bind(optimizer: torch.optim.Optimizer, trained: Sequence[Tensor], fused: bool = False) -> Binding:
+def bind(optimizer: torch.optim.Optimizer, trained: Sequence[Tensor], counters: Counters | None = None) -> Binding:
     """Make the state of `optimizer` for the parameters `trained` (those with a gradient), and list it.
+
+    Args:
+      counters: those of the optimizer's other bindings.
 
     Raises:
       TrainingError: MP521, for an optimizer that is not traceable; MP522, when it holds none of `trained`.
@@ -234,11 +223,11 @@ def bind(optimizer: torch.optim.Optimizer, trained: Sequence[Tensor], fused: boo
     pairs = [(p, i) for i, group in enumerate(optimizer.param_groups) for p in group["params"] if id(p) in wanted]
     if not pairs:
         raise TrainingError("MP522", f"the {type(optimizer).__name__} holds no parameter of the model that is trained")
-    binding = Binding(optimizer, [p for p, _ in pairs], [i for _, i in pairs], fused)
+    binding = Binding(optimizer, [p for p, _ in pairs], [i for _, i in pairs])
     fresh = {id(p) for p in binding.params if not optimizer.state.get(p)}
     _make_state(optimizer, binding.params)
     binding.slots = list(_slots(optimizer.param_groups))
-    _list_state(binding, fresh)
+    _list_state(binding, fresh, counters or Counters())
     return binding
 
 
@@ -288,28 +277,21 @@ def _make_momentum(optimizer: torch.optim.Optimizer, ours: set[int]) -> None:
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
 
-def _list_state(binding: Binding, fresh: set[int]) -> None:
-    """Fill `tensors` and `shared`; 0-dim states become views of their `Shared.base`, on the parameter's device."""
-    alike: dict[Any, list[int]] = defaultdict(list)
+def _list_state(binding: Binding, fresh: set[int], counters: Counters) -> None:
+    """Fill `tensors` and `shared`."""
+    optimizer, scalars = binding.optimizer, list[dict[str, Tensor]]()
     for i, p in enumerate(binding.params):
-        state = {k: v for k, v in binding.optimizer.state.get(p, {}).items() if isinstance(v, Tensor)}
-        scalars = {k: v for k, v in state.items() if v.dim() == 0 and (p.dim() or k == "step")}
-        binding.tensors += [(i, key) for key in state if key not in scalars]
-        values = tuple((k, v.item(), v.dtype) for k, v in scalars.items())
-        alike[binding.groups[i], p.device, values].append(i)
-    for (_, device, values), members in alike.items():
-        for key, value, dtype in values:
-            base = torch.full((len(members),), value, dtype=dtype, device=device)
-            one = Shared(key, members, base, base[0].clone())
-            for i, element in zip(members, one.base.unbind(), strict=True):
-                binding.optimizer.state[binding.params[i]][key] = element
-            binding.shared.append(one)
-    for number, group in enumerate(binding.optimizer.param_groups):
+        state = {k: v for k, v in optimizer.state.get(p, {}).items() if isinstance(v, Tensor)}
+        scalars.append({k: v for k, v in state.items() if v.dim() == 0 and (p.dim() or k == "step")})
+        binding.tensors += [(i, key) for key in state if key not in scalars[i]]
+    binding.shared += counters.of(optimizer, binding.params, binding.groups, scalars)
+    for number, group in enumerate(optimizer.param_groups):
         members = [i for i, g in enumerate(binding.groups) if g == number]
-        if members and isinstance(binding.optimizer, torch.optim.SGD) and group["momentum"] and group["dampening"]:
-            begun = float(not fresh & {id(binding.params[i]) for i in members})
-            base = torch.full((1,), begun, device=binding.params[members[0]].device)
-            binding.shared.append(Shared(STARTED, members[:1], base, base[0].clone()))
+        if members and isinstance(optimizer, torch.optim.SGD) and group["momentum"] and group["dampening"]:
+            begun = not fresh & {id(binding.params[i]) for i in members}
+            device = binding.params[members[0]].device
+            binding.shared.append(counters.started(number, members[0], device, begun))
+    binding.resync()
 
 
 def _slots(groups: Sequence[dict[str, Any]]) -> Iterator[Slot]:

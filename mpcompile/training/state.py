@@ -6,10 +6,15 @@ metadata.  No pickle, so loading a file runs no code.  Each tensor carries a CRC
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import platform
 import random
+import secrets
+import time
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +22,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpcompile.errors import TrainingError, page
 
@@ -30,12 +35,29 @@ page(
 page(
     "MP512",
     "A state that cannot be saved",
-    "Checkpoints hold tensors, numbers, strings, None, lists, tuples and dicts; the state holds something else.",
+    "Checkpoints hold dense tensors, numbers, strings, None, lists, tuples and dicts; the state holds something else "
+    "(an object, a sparse tensor, a tensor that is spread over several devices).",
     "Give `extra` plain values, for example `scheduler.state_dict()` and not the scheduler.",
+)
+
+page(
+    "MP513",
+    "A checkpoint that could not be written",
+    "The disk is full, the directory does not exist, or it may not be written to. The file that was there before is "
+    "still there, whole.",
+    "Make room or name another directory, and save again.",
+)
+page(
+    "MP514",
+    "A checkpoint of something else",
+    "The file is sound, and what it holds does not fit the model, the optimizer or the step that it was loaded into.",
+    "Build model, optimizer and step as they were when it was saved. Nothing was loaded.",
 )
 
 FORMAT = "mpcompile.checkpoint/1"
 _PLAIN = (str, int, float, bool, type(None))
+# Another machine's unfinished file is removed when it is so old that no one can still be writing it.
+_ABANDONED_SECONDS = 24 * 3600.0
 
 
 def save_checkpoint(
@@ -49,20 +71,23 @@ def save_checkpoint(
       extra: plain values and tensors of your own (epoch, scheduler.state_dict(), …).
 
     Raises:
-      TrainingError: MP512, for a value that is not plain.
+      TrainingError: MP512, for a value that is not plain; MP513, when the file cannot be written.
     """
     parts = {"model": model, "optimizer": optimizer, "step": step}
     state = {name: part.state_dict() for name, part in parts.items() if part is not None}
     packer = _Packer()
     tree = packer.pack({**state, "extra": extra, "rng": _random_state()}, "")
-    crc = {key: _crc(tensor) for key, tensor in packer.tensors.items()}
-    _write_whole(Path(path), packer.tensors, {"format": FORMAT, "tree": json.dumps(tree), "crc": json.dumps(crc)})
+    facts = {key: _facts(tensor) for key, tensor in packer.tensors.items()}
+    words = {"format": FORMAT, "tree": json.dumps(tree), "tensors": json.dumps(facts)}
+    _write_whole(Path(path), packer.tensors, {**words, "digest": _digest(words)})
 
 
 def load_checkpoint(
     path: str | os.PathLike[str], *, model: Any = None, optimizer: Any = None, step: Any = None, rng: bool = True
 ) -> Any:
-    """Put back what `save_checkpoint` wrote, and return its `extra`. Nothing is touched unless the file is sound.
+    """Put back what `save_checkpoint` wrote, and return its `extra`.
+
+    Nothing is touched unless the file is sound and fits.
 
     Args:
       path: the file.
@@ -70,7 +95,8 @@ def load_checkpoint(
       rng: put the random generators back too, so that a resumed run draws the same dropout.
 
     Raises:
-      TrainingError: MP511, for a missing, damaged or foreign file, or one without a part that is asked for.
+      TrainingError: MP511, for a missing, damaged or foreign file, or one without a part that is asked for; MP514,
+        for one that does not fit.
     """
     state = _read(Path(path))
     parts = {"model": model, "optimizer": optimizer, "step": step}
@@ -78,20 +104,84 @@ def load_checkpoint(
     missing = [name for name in wanted if name not in state]
     if missing:
         raise _unreadable(path, f"it holds no {' and no '.join(missing)}")
-    for name, part in wanted.items():
-        part.load_state_dict(state[name])
+    _load_all(path, wanted, state)
     if rng:
         _restore_random_state(state["rng"])
     return state["extra"]
 
 
+def _load_all(path: Any, parts: dict[str, Any], state: dict[str, Any]) -> None:
+    """Load every part, the model last; where one refuses, put back those before it."""
+    done: list[tuple[Any, Any]] = []
+    try:
+        if "model" in parts:
+            _check_model(parts["model"], state["model"])
+        for name, part in sorted(parts.items(), key=lambda pair: pair[0] == "model"):
+            # Loading replaces an optimizer's tensors, so these are still what they were.
+            before = part.state_dict() if name != "model" else None
+            done += [(part, before)] if name != "model" else []
+            part.load_state_dict(state[name])
+    except (RuntimeError, ValueError, KeyError, TypeError, TrainingError) as error:
+        for part, before in done:
+            part.load_state_dict(before)
+        raise TrainingError("MP514", f"the checkpoint {os.fspath(path)!r} does not fit", why=str(error)) from error
+
+
+def _check_model(model: Any, saved: dict[str, Any]) -> None:
+    """torch would copy what fits before it says what does not."""
+    if not isinstance(model, nn.Module) or any(m._load_state_dict_pre_hooks for m in model.modules()):
+        return
+    now = model.state_dict()
+    wrong = sorted(now.keys() ^ saved.keys())
+    wrong += [k for k, v in now.items() if k in saved and isinstance(v, Tensor) and v.shape != saved[k].shape]
+    if wrong:
+        raise ValueError(f"the model's {wrong[0]!r} is missing, unexpected or of another shape ({len(wrong)} such)")
+
+
 def _write_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata)
-    _sync(partial)
-    partial.replace(path)
-    # The rename itself is on the disk only when the directory is.
-    _sync(path.parent)
+    # A name of its own: several processes may save to one path, and the last whole file stays.
+    partial = path.with_name(f"{path.name}.{_writer()}.{os.getpid()}.{secrets.token_hex(4)}.partial")
+    try:
+        save_file(tensors, partial, metadata)
+        _sync(partial)
+        partial.replace(path)
+        # The rename itself is on the disk only when the directory is.
+        _sync(path.parent)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            "MP513", f"the checkpoint {os.fspath(path)!r} could not be written", why=str(error)
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+    for left in _abandoned(path):
+        with contextlib.suppress(OSError):
+            left.unlink(missing_ok=True)
+
+
+def _writer() -> str:
+    """This machine's name, as a part of a file's."""
+    return "".join(c if c.isalnum() else "-" for c in platform.node()) or "unnamed"
+
+
+def _abandoned(path: Path) -> Iterator[Path]:
+    """What killed processes left behind: of this machine at once, of others on the same disk after a day."""
+    for found in path.parent.iterdir():
+        name = found.name.removeprefix(f"{path.name}.").split(".")
+        if found.name.endswith(".partial") and len(name) == 4 and name[1].isdigit() and not _alive(found, *name[:2]):
+            yield found
+
+
+def _alive(found: Path, writer: str, process: str) -> bool:
+    try:
+        if writer == _writer() and os.name == "posix":
+            os.kill(int(process), 0)
+            return True
+        return time.time() - found.stat().st_mtime < _ABANDONED_SECONDS
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
 
 
 def _sync(path: Path) -> None:
@@ -105,16 +195,19 @@ def _sync(path: Path) -> None:
 def _read(path: Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            words = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise _unreadable(path, str(error)) from error
-    if metadata.get("format") != FORMAT:
-        raise _unreadable(path, f"its format is {metadata.get('format', 'not named')}, not {FORMAT}")
-    damaged = [key for key, crc in json.loads(metadata["crc"]).items() if _crc(tensors[key]) != crc]
+    if words.get("format") != FORMAT:
+        raise _unreadable(path, f"its format is {words.get('format', 'not named')}, not {FORMAT}")
+    if words.get("digest") != _digest(words):
+        raise _unreadable(path, "its table of contents is not what was written")
+    facts = json.loads(words["tensors"])
+    damaged = [key for key, known in facts.items() if key not in tensors or _facts(tensors[key]) != known]
     if damaged:
         raise _unreadable(path, f"{len(damaged)} tensors are not what was written, first {damaged[0]!r}")
-    unpacked: dict[str, Any] = _unpack(json.loads(metadata["tree"]), tensors)
+    unpacked: dict[str, Any] = _unpack(json.loads(words["tree"]), tensors)
     return unpacked
 
 
@@ -124,9 +217,14 @@ def _unreadable(path: Any, why: str) -> TrainingError:
     )
 
 
-def _crc(tensor: Tensor) -> int:
+def _facts(tensor: Tensor) -> list[Any]:
+    """Type, shape and CRC of a tensor."""
     flat: Any = tensor.contiguous().view(-1).view(torch.uint8).numpy()
-    return zlib.crc32(flat)
+    return [str(tensor.dtype), list(tensor.shape), zlib.crc32(flat)]
+
+
+def _digest(words: dict[str, str]) -> str:
+    return str(zlib.crc32("\0".join(f"{k}={words.get(k)}" for k in ("format", "tree", "tensors")).encode()))
 
 
 class _Packer:
@@ -144,6 +242,8 @@ class _Packer:
             return {kind: [self.pack(item, f"{path}.{i}") for i, item in enumerate(value)]}
         if isinstance(value, dict):
             return {"dict": [[self._key(key, path), self.pack(item, f"{path}.{key}")] for key, item in value.items()]}
+        if isinstance(value, np.generic):
+            value = value.item()
         if isinstance(value, _PLAIN):
             return value
         raise TrainingError("MP512", f"{path.lstrip('.')} is a {type(value).__name__}, which a checkpoint cannot hold")
@@ -155,12 +255,19 @@ class _Packer:
 
     def _store(self, tensor: Tensor, path: str) -> str:
         name = path.lstrip(".")
+        kinds = (Tensor, nn.Parameter, nn.Buffer)
+        if type(tensor) not in kinds or tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            what = (
+                "a sparse tensor" if tensor.layout != torch.strided else f"a {type(tensor).__name__} without dense data"
+            )
+            raise TrainingError("MP512", f"{name} is {what}, which a checkpoint cannot hold")
+        tensor = tensor.detach().resolve_conj().resolve_neg()
         identity = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device)
         if tensor.numel() and identity in self._seen:
             return self._seen[identity]
         self._seen[identity] = name
         # A copy only where it must be: off the device, out of a view, or off a storage that another tensor shares.
-        kept = tensor.detach().cpu().contiguous()
+        kept = tensor.cpu().contiguous()
         shared = kept.untyped_storage().nbytes() != kept.numel() * kept.element_size()
         self.tensors[name] = kept.clone() if shared else kept
         return name

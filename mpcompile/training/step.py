@@ -15,18 +15,21 @@ import torch
 from torch import Tensor, fx
 
 from mpcompile.errors import TrainingError, page
+from mpcompile.frontends.capture import autocast_off
 from mpcompile.runtime.device import settle_policy
-from mpcompile.training.artefact import Artefact, Artefacts, ShadowSet, compiling
+from mpcompile.training.artefact import Artefact, Artefacts, compiling
+from mpcompile.training.batch import Batch
 from mpcompile.training.cuda_graph import Replays
 from mpcompile.training.emit import Emitted, emit, origins, precision_graph
 from mpcompile.training.floor import FloorWatch
-from mpcompile.training.forward import Batch
 from mpcompile.training.fused import FusedUpdate
 from mpcompile.training.joint import Joint
 from mpcompile.training.overflow import Overflow, explain
 from mpcompile.training.scaler import LossScale, ScaleState, from_dict, to_dict
+from mpcompile.training.shadow_set import ShadowSet
 from mpcompile.training.split import SplitMasters
 from mpcompile.training.updater import Plan, Updater
+from mpcompile.training.watch import OptimizerWatch
 from mpcompile.training.window import Layout, Window
 
 page(
@@ -43,6 +46,9 @@ page(
     "The emitted graph, its report and its exports are those of a batch; none has been seen.",
     "Call the step once.",
 )
+
+
+Like = Callable[[], Sequence[Tensor]]
 
 
 class StepResult(NamedTuple):
@@ -111,7 +117,16 @@ class TrainStep:
         self.state: ScaleState = self.rule.initial(self.device)
         seed, shadows = self.state.scale * (1.0 / accumulate), ShadowSet()
         self.plan = Plan(
-            self.model, optimizer, self.rule, self.state, seed, shadows, self.backend, max_grad_norm, accumulate
+            self.model,
+            optimizer,
+            self.rule,
+            self.state,
+            seed,
+            shadows,
+            self.backend,
+            max_grad_norm,
+            accumulate,
+            loss_fn,
         )
         if masters == "split":
             self.plan.split = SplitMasters(self.model, optimizer)
@@ -130,72 +145,115 @@ class TrainStep:
         )
         self._replays = Replays(False if self.backend == "eager" else cuda_graph, self.device)
         self._updaters: dict[Any, Updater | FusedUpdate] = {}
+        self._current: Updater | FusedUpdate | None = None
         self._window = Window(accumulate, self.policy.grads == "low")
-        self._sizes = self._group_sizes()
+        self._watch = OptimizerWatch(optimizer, self.plan.counters)
         self._floor = FloorWatch(self.rule, self.state)
-        self._last: tuple[Artefact, Layout] | None = None
+        self._last: tuple[Artefact, Layout, Like] | None = None
         self._emitted: dict[Any, tuple[Emitted, Joint]] = {}
         self._no = torch.zeros((), dtype=torch.bool, device=self.device)
         self._yes = torch.ones((), dtype=torch.bool, device=self.device)
         self._nan = torch.full((), float("nan"), device=self.device)
-        optimizer.register_load_state_dict_post_hook(lambda _: self._updaters.clear())
 
     def __call__(self, *args: Any, **kwargs: Any) -> StepResult:
-        """Run one (micro)batch; update the masters at the end of the window."""
-        if self._group_sizes() != self._sizes:
-            self._regroup()
+        """Run one (micro)batch; update the masters at the end of the window.
+
+        The step holds its own casts: an ambient autocast, `no_grad` or `inference_mode` changes nothing.
+        """
+        if torch.is_inference_mode_enabled() or torch.is_autocast_enabled(self.device.type):
+            with torch.inference_mode(False), autocast_off():
+                return self._call(args, kwargs)
+        return self._call(args, kwargs)
+
+    def _call(self, args: Any, kwargs: Any) -> StepResult:
+        if self._watch.regrouped():
+            self._forget_updates()
+            self.artefacts.clear()
         batch = Batch(args, kwargs)
         artefact = self.artefacts.find(batch)
         self.plan.shadows.bring_up_to_date()
         if self.plan.accumulate == 1:
-            self._last = artefact, artefact.layout
-            return self._whole(artefact, batch)
+            self._last = artefact, artefact.layout, artefact.gradients
+            result = self._whole(artefact, batch)
+        else:
+            result = self._in_window(artefact, batch)
+        if artefact.writes:
+            batch.write_back()
+        return result
+
+    def _in_window(self, artefact: Artefact, batch: Batch) -> StepResult:
         loss, grads = artefact(batch.tensors, self.plan.seed)
         if artefact.layout not in self._window:
             self._window.prepare(artefact.layout, self.artefacts.named, self._order())
-            self._updaters.clear()
+            self._forget_updates()
         self._window.add(artefact.layout, grads)
         if not self._window.full:
             return StepResult(loss, self._no, self._yes, self.state.scale.clone(), self._nan)
         self._window.count = 0
-        self._last = artefact, self._window.layout()
-        return self._update(self._window.layout(), loss, list(self._window.sums.values()))
+        layout, sums = self._window.layout(), list(self._window.sums.values())
+        self._last = artefact, layout, lambda: list(self._window.sums.values())
+        updater = self._updater(layout, None, lambda: sums)
+        return self._updated(updater, lambda: (loss, *updater(sums)))
 
     def _whole(self, artefact: Artefact, batch: Batch) -> StepResult:
         """Forward, backward and update of a batch, as a replayed CUDA graph where there is one."""
-        updater = self._updater(artefact.layout, artefact.gradients)
+        if artefact.strides is None:
+            # Only the gradients themselves show how the compiler lays them out.
+            loss, grads = artefact(batch.tensors, self.plan.seed)
+            updater = self._updater(artefact.layout, artefact.strides, artefact.gradients)
+            return self._updated(updater, lambda: (loss, *updater(grads)))
+        updater = self._updater(artefact.layout, artefact.strides, artefact.gradients)
 
         def run(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
             loss, grads = artefact(tensors, self.plan.seed)
             return loss, *updater(grads)
 
         key = id(artefact), id(updater), batch.shapes()
-        call = self._replays.find(key, run, batch.tensors, artefact.tensors)
-        return self._updated(lambda: call(batch.tensors))
+        # A recording reads a copy of the batch, so what the model writes to its input would not reach the caller.
+        call = run if artefact.writes else self._replays.find(key, run, batch.tensors, artefact.tensors)
+        return self._updated(updater, lambda: call(batch.tensors))
 
-    def _update(self, layout: Layout, loss: Tensor, grads: Sequence[Tensor]) -> StepResult:
-        updater = self._updater(layout, lambda: grads)
-        return self._updated(lambda: (loss, *updater(grads)))
-
-    def _updater(self, layout: Layout, like: Callable[[], Sequence[Tensor]]) -> Updater | FusedUpdate:
+    def _updater(self, layout: Layout, strides: Any, like: Like) -> Updater | FusedUpdate:
         """The update for gradients of `layout`, its numbers (learning rates …) as the groups have them now."""
-        updater = self._updaters.get(layout)
+        if self._watch.disturbed():
+            self._forget_updates()
+        updater = self._updaters.get((layout, strides))
         if updater is None or not updater.holds():
-            with compiling():
-                updater = self._updaters[layout] = self.plan.build(layout, like())
+            updater = self._build(layout, strides, like)
+        if updater is not self._current:
+            updater.binding.resync()
+            self._current = updater
         return updater
 
-    def _updated(self, run: Callable[[], Sequence[Tensor]]) -> StepResult:
+    def _build(self, layout: Layout, strides: Any, like: Like) -> Updater | FusedUpdate:
+        with compiling():
+            updater = self.plan.build(layout, like())
+        if self._watch.settle():
+            # Parameters that moved together part here: updates that took their counters for one are void.
+            self._forget_updates()
+        self._updaters[layout, strides] = updater
+        return updater
+
+    def _forget_updates(self) -> None:
+        self._updaters.clear()
+        self._emitted.clear()
+        self._replays.clear()
+        self._current = None
+
+    def _updated(self, updater: Updater | FusedUpdate, run: Callable[[], Sequence[Tensor]]) -> StepResult:
         """Run what ends with an update, between the optimizer's own hooks."""
         before, after = self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks
         for hook in before.values():
             hook(self.optimizer, (), {})
         loss, finite, norm, scale = run()
+        # Compiled code raises no version; other shadows of these masters, and autograd, go by it.
+        torch.autograd.graph.increment_version(updater.binding.params)
         self.plan.shadows.note_update()
         # What schedulers look for before they step.
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
-        for hook in after.values():
-            hook(self.optimizer, (), {})
+        with self._watch.own():
+            for hook in after.values():
+                hook(self.optimizer, (), {})
         self._floor.look()
         return StepResult(loss, finite, finite, scale, norm)
 
@@ -214,7 +272,7 @@ class TrainStep:
             mine.fill_(value)
         self.plan.seed.copy_(self.state.scale * (1.0 / self.plan.accumulate))
         self._window.load(saved.get("window", {"count": 0, "sums": {}}), self.artefacts.named, self._order())
-        self._updaters.clear()
+        self._forget_updates()
         self.rule = self.plan.rule = rule
         self._floor = FloorWatch(rule, self.state)
 
@@ -222,7 +280,7 @@ class TrainStep:
     def graph(self) -> fx.GraphModule:
         """The emitted step, as it stands after the last call: one graph; calling it runs a step.
 
-        Its inputs are `self.emitted()[0].arguments(batch tensors)`.
+        Its inputs are `self.emitted()[0].arguments(batch tensors)`; call it under ``torch.no_grad()``.
 
         Raises:
           TrainingError: MP542, before the first update.
@@ -233,12 +291,13 @@ class TrainStep:
         """The emitted step with its live inputs, and the joint graph that it was woven from."""
         if self._last is None:
             raise TrainingError("MP542", "the step has no graph yet", try_="call it once with a batch")
-        artefact, layout = self._last
-        key = id(artefact), layout
+        artefact, layout, like = self._last
+        updater = self._updater(layout, artefact.strides if self.plan.accumulate == 1 else None, like)
+        key = id(artefact), id(updater)
         if key not in self._emitted:
             window = self._window.sums if self.plan.accumulate > 1 else None
             with compiling():
-                self._emitted = {key: emit(artefact, self._updaters[layout], window)}
+                self._emitted = {key: emit(artefact, updater, window)}
         return self._emitted[key]
 
     @property
@@ -307,7 +366,7 @@ class TrainStep:
 
     def _on_new(self, artefact: Artefact) -> None:
         """Another graph: updates may lack its shadows, and what it reads in FP32 cannot be split."""
-        self._updaters.clear()
+        self._forget_updates()
         pairs = zip(artefact.joint.forward.inputs, artefact.fixed, strict=True)
         self.plan.whole |= {id(held) for one, held in pairs if one.kind == "param"}
         if self.plan.split is not None:
@@ -320,15 +379,6 @@ class TrainStep:
     def _order(self) -> list[int]:
         """Ids of the parameters, as the optimizer lists them."""
         return [id(p) for group in self.optimizer.param_groups for p in group["params"]]
-
-    def _group_sizes(self) -> list[int]:
-        return [len(group["params"]) for group in self.optimizer.param_groups]
-
-    def _regroup(self) -> None:
-        """The optimizer has other parameters now: what was compiled may lack their gradients."""
-        self._sizes = self._group_sizes()
-        self._updaters.clear()
-        self.artefacts.clear()
 
 
 def _check_options(backend: str, accumulate: int, masters: str, low: str) -> None:

@@ -12,11 +12,13 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from mpcompile.training import fused
-from mpcompile.training.artefact import ShadowSet
+from mpcompile.training.counters import Counters
+from mpcompile.training.forward import owned
 from mpcompile.training.graphs import inputs_of
 from mpcompile.training.optim import Binding, bind, can_fuse
 from mpcompile.training.parts import Run, decompositions, run_update
 from mpcompile.training.scaler import LossScale, ScaleState
+from mpcompile.training.shadow_set import ShadowSet
 from mpcompile.training.split import SplitMasters
 from mpcompile.training.update import InPlace, Operands, Spec, in_place, trace
 from mpcompile.training.window import Layout
@@ -76,10 +78,12 @@ class Plan:
     backend: str
     max_grad_norm: float | None
     accumulate: int
+    loss_fn: Callable[..., Any] | None = None
     split: SplitMasters | None = None
     # Parameters that a graph reads in FP32: these are never split.
     whole: set[int] = field(default_factory=set)
     builds: dict[Layout, int] = field(default_factory=dict)
+    counters: Counters = field(default_factory=Counters)
 
     def build(self, layout: Layout, grads: Sequence[Tensor]) -> Updater | fused.FusedUpdate:
         """The update for gradients of `layout`; `grads` are examples of them.
@@ -87,12 +91,13 @@ class Plan:
         Raises:
           TrainingError: MP521, MP522.
         """
-        parameters = dict(self.model.named_parameters(remove_duplicate=False))
+        parameters = owned(self.model, self.loss_fn)[0]
         parts: dict[int, list[int]] = {}
         for position, (name, _) in enumerate(layout):
             parts.setdefault(id(parameters[name]), []).append(position)
         with self.split.joined() if self.split is not None else contextlib.nullcontext():
-            binding = bind(self.optimizer, [p for p in self.model.parameters() if id(p) in parts])
+            trained = {id(parameters[name]): parameters[name] for name, _ in layout}
+            binding = bind(self.optimizer, list(trained.values()), self.counters)
         index = {id(p): i for i, p in enumerate(binding.params)}
         held = [
             (index[id(m)], s) for m, s in zip(self.shadows.masters, self.shadows.shadows, strict=True) if id(m) in index

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -105,6 +106,89 @@ def test_a_damaged_file_is_a_clear_error_and_touches_nothing(tmp_path, damage):
     assert same(before, dict(model.state_dict()))
 
 
+def test_any_flipped_bit_is_seen(tmp_path):
+    path, draw = tmp_path / "a", random.Random(0)
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.125)
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    save_checkpoint(path, model=model, optimizer=optimizer, extra={"epoch": 3})
+    content = path.read_bytes()
+    body = 8 + int.from_bytes(content[:8], "little")
+    for place in [*range(8), *draw.sample(range(8, body), 300), *range(body, len(content), 7)]:
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(flipped)
+        with pytest.raises(TrainingError, match="MP511"):
+            load_checkpoint(path, model=model, optimizer=optimizer)
+
+
+def test_what_does_not_fit_touches_nothing(tmp_path):
+    model, path = torch.nn.Linear(3, 2), tmp_path / "a"
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    save_checkpoint(path, model=model, optimizer=optimizer)
+    twin = torch.nn.Linear(3, 2)
+    before = {k: v.clone() for k, v in twin.state_dict().items()}
+    with pytest.raises(TrainingError, match=r"MP514(.|\n)*parameter group"):
+        load_checkpoint(path, model=twin, optimizer=torch.optim.SGD([twin.weight], 0.2))
+    assert same(before, dict(twin.state_dict()))
+    other = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 1))
+    third = torch.optim.SGD(other[0].parameters(), 0.5)
+    with pytest.raises(TrainingError, match=r"MP514(.|\n)*0\.bias"):
+        load_checkpoint(path, model=other, optimizer=third)
+    assert third.param_groups[0]["lr"] == 0.5
+
+
+def test_a_full_disk_is_a_clear_error_and_the_last_file_stays(tmp_path):
+    resource = pytest.importorskip("resource")
+    save_checkpoint(tmp_path / "a", extra=1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(TrainingError, match="MP513"):
+            save_checkpoint(tmp_path / "a", extra=torch.zeros(1_000_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert load_checkpoint(tmp_path / "a") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    with pytest.raises(TrainingError, match="MP513"):
+        save_checkpoint(tmp_path / "none" / "a", extra=1)
+
+
+def test_several_writers_of_one_path_leave_a_whole_file(tmp_path):
+    path = tmp_path / "a"
+
+    def write(number):
+        for _ in range(10):
+            save_checkpoint(path, extra={"number": number, "body": torch.full((50_000,), number)})
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, range(4)))
+    extra = load_checkpoint(path)
+    assert extra["body"].eq(extra["number"]).all()
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("make", [dict, lambda: torch.optim.SGD([torch.ones(2, requires_grad=True)], 0.1)])
+def test_schedulers_and_numpy_numbers_are_plain(tmp_path, make):
+    made = make()
+    states = {"best": np.float32(0.5), "step": np.int64(3)}
+    if made:
+        one = torch.optim.lr_scheduler
+        first = one.SequentialLR(made, [one.LinearLR(made), one.CosineAnnealingLR(made, 5)], [2])
+        states |= {type(s).__name__: s.state_dict() for s in (first, one.OneCycleLR(made, 0.1, total_steps=9),
+                   one.ReduceLROnPlateau(made), one.LambdaLR(made, lambda e: 0.9**e))}  # fmt: skip
+    save_checkpoint(tmp_path / "a", extra=states)
+    loaded = load_checkpoint(tmp_path / "a")
+    assert same(loaded, {**states, "best": 0.5, "step": 3})
+
+
+@pytest.mark.parametrize("tensor", [torch.eye(3).to_sparse(), torch.empty(2, device="meta")], ids=["sparse", "meta"])
+def test_tensors_without_dense_data_are_refused(tmp_path, tensor):
+    with pytest.raises(TrainingError, match=r"MP512(.|\n)*extra\.x"):
+        save_checkpoint(tmp_path / "a", extra={"x": tensor})
+
+
 def test_what_is_not_plain_is_refused_by_name(tmp_path):
     with pytest.raises(TrainingError, match=r"extra\.a\.1 is a Linear"):
         save_checkpoint(tmp_path / "a", extra={"a": [1, torch.nn.Linear(1, 1)]})
@@ -136,3 +220,5 @@ def test_kill_at_any_moment_leaves_the_last_good_one(tmp_path):
         # What was reported written is on the disk; one more may have been renamed before the kill.
         assert extra["number"] in (last := int(printed[-1]) if printed else 0, last + 1)
         assert extra["body"].eq(extra["number"]).all()
+    save_checkpoint(path, extra=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
