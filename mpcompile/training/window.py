@@ -2,14 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from operator import itemgetter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Layout = tuple[tuple[str, torch.dtype], ...]
+
+# Elements of a piece: a CPU adds a low gradient by way of a wide copy of it, which so stays in the cache.
+PIECE = 1 << 18
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How gradients of one layout reach the sums.
+
+    Fields:
+      rows: per gradient, the rows of its pieces; 0 leaves it whole.
+      ranks: (targets, numbers of the pieces): first every sum's first gradient, then the second ones (of tied
+        weights), so that no call writes to one sum twice.
+      absent: the sums that these gradients leave out.
+    """
+
+    rows: tuple[int, ...]
+    ranks: tuple[tuple[list[Tensor], list[int]], ...]
+    absent: list[Tensor]
+
+    def pieces(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        if not any(self.rows):
+            return grads
+        found = list[Tensor]()
+        for grad, rows in zip(grads, self.rows, strict=True):
+            found += torch.split(grad, rows) if rows else (grad,)
+        return found
 
 
 class Window:
@@ -22,13 +49,13 @@ class Window:
     def __init__(self, size: int, low: bool) -> None:
         self.size, self.low, self.count = size, low, 0
         self.sums: dict[str, Tensor] = {}
-        self._pick: dict[Layout, Callable[[Any], Any]] = {}
+        self._ways: dict[Layout, _Way] = {}
 
     def __len__(self) -> int:
         return len(self.sums)
 
     def __contains__(self, layout: Layout) -> bool:
-        return layout in self._pick
+        return layout in self._ways
 
     def prepare(self, layout: Layout, parameters: dict[str, Tensor], order: Sequence[int]) -> None:
         """Make room for gradients of this layout.
@@ -38,31 +65,45 @@ class Window:
         """
         if any(name not in self.sums for name, _ in layout):
             self._allocate(layout, parameters, order)
-        names = [name for name, _ in layout]
-        self._pick[layout] = itemgetter(*names) if len(names) > 1 else lambda sums: (sums[names[0]],)
+            self._ways = {known: self._way(known) for known in self._ways}
+        self._ways[layout] = self._way(layout)
 
     def _allocate(self, layout: Layout, parameters: dict[str, Tensor], order: Sequence[int]) -> None:
-        """FP32 sums lie side by side in one tensor, which the fused update then reads as it is."""
         dtypes = {**{name: held.dtype for name, held in self.sums.items()}, **dict(layout)}
         rank = {key: i for i, key in enumerate(order)}
         names = sorted(dtypes, key=lambda name: rank.get(id(parameters[name]), len(rank)))
-        before, whole = self.sums, [torch.empty_like(parameters[name], device="meta") for name in names]
-        if self.low:
-            self.sums = {n: torch.zeros_like(parameters[n], dtype=dtypes[n], requires_grad=False) for n in names}
-        else:
-            device = parameters[names[0]].device
-            flat = torch.zeros(sum(t.numel() for t in whole), device=device)
-            self.sums = dict(zip(names, torch._C._nn.unflatten_dense_tensors(flat, whole), strict=True))
+        before = self.sums
+        types = dtypes if self.low else dict.fromkeys(names, torch.float32)
+        self.sums = {n: torch.zeros_like(parameters[n], dtype=types[n], requires_grad=False) for n in names}
         for name, held in before.items():
             self.sums[name].copy_(held)
 
+    def _way(self, layout: Layout) -> _Way:
+        rows = tuple(_rows(self.sums[name], dtype) for name, dtype in layout)
+        ranks: list[tuple[list[Tensor], list[int]]] = []
+        seen, number = dict[str, int](), 0
+        for (name, _), each in zip(layout, rows, strict=True):
+            rank = seen[name] = seen.get(name, -1) + 1
+            if rank == len(ranks):
+                ranks.append(([], []))
+            targets = torch.split(self.sums[name], each) if each else (self.sums[name],)
+            ranks[rank][0].extend(targets)
+            ranks[rank][1].extend(range(number, number + len(targets)))
+            number += len(targets)
+        return _Way(rows, tuple(ranks), [held for name, held in self.sums.items() if name not in seen])
+
     def add(self, layout: Layout, grads: Sequence[Tensor]) -> None:
-        """Add one microbatch."""
-        whole = list(self.sums.values())
-        if self.count == 0:
-            torch._foreach_zero_(whole)
-        # A tied weight has two gradients; foreach adds them one after the other.
-        torch._foreach_add_(self._pick[layout](self.sums), list(grads))
+        """Add one microbatch; the first of a window takes the place of what the last one left."""
+        way = self._ways[layout]
+        pieces = way.pieces(grads)
+        for rank, (targets, numbers) in enumerate(way.ranks):
+            given = [pieces[i] for i in numbers]
+            if rank == 0 and self.count == 0:
+                torch._foreach_copy_(targets, given)
+            else:
+                torch._foreach_add_(targets, given)
+        if self.count == 0 and way.absent:
+            torch._foreach_zero_(way.absent)
         self.count += 1
 
     @property
@@ -78,10 +119,17 @@ class Window:
 
     def load(self, saved: dict[str, Any], parameters: dict[str, Tensor], order: Sequence[int]) -> None:
         self.count = saved["count"]
-        self._pick.clear()
+        self._ways.clear()
         self.sums = {}
         if saved["sums"]:
             layout = tuple((name, value.dtype) for name, value in saved["sums"].items())
             self._allocate(layout, parameters, order)
         for name, value in saved["sums"].items():
             self.sums[name].copy_(value)
+
+
+def _rows(total: Tensor, dtype: torch.dtype) -> int:
+    """Rows of a piece of a gradient of `dtype`, or 0 where it is added whole."""
+    if total.device.type != "cpu" or total.dtype == dtype or total.dim() < 2 or total.numel() <= PIECE:
+        return 0
+    return max(1, PIECE // (total.numel() // total.shape[0]))

@@ -11,7 +11,7 @@ from torch import nn, optim
 from mpcompile import laws
 from mpcompile.api import mpcompile
 from mpcompile.errors import TrainingError
-from mpcompile.training import fused, loss_region
+from mpcompile.training import fused, loss_region, window
 from mpcompile.training.emit import precision_graph
 from mpcompile.training.scaler import LossScale
 
@@ -269,3 +269,26 @@ def test_bytes_kept_for_the_backward_grow_with_the_batch():
     assert large >= 32 * (64 + 256) * 2, "the operands of both products, in BF16"
     assert single < large / 2
     assert step.compile_seconds > 0
+
+
+@pytest.mark.parametrize("piece", [1 << 18, 100])
+def test_a_window_sums_tied_absent_and_large_gradients(piece, monkeypatch):
+    """Against plain sums: a tied weight with two gradients, one that a microbatch leaves out, pieces of rows."""
+    monkeypatch.setattr(window, "PIECE", piece)
+    torch.manual_seed(0)
+    parameters = {"tied": torch.zeros(30, 20), "bias": torch.zeros(7), "late": torch.zeros(5, 6)}
+    order = [id(p) for p in parameters.values()]
+    whole = (("tied", torch.bfloat16), ("bias", torch.float32), ("tied", torch.float32), ("late", torch.bfloat16))
+    summed = window.Window(3, low=False)
+    for _ in range(2):  # the second window starts over the sums of the first
+        expected = {name: torch.zeros_like(p) for name, p in parameters.items()}
+        for layout in (whole[:3], whole, whole[:3]):
+            grads = [torch.randn_like(parameters[name]).to(dtype) for name, dtype in layout]
+            if layout not in summed:
+                summed.prepare(layout, parameters, order)
+            summed.add(layout, grads)
+            for (name, _), grad in zip(layout, grads, strict=True):
+                expected[name] += grad
+        assert summed.full
+        summed.count = 0
+        torch.testing.assert_close(summed.sums, expected)
