@@ -87,7 +87,7 @@ def non_finite(grads: Sequence[Tensor]) -> Tensor:
         torch._amp_foreach_non_finite_check_and_unscale_(list(grads), found, torch.ones((), device=device))
         return found
     # CUDA's kernel of that name refuses BF16.
-    largest = torch.stack([norm.float() for norm in torch._foreach_norm(list(grads), math.inf)])
+    largest = torch.stack(torch._foreach_norm(list(grads), math.inf))
     return (~torch.isfinite(largest).all()).float()
 
 
