@@ -73,6 +73,12 @@ def _break(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return torch.relu(x)
 
 
+def _filled(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(x)
+    out.copy_(x)
+    return out
+
+
 MIDDLES: dict[str, Callable[[nn.Module, torch.Tensor], torch.Tensor]] = {
     "in-place relu": lambda m, x: F.relu_(x),
     "in-place on views": _views,
@@ -82,6 +88,9 @@ MIDDLES: dict[str, Callable[[nn.Module, torch.Tensor], torch.Tensor]] = {
     "custom function": lambda m, x: Square.apply(x),
     "autocast region": _autocast_region,
     "no grad": _no_grad,
+    "new tensor filled": _filled,
+    "vmap": lambda m, x: torch.vmap(lambda row: torch.tanh(m.norm(row)))(x),
+    "gradient inside": lambda m, x: torch.func.grad(lambda y: torch.tanh(y).sum())(x) + x,
     "graph break": _break,
     "explicit float": lambda m, x: (x.float() * 3).to(x.dtype),
     "explicit low": lambda m, x: x.to(torch.bfloat16).to(torch.float32),
@@ -108,7 +117,8 @@ def test_forward_and_gradients_are_near_fp32(name: str, policy: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["in-place on views", "batch norm", "checkpoint", "custom function", "graph break", "no grad"]
+    "name",
+    ["in-place on views", "batch norm", "checkpoint", "custom function", "graph break", "no grad", "gradient inside"],
 )
 def test_compiled_is_near_fp32(name: str) -> None:
     reference, model = pair(name)
