@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import inspect
 import itertools
 import os
 import re
@@ -22,7 +23,7 @@ from mpcompile.graph import joined
 from mpcompile.passes.classify import refuse_unmatched
 from mpcompile.policy import Policy
 from mpcompile.rules.table import rules_for
-from mpcompile.runtime.coverage import warn_of_gaps, watch
+from mpcompile.runtime.coverage import warn_of_gaps, watch, watched_method
 from mpcompile.runtime.device import emulated_kinds
 from mpcompile.runtime.dynamo import Compiler, Plan, Settings, decide, log_plan, settings_of
 from mpcompile.training.shadows import SHADOWS
@@ -111,6 +112,8 @@ def mpcompile(
         raise RuleError("MP204", f"there is no backend {backend!r}", try_=" or ".join(map(repr, BACKENDS)))
     if isinstance(model, torch.export.ExportedProgram):
         model = model.module()
+    if isinstance(model, MixedPrecisionModule):
+        model = model.model
     _check(model)
     inner = "inductor" if backend == "onnxruntime" else backend
     settings = settings_of(policy, keep_fp32, low, strict, inner)
@@ -204,6 +207,7 @@ class MixedPrecisionModule(nn.Module):
         compiler: Compiler = self._compiler
         return compiler.seconds
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a torch.compile around this module breaks its graph here, and runs ours
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self._first(args, kwargs) if self._call is None else self._run(self._call, args, kwargs)
 
@@ -230,7 +234,17 @@ class MixedPrecisionModule(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(self.__dict__["_model"], name)
+            model = self.__dict__["_model"]
+            found = getattr(model, name)
+            own = inspect.ismethod(found) and found.__self__ is model
+            return watched_method(model, name, found) if own else found
+
+    def __getitem__(self, key: Any) -> Any:
+        return self.model[key]  # type: ignore[index]
+
+    def __reduce__(self) -> Any:
+        """Copies and pickles are of the model and its settings; compiled graphs are made again."""
+        return _rewrapped, (self.model, self.settings, self.dynamic, self.backend)
 
     def train(self, mode: bool = True) -> MixedPrecisionModule:
         self.model.train(mode)
@@ -310,6 +324,10 @@ class MixedPrecisionModule(nn.Module):
         from mpcompile.frontends.onnx_export import export_onnx
 
         return export_onnx(self, path, *args, **options)
+
+
+def _rewrapped(model: nn.Module, settings: Settings, dynamic: bool | None, backend: str) -> MixedPrecisionModule:
+    return MixedPrecisionModule(model, settings, dynamic=dynamic, backend=backend)
 
 
 def _own(error: BackendCompilerFailed) -> Exception:

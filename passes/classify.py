@@ -68,12 +68,13 @@ class Classify:
         if not self.partial:
             for option, globs in (("low", self.force_low), ("keep_fp32", self.keep_fp32)):
                 refuse_unmatched(names.unmatched(globs), option, names.found)
-        wanted = {id_: ("low", f"low={text!r}") for id_, text in names.matches(self.force_low).items()}
-        wanted |= {id_: ("fp32", f"keep_fp32={text!r}") for id_, text in names.matches(self.keep_fp32).items()}
         before = [_decision(node) for node in graph]
         wide = {name for name, value in graph.values.items() if value.dtype in _WIDE}
         for node in graph:
             self._decide(graph, node, rules, wide)
+        # After the rules, so that a callable can ask for a node's kind and verdict.
+        wanted = {id_: ("low", f"low={text!r}") for id_, text in names.matches(self.force_low).items()}
+        wanted |= {id_: ("fp32", f"keep_fp32={text!r}") for id_, text in names.matches(self.keep_fp32).items()}
         for id_, (verdict, reason) in wanted.items():
             _override(graph.nodes[id_], verdict, reason)
         return PassResult(before != [_decision(node) for node in graph])
@@ -205,13 +206,20 @@ def unmatched(graphs: Iterable[PrecisionGraph], overrides: Iterable[Any]) -> lis
     return globs
 
 
-def refuse_unmatched(globs: Iterable[str], option: str, known: Iterable[str]) -> None:
+def refuse_unmatched(globs: Iterable[str], option: str, known: Iterable[str], modules: Iterable[str] = ()) -> None:
     """Raise for the first glob, with near names out of `known`.
+
+    Args:
+      modules: paths of modules that the model has, whatever of it is in a graph.
 
     Raises:
       RuleError: MP203.
     """
     for one in globs:
+        if found := next((path for path in modules if path and fnmatch.fnmatchcase(path, one)), ""):
+            raise RuleError("MP203", f"{option}={one!r} names the module {found!r}, of which no captured graph has a node",
+                            why="it is not used, is left out by a graph break, or is inside control flow that stays whole",
+                            try_="mp.report() shows what was captured")  # fmt: skip
         near = suggest(one.replace("*", "").strip("."), known)
         raise RuleError("MP203", f"{option}={one!r} matches no module, operation or node",
                         try_=near or "mpcompile inspect lists the names")  # fmt: skip

@@ -33,6 +33,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from mpcompile.errors import CaptureError, MPCompileError, page
 from mpcompile.frontends.recurrent import traced_whole
+from mpcompile.frontends.transforms import transformed, with_transforms_apart
 
 page(
     "MP101",
@@ -54,7 +55,7 @@ class AtenTracer(fx.Interpreter):
     def __init__(
         self, module: fx.GraphModule, marks: dict[str, Any] | None = None, paths: Mapping[str, str] | None = None
     ) -> None:
-        super().__init__(module)
+        super().__init__(with_transforms_apart(module))
         self._paths = paths or {}
         self._regions: list[str] = []
         self._marks = marks or {}
@@ -88,7 +89,7 @@ class AtenTracer(fx.Interpreter):
             return self._regions.pop()
         if target is tag_activation_checkpoint:
             return self._inline_checkpoint(args, kwargs)
-        if isinstance(target, HigherOrderOperator):
+        if isinstance(target, HigherOrderOperator) or target is transformed:
             return opaque_call(target, args, kwargs)
         return super().call_function(target, args, kwargs)
 
@@ -129,7 +130,8 @@ def opaque_call(target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     assert mode is not None
     tracer = mode.tracer
     proxies, proxy_kwargs = pytree.tree_map(lambda x: _proxy_of(tracer, x), (args, kwargs))
-    proxy = tracer.create_proxy("call_function", target, proxies, proxy_kwargs, name=str(target))
+    name = getattr(target, "__name__", str(target))
+    proxy = tracer.create_proxy("call_function", target, proxies, proxy_kwargs, name=name)
     with proxy_tensor.disable_proxy_modes_tracing():
         result = target(*args, **kwargs)
     return proxy_tensor.track_tensor_tree(result, proxy, constant=None, tracer=tracer)

@@ -14,6 +14,8 @@ from torch import fx
 
 aten = torch.ops.aten
 _FOLLOWS_OTHER = {aten.to.other, aten.type_as.default}
+# Their functional forms have no derivative.
+_IN_PLACE_ONLY = frozenset({"copy_", "resize_as_", "set_"})
 _LIKE = ("_like.", "new_")
 
 
@@ -90,7 +92,7 @@ def _functional(op: object) -> torch._ops.OpOverload | None:
     if not isinstance(op, torch._ops.OpOverload):
         return None
     packet = op._schema.name.split("::")[-1]
-    if not packet.endswith("_") or packet.endswith("__") or op.namespace != "aten":
+    if not packet.endswith("_") or packet.endswith("__") or op.namespace != "aten" or packet in _IN_PLACE_ONLY:
         return None
     twin = getattr(getattr(aten, packet[:-1], None), op._overloadname, None)
     if twin is None or [a.name for a in twin._schema.arguments] != [a.name for a in op._schema.arguments]:

@@ -6,6 +6,7 @@ Code that Dynamo cannot trace runs as the program wrote it, in FP32.  Dynamo its
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -93,6 +94,27 @@ def _reached(result: Any) -> set[int] | None:
     return found
 
 
+def watched_method(model: nn.Module, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method` of `model`, which warns when it calls the model: that call is not the wrapper's, and runs in FP32."""
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        calls: list[None] = []
+        handle = model.register_forward_pre_hook(lambda *_: calls.append(None))
+        try:
+            return method(*args, **kwargs)
+        finally:
+            handle.remove()
+            if calls:
+                warnings.warn(
+                    f"mpcompile: {name}() is a method of the model itself: its {len(calls)} calls of the model ran as "
+                    "written, in FP32. Mixed precision is in mp(...), and in mp.train_step",
+                    stacklevel=2,
+                )
+
+    return call
+
+
 def warn_of_recurrent_break() -> None:
     """In ``torch.compile(model, backend="mpcompile")``: say that Dynamo left an LSTM, GRU or RNN, and its neighbours."""
     if any(text.startswith("Attempted to wrap RNN") for text in counters["graph_break"]):
@@ -103,4 +125,4 @@ def warn_of_recurrent_break() -> None:
         )
 
 
-__all__ = ["Breaks", "warn_of_gaps", "warn_of_recurrent_break", "watch"]
+__all__ = ["Breaks", "warn_of_gaps", "warn_of_recurrent_break", "watch", "watched_method"]

@@ -151,7 +151,9 @@ class Compiler:
             known = {
                 name for plan in self.plans for node in plan.graph for name in (node.module, node.op, node.id) if name
             }
-            refuse_unmatched(unmatched([plan.graph for plan in self.plans], globs), option, sorted(known))
+            refuse_unmatched(
+                unmatched([plan.graph for plan in self.plans], globs), option, sorted(known), self.paths().values()
+            )
 
     def _emit(self, plan: Plan, fakes: list[Any]) -> Callable[..., Any]:
         compiled = self.settings.inner == "inductor"

@@ -197,3 +197,45 @@ def test_fp32_matmul_precision_is_per_graph() -> None:
         errors[name] = (mp(x).double() - exact).abs().max().item()
     assert errors["high"] > 10 * errors["highest"]
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_what_is_not_finite_is_found_in_every_low_type() -> None:
+    from mpcompile.training.fused import non_finite
+
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for bad, expected in ((1.0, 0.0), (float("inf"), 1.0), (-float("inf"), 1.0), (float("nan"), 1.0)):
+            grads = [torch.ones(100, device="cuda"), torch.ones(3, 5, device="cuda", dtype=dtype)]
+            grads[1][2, 3] = bad
+            assert non_finite(grads).item() == expected
+
+
+def test_a_fused_update_in_pieces_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A buffer smaller than the weights, and the plain loop with torch's own fused AdamW."""
+    from mpcompile.training import fused
+
+    monkeypatch.setattr(fused, "ROOM", {"cuda": 1 << 12})
+    monkeypatch.setattr(fused, "SMALL", 1)
+    model, batch, _, _ = make("gpt2")
+    twin = copy.deepcopy(model)
+    step = mpcompile(model, "fp32").train_step(torch.optim.AdamW(model.parameters(), lr=1e-3), cuda_graph=False)
+    optimizer = torch.optim.AdamW(twin.parameters(), lr=1e-3, fused=True)
+    for _ in range(3):
+        step(**batch)
+        twin(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for (name, mine), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_backward_holds_no_large_gradient_twice() -> None:
+    model = nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(6))).cuda()
+    mp, x = mpcompile(model, "bf16", low=["*"]), torch.randn(64, 2048, device="cuda")
+    mp(x).sum().backward()
+    model.zero_grad()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    mp(x).sum().backward()
+    single = 6 * (1 << 24)
+    assert torch.cuda.max_memory_allocated() - before < single + 4 * (1 << 23)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -73,6 +74,12 @@ def _break(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return torch.relu(x)
 
 
+def _filled(m: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(x)
+    out.copy_(x)
+    return out
+
+
 MIDDLES: dict[str, Callable[[nn.Module, torch.Tensor], torch.Tensor]] = {
     "in-place relu": lambda m, x: F.relu_(x),
     "in-place on views": _views,
@@ -82,6 +89,9 @@ MIDDLES: dict[str, Callable[[nn.Module, torch.Tensor], torch.Tensor]] = {
     "custom function": lambda m, x: Square.apply(x),
     "autocast region": _autocast_region,
     "no grad": _no_grad,
+    "new tensor filled": _filled,
+    "vmap": lambda m, x: torch.vmap(lambda row: torch.tanh(m.norm(row)))(x),
+    "gradient inside": lambda m, x: torch.func.grad(lambda y: torch.tanh(y).sum())(x) + x,
     "graph break": _break,
     "explicit float": lambda m, x: (x.float() * 3).to(x.dtype),
     "explicit low": lambda m, x: x.to(torch.bfloat16).to(torch.float32),
@@ -108,7 +118,8 @@ def test_forward_and_gradients_are_near_fp32(name: str, policy: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["in-place on views", "batch norm", "checkpoint", "custom function", "graph break", "no grad"]
+    "name",
+    ["in-place on views", "batch norm", "checkpoint", "custom function", "graph break", "no grad", "gradient inside"],
 )
 def test_compiled_is_near_fp32(name: str) -> None:
     reference, model = pair(name)
@@ -362,3 +373,63 @@ def test_a_number_that_must_be_known_costs_a_graph_each() -> None:
     for p in (0.2, 0.5, 0.8, 0.5):
         assert abs((mp(torch.randn(64, WIDTH), p) == 0).float().mean() - p) < 0.1
     assert len(mp.plans) == 3
+
+
+def small() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU(), nn.Linear(WIDTH, WIDTH))
+
+
+@pytest.mark.parametrize("way", [copy.deepcopy, lambda mp: pickle.loads(pickle.dumps(mp))], ids=["copy", "pickle"])
+def test_a_copy_has_its_own_weights_and_goes_on(way: Callable[[Any], Any]) -> None:
+    mp, x = mpcompile(small(), "bf16", backend="eager", low=["*"]), torch.randn(4, WIDTH)
+    before = mp(x)
+    twin = way(mp)
+    assert torch.equal(twin(x), before)
+    with torch.no_grad():
+        twin[0].weight.zero_()
+        twin[0].bias.zero_()
+    assert torch.equal(mp(x), before)
+    assert not torch.equal(twin(x), before)
+
+
+def test_an_average_of_weights_is_evaluated_in_mixed_precision() -> None:
+    mp, x = mpcompile(small(), "bf16", backend="eager", low=["*"]), torch.randn(4, WIDTH)
+    mp(x)
+    average = torch.optim.swa_utils.AveragedModel(mp)
+    for _ in range(2):
+        with torch.no_grad():
+            mp[0].weight.add_(0.1)
+        average.update_parameters(mp)
+    torch.testing.assert_close(average(x), average.module.model(x), rtol=0.03, atol=0.03)
+
+
+def test_a_compiled_parent_and_a_second_wrapping_do_not_hide_it() -> None:
+    model, x = small(), torch.randn(4, WIDTH)
+    inner = mpcompile(model, "bf16", backend="eager", low=["*"])
+    parent = torch.compile(nn.Sequential(inner, nn.Linear(WIDTH, 1)), backend="eager")
+    parent(x).sum().backward()
+    assert inner.plans
+    again = mpcompile(inner, "fp16", backend="eager", low=["*"])
+    assert again.model is model
+    torch.testing.assert_close(again(x), model(x), rtol=0.01, atol=0.01)
+
+
+def test_a_method_that_calls_the_model_past_the_wrapper_says_so() -> None:
+    class Generates(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x)
+
+        def generate(self, x: torch.Tensor) -> torch.Tensor:
+            return self(self(x))
+
+        def width(self) -> int:
+            return self.fc.in_features
+
+    mp = mpcompile(Generates(), "bf16", backend="eager")
+    assert mp.width() == WIDTH
+    with pytest.warns(UserWarning, match=r"generate\(\) .* its 2 calls of the model ran as written, in FP32"):
+        mp.generate(torch.randn(2, WIDTH))

@@ -88,6 +88,12 @@ def test_a_module_glob_stops_at_the_dot() -> None:
     assert decided(graph, keep_fp32=("dec.0",)) == {"a": ("fp32", "override"), "b": ("propagate", "rule")}
 
 
+def test_a_callable_may_ask_for_what_the_rules_say() -> None:
+    graph = graph_of(("a", "aten.linear.default"), ("b", "aten.exp.default"))
+    Classify("bf16", keep_fp32=(lambda n: n.kind == "matmul",), force_low=(lambda n: n.verdict == "fp32",)).apply(graph)
+    assert [n.verdict for n in graph] == ["fp32", "low"]
+
+
 def test_a_callable_chooses_nodes_and_is_named_in_the_reason() -> None:
     def deep(node: Node) -> bool:
         return node.op.startswith("aten.relu")

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from mpcompile import mpcompile
+from mpcompile import MPCompileError, mpcompile
 
 
 class Recurrent(nn.Module):
@@ -83,3 +83,9 @@ def test_the_bare_backend_says_that_an_lstm_is_left_out() -> None:
     compiled = torch.compile(Prefixed(nn.LSTM), backend="mpcompile", options={"policy": "bf16", "inner": "eager"})
     with pytest.warns(UserWarning, match="does not trace LSTM"):
         compiled(torch.randn(2, 4, 16))
+
+
+def test_an_override_of_what_no_graph_has_says_so() -> None:
+    mp = mpcompile(Hidden(), "bf16", backend="eager", low=["last"])
+    with pytest.raises(MPCompileError, match="names the module 'last', of which no captured graph has a node"):
+        mp(torch.randn(2, 16))
