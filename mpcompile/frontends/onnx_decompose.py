@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 from torch._decomp import get_decompositions
 
-from mpcompile.errors import OnnxError, page
+from mpcompile.errors import page
+from mpcompile.frontends import onnx_pool
+from mpcompile.frontends.onnx_random import Counter
 
 page(
     "MP608",
@@ -83,14 +85,12 @@ def _weight_gradient(x: Tensor, grad: Tensor, weight: Tensor, stride: Shape, pad
 def avg_pool2d_backward(grad: Tensor, x: Tensor, kernel: Shape, stride: Shape, padding: Shape, ceil_mode: bool,
                         count_include_pad: bool, divisor: int | None) -> Tensor:  # fmt: skip
     """`aten.avg_pool2d_backward`: every element of a window gets its share, by a depthwise transposed convolution.
-
-    Raises:
-      OnnxError: MP608, for ceil_mode.
+    With ``ceil_mode`` windows reach beyond the padding, and fixed matrices say what each of them sees.
     """
     kernel, padding = _spread(kernel, 2), _spread(padding, 2)
     stride = _spread(stride, 2) if len(stride) else kernel
     if ceil_mode:
-        raise OnnxError("MP608", "the backward of an average pool with ceil_mode has no ONNX form")
+        return onnx_pool.avg_pool2d_backward(grad, x, kernel, stride, padding, count_include_pad, divisor)
     channels = x.shape[1]
     if divisor or count_include_pad or not any(padding):
         shared = grad / float(divisor or kernel[0] * kernel[1])
@@ -103,15 +103,6 @@ def avg_pool2d_backward(grad: Tensor, x: Tensor, kernel: Shape, stride: Shape, p
     out = [int(x.shape[2 + d] - ((grad.shape[2 + d] - 1) * stride[d] - 2 * padding[d] + kernel[d])) for d in (0, 1)]
     summed: Tensor = aten.convolution(shared, ones, None, stride, padding, [1, 1], True, out, channels)
     return summed
-
-
-def native_dropout(x: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
-    """A comparison with random numbers; the backward reads the same mask."""
-    if not train or p == 0:
-        return x, torch.ones_like(x, dtype=torch.bool)
-    keep = torch.rand_like(x, dtype=torch.float32) >= p
-    scale = 0.0 if p == 1 else 1.0 / (1.0 - p)
-    return torch.where(keep, x * scale, torch.zeros((), dtype=x.dtype, device=x.device)), keep
 
 
 def amax(x: Tensor, dim: Shape = (), keepdim: bool = False) -> Any:
@@ -135,8 +126,12 @@ def forward_table() -> dict[Any, Callable[..., Any]]:
     return dict(get_decompositions([getattr(aten, name) for name in names]))
 
 
-def step_table() -> dict[Any, Callable[..., Any]]:
-    """What a training step needs: after autograd, everything that the exporter gets wrong or lacks."""
+def step_table(random: Counter) -> dict[Any, Callable[..., Any]]:
+    """What a training step needs: after autograd, everything that the exporter gets wrong or lacks.
+
+    Args:
+      random: where random numbers come from.
+    """
     names = (
         "nll_loss_forward", "nll_loss_backward", "nll_loss2d_forward", "nll_loss2d_backward", "embedding_dense_backward",
         "_softmax_backward_data", "_log_softmax_backward_data", "native_layer_norm_backward", "native_group_norm_backward",
@@ -146,14 +141,13 @@ def step_table() -> dict[Any, Callable[..., Any]]:
         "mish_backward", "select_backward", "slice_backward", "max_pool2d_with_indices_backward", "native_dropout_backward",
         "addcmul", "addcdiv", "lerp", "linalg_vector_norm", "_fused_rms_norm", "_fused_rms_norm_backward", "mse_loss_backward",
         "smooth_l1_loss_backward", "huber_loss_backward", "binary_cross_entropy_backward", "_prelu_kernel_backward",
-        "upsample_nearest2d_backward", "upsample_bilinear2d_backward", "_adaptive_avg_pool2d_backward", "addmm", "baddbmm",
+        "upsample_nearest2d_backward", "upsample_bilinear2d_backward", "addmm", "baddbmm",
         "unfold_backward", "glu_backward", "index_add", "logit_backward", "frac", "rsub", "native_group_norm",
     )  # fmt: skip
     found = [getattr(aten, name) for name in names if hasattr(aten, name)]
     table: dict[Any, Callable[..., Any]] = dict(get_decompositions(found))
     table[aten.convolution_backward.default] = convolution_backward
     table[aten.avg_pool2d_backward.default] = avg_pool2d_backward
-    table[aten.native_dropout.default] = native_dropout
     table[aten.amax.default] = amax
     table[aten.where.self] = where
-    return table
+    return {**table, **onnx_pool.table(), **random.table()}

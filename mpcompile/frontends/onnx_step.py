@@ -6,8 +6,9 @@ The step's in-place writes become outputs.  What the exporter gets wrong or lack
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import onnx_ir as ir
 import torch
@@ -18,10 +19,16 @@ from mpcompile.errors import OnnxError
 from mpcompile.frontends.onnx_decompose import REFUSED, step_table
 from mpcompile.frontends.onnx_export import translate
 from mpcompile.frontends.onnx_prepare import OPSETS
+from mpcompile.frontends.onnx_random import RANDOM, Counter
 from mpcompile.frontends.onnx_settle import settle
 
 # They ask for strides; ONNX has none, and what is decomposed may come out in others.
 VIEWS = (torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default)
+COPIES = (
+    torch.ops.aten.clone.default, torch.ops.aten.detach.default, torch.ops.aten.alias.default,
+    torch.ops.prims.copy_strided.default,
+)  # fmt: skip
+SEED = "dropout_seed"
 RESULTS = ("loss", "finite", "grad_norm", "scale")
 
 
@@ -33,12 +40,14 @@ class OnnxStep:
       model: inputs are the batch and the state, outputs the results and the next state.
       inputs: name of each input, in the order of the emitted step's.
       written: (input, output): the state that comes out, to go in again.
+      seeded: the last input is the counter of the random numbers (see `mpcompile.frontends.onnx_random`).
     """
 
     model: ir.Model
     inputs: list[str]
     written: list[tuple[str, str]]
     notes: list[str]
+    seeded: bool = False
 
 
 def step_to_onnx(module: fx.GraphModule, arguments: Sequence[Tensor], low: str) -> OnnxStep:
@@ -50,13 +59,27 @@ def step_to_onnx(module: fx.GraphModule, arguments: Sequence[Tensor], low: str) 
     _refuse(module)
     functional, places = _functional(module)
     arguments = [tensor.detach() for tensor in arguments]
+    random, act = Counter(), cast("Callable[..., Any]", functional)
+    names = [_name(node, i) for i, node in enumerate(module.graph.find_nodes(op="placeholder"))]
+    seeded = any(node.target in RANDOM for node in module.graph.nodes)
+    if seeded:
+
+        def with_counter(*given: Tensor) -> Any:
+            random.begin(given[-1])
+            return *functional(*given[:-1]), given[-1] + 1
+
+        act = with_counter
+        places.append(len(arguments))
+        arguments.append(torch.zeros((), dtype=torch.int64))
+        names.append(SEED)
     with torch.no_grad():
-        traced = make_fx(functional, step_table(), tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
+        traced = make_fx(act, step_table(random), tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
         _tidy(traced)
     model, _ = translate(traced, tuple(arguments), {}, None, OPSETS.get(low, 20))
     added = settle(model)
-    names = [_name(node, i) for i, node in enumerate(module.graph.find_nodes(op="placeholder"))]
-    return _named(model, names, places, added)
+    made = _named(model, names, places, added)
+    made.seeded = seeded
+    return made
 
 
 def _refuse(module: fx.GraphModule) -> None:
@@ -97,7 +120,7 @@ def _fitted(graph: fx.Graph, value: fx.Node, target: Tensor) -> fx.Node:
 
 def _tidy(module: fx.GraphModule) -> None:
     """Copies of a functional graph are the value itself."""
-    for target in (torch.ops.aten.clone.default, torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+    for target in COPIES:
         for node in module.graph.find_nodes(op="call_function", target=target):
             node.replace_all_uses_with(node.args[0])
             module.graph.erase_node(node)

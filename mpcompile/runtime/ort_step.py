@@ -42,6 +42,13 @@ page(
     "Leave the option out, or use backend='inductor'.",
 )
 
+ONNX_TYPES = {
+    torch.float32: onnx.TensorProto.FLOAT, torch.float16: onnx.TensorProto.FLOAT16,
+    torch.bfloat16: onnx.TensorProto.BFLOAT16, torch.float64: onnx.TensorProto.DOUBLE,
+    torch.int64: onnx.TensorProto.INT64, torch.int32: onnx.TensorProto.INT32, torch.bool: onnx.TensorProto.BOOL,
+    torch.uint8: onnx.TensorProto.UINT8, torch.int8: onnx.TensorProto.INT8, torch.int16: onnx.TensorProto.INT16,
+}  # fmt: skip
+
 
 @dataclass
 class Compiled:
@@ -83,7 +90,10 @@ class OrtTrainStep:
             raise RuntimeFailure("MP711", "backend='onnxruntime' has accumulate=1 and masters='full' only")
         options.pop("backend", None)
         self.torch_step = TrainStep(owner, optimizer, loss_fn, backend="eager", **{**options, "chunk_loss": False})
+        self._device = "cuda" if has_provider("cuda") and self.torch_step.device.type == "cuda" else "cpu"
         self.low, self.optimizer, self.providers = self.torch_step.policy.low, optimizer, providers
+        # Counts the steps for dropout: part of the state, so that a step that is run again drops the same.
+        self.dropout_seed = torch.tensor(torch.initial_seed() % 2**31)
         self._compiled: dict[Any, Compiled] = {}
         self._state: dict[int, State] = {}
         self._versions: dict[int, int] = {}
@@ -104,6 +114,8 @@ class OrtTrainStep:
         for name, _ in held.step.written:
             state = self._state[id(held.live[name])]
             state.now, state.then, state.written = state.then, state.now, True
+            if state.then.device_name() != self._device:  # what came from torch, in the host's memory
+                state.then = _buffer(state.live, self._device)
         loss, finite, norm, scale = (torch.from_numpy(np.array(v.numpy())) for v in binding.get_outputs()[:4])
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look for
         return StepResult(loss, finite, finite, scale, norm)
@@ -118,12 +130,14 @@ class OrtTrainStep:
         self._note_versions()
 
     def state_dict(self) -> dict[str, Any]:
+        """The torch step's, and ``dropout_seed``. Reads the device."""
         self.sync()
-        return self.torch_step.state_dict()
+        return {**self.torch_step.state_dict(), "dropout_seed": int(self.dropout_seed)}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         self.sync()
         self.torch_step.load_state_dict(saved)
+        self.dropout_seed.fill_(saved.get("dropout_seed", int(self.dropout_seed)))
         self._compiled.clear()
         self._state.clear()
 
@@ -153,13 +167,13 @@ class OrtTrainStep:
     def _compile(self, batch: Batch) -> Compiled:
         emitted, updater = emit_step(self.torch_step, batch)
         step = step_to_onnx(emitted.module, emitted.arguments(batch.tensors), self.low)
-        on_cuda = has_provider("cuda") and self.torch_step.device.type == "cuda"
-        model = simulate(step.model) if self.low in LOW and not on_cuda else step.model
+        model = simulate(step.model) if self.low in LOW and self._device == "cpu" else step.model
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = torch.get_num_threads()
         made = make_session(ir.to_proto(model), self.providers, options)
-        live = {name: held for name, held in zip(step.inputs, emitted.inputs, strict=True) if held is not None}
+        state = [*emitted.inputs, self.dropout_seed] if step.seeded else emitted.inputs
+        live = {name: held for name, held in zip(step.inputs, state, strict=True) if held is not None}
         numbers = next((name for name, held in live.items() if held is updater.numbers), "")
         batched = {step.inputs[place]: number for place, number in emitted.batch.items()}
         for tensor in live.values():
@@ -176,7 +190,7 @@ class OrtTrainStep:
 
     def _adopt(self, tensor: Tensor) -> None:
         if id(tensor) not in self._state:
-            self._state[id(tensor)] = State(_ortvalue(tensor), _ortvalue(tensor), tensor)
+            self._state[id(tensor)] = State(_ortvalue(tensor), _buffer(tensor, self._device), tensor)
 
     def _take_edits(self) -> None:
         """Somebody changed a live tensor (a loaded checkpoint, an edit in place): take in all, shadows refreshed."""
@@ -249,6 +263,11 @@ def _ortvalue(tensor: Tensor) -> ort.OrtValue:
         bits = held.view(torch.uint16).numpy().copy()
         return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, onnx.TensorProto.BFLOAT16)
     return ort.OrtValue.ortvalue_from_numpy(held.numpy().copy())
+
+
+def _buffer(tensor: Tensor, device: str) -> ort.OrtValue:
+    """Memory of ONNX Runtime for a tensor like this one."""
+    return ort.OrtValue.ortvalue_from_shape_and_type(list(tensor.shape), ONNX_TYPES[tensor.dtype], device, 0)
 
 
 def _tensor(value: ort.OrtValue) -> Tensor:

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from mpcompile import mpcompile
 from mpcompile.errors import OnnxError, RuntimeFailure
-from mpcompile.frontends.onnx_decompose import avg_pool2d_backward, convolution_backward, native_dropout, where
+from mpcompile.frontends import onnx_pool
+from mpcompile.frontends.onnx_decompose import avg_pool2d_backward, convolution_backward, where
+from mpcompile.frontends.onnx_random import Counter, P
 from mpcompile.runtime.ort import session
 from mpcompile.training.scaler import LossScale
 
@@ -45,23 +47,68 @@ def test_convolution_backward_is_autograds(dims: int, transposed: bool) -> None:
 @pytest.mark.parametrize(("kernel", "stride"), [(2, 2), (3, 2), (3, 1), (2, 3)])
 @pytest.mark.parametrize("counted", [True, False])
 def test_avg_pool_backward_is_autograds(kernel: int, stride: int, counted: bool) -> None:
-    for pad in (0, 1):
+    for pad, ceil, divisor in itertools.product((0, 1), (False, True), (None, 3)):
         x = torch.randn(2, 3, 9, 10, dtype=torch.double)
-        grad = torch.randn_like(F.avg_pool2d(x, kernel, stride, pad, count_include_pad=counted))
-        rest = ([kernel] * 2, [stride] * 2, [pad] * 2, False, counted, None)
-        torch.testing.assert_close(avg_pool2d_backward(grad, x, *rest), aten.avg_pool2d_backward(grad, x, *rest))
+        grad = torch.randn_like(F.avg_pool2d(x, kernel, stride, pad, ceil, counted))
+        rest = ([kernel] * 2, [stride] * 2, [pad] * 2, ceil, counted, divisor)
+        want = aten.avg_pool2d_backward(grad, x, *rest)
+        torch.testing.assert_close(avg_pool2d_backward(grad, x, *rest), want, rtol=1e-5, atol=1e-5)
 
 
-def test_where_of_bools_and_dropout() -> None:
+@pytest.mark.parametrize("sizes", [(9, 10, 3, 4), (7, 5, 2, 5), (4, 6, 6, 3), (5, 5, 1, 1)])
+def test_adaptive_pools_are_torchs(sizes: tuple[int, int, int, int]) -> None:
+    height, width, *out = sizes
+    x = torch.randn(2, 3, height, width)
+    grad = torch.randn(2, 3, *out)
+    torch.testing.assert_close(onnx_pool.adaptive_avg_pool2d(x, out), F.adaptive_avg_pool2d(x, out))
+    want = aten._adaptive_avg_pool2d_backward(grad, x)
+    torch.testing.assert_close(onnx_pool.adaptive_avg_pool2d_backward(grad, x), want)
+    values, places = onnx_pool.adaptive_max_pool2d(x, out)
+    want, at = aten.adaptive_max_pool2d(x, out)
+    torch.testing.assert_close(values, want)
+    assert torch.equal(places, at)
+    want = aten.adaptive_max_pool2d_backward(grad, x, at)
+    torch.testing.assert_close(onnx_pool.adaptive_max_pool2d_backward(grad, x, places), want)
+
+
+def test_where_of_bools() -> None:
     c, a, b = (torch.tensor(v) for v in ([True, False], [True, True], [False, False]))
     assert where(c, a, b).tolist() == [True, False]
     assert where(c, torch.ones(2), torch.zeros(2)) is NotImplemented
-    x = torch.ones(20000)
-    out, mask = native_dropout(x, 0.25, True)
+
+
+def test_random_numbers_are_uniform_and_follow_from_the_counter() -> None:
+    random, state = Counter(), torch.tensor(7)
+    random.begin(state)
+    first, second = (random.draw((64, 3000), torch.device("cpu")) for _ in range(2))
+    random.begin(state)
+    assert torch.equal(random.draw((64, 3000), torch.device("cpu")), first)
+    random.begin(state + 1)
+    other = random.draw((64, 3000), torch.device("cpu"))
+    held = [(part.double() / P - 0.5) * 12**0.5 for part in (first, second, other)]
+    for part in held:
+        assert part.mean().abs() < 0.01
+        torch.testing.assert_close(part.square().mean(), torch.tensor(1.0, dtype=torch.double), rtol=0.01, atol=0)
+        counts = torch.histc(part, 16, -(3**0.5), 3**0.5)
+        assert ((counts / counts.mean() - 1).abs() < 0.05).all()
+        for near in (part.roll(1, 0), part.roll(1, 1), part.flip(1)):  # neighbours know nothing of each other
+            assert (part * near).mean().abs() < 0.01
+    assert (held[0] * held[1]).mean().abs() < 0.01
+    assert (held[0] * held[2]).mean().abs() < 0.01
+
+
+def test_dropout_scales_what_it_keeps() -> None:
+    random = Counter()
+    random.begin(torch.tensor(3))
+    x = torch.ones(100, 200)
+    out, mask = random.native_dropout(x, 0.25, True)
     torch.testing.assert_close(out.unique(), torch.tensor([0.0, 4 / 3]))
     assert abs(mask.float().mean().item() - 0.75) < 0.02
     torch.testing.assert_close(out, x * mask * (4 / 3))
-    assert native_dropout(x, 0.25, False)[0] is x
+    assert random.native_dropout(x, 0.25, False)[0] is x
+    assert random.uniform((50, 50), torch.float32, x.device).max() < 1
+    assert random.bernoulli(x, 1.0).all()
+    assert not random.bernoulli(x, 0.0).any()
 
 
 class Net(nn.Module):
@@ -159,6 +206,34 @@ def test_twenty_steps_with_learning_rates(tmp_path: Path) -> None:
     session(written)
     steps[0].export_onnx(tmp_path / "other.onnx")
     assert [o.name for o in onnx.load(tmp_path / "other.onnx").graph.output] == names
+
+
+def test_dropout_is_part_of_the_state(tmp_path: Path) -> None:
+    """Each step drops others; a step that is run again from saved state drops the same."""
+    torch.manual_seed(3)
+    net = nn.Sequential(nn.Linear(16, 400), nn.Dropout(0.4))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x).square().sum()
+
+    mp = mpcompile(net, "fp16", low=["aten.linear"])
+    step = mp.train_step(optimizer, loss, backend="onnxruntime", scale=1.0)
+    x = torch.randn(32, 16)
+    saved = step.state_dict()
+    assert saved["dropout_seed"] == 3
+    losses = [step(x).loss.item() for _ in range(3)]
+    assert len(set(losses)) == 3
+    assert step.state_dict()["dropout_seed"] == 6
+    step.load_state_dict(saved)
+    assert [step(x).loss.item() for _ in range(3)] == losses
+    whole = net[0](x).square().sum().item() / 0.6  # what the expectation of (x / 0.6)^2 with probability 0.6 is
+    assert abs(np.mean(losses) / whole - 1) < 0.03
+    step.export_onnx(tmp_path / "step.onnx")
+    written = onnx.load(tmp_path / "step.onnx")
+    assert not any(node.op_type.startswith(("Random", "Bernoulli")) for node in written.graph.node)
+    assert {"dropout_seed"} <= {i.name for i in written.graph.input}
+    assert {"dropout_seed.next"} <= {o.name for o in written.graph.output}
 
 
 def test_what_the_step_cannot_do_is_refused() -> None:
