@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from mpcompile.training.optim import Binding
+from mpcompile.training.optim import Binding, follow
 from mpcompile.training.parts import Run, compile_inference, decompositions
 from mpcompile.training.scaler import ScaleState, inverse, transition
 from mpcompile.training.update import Spec, clip_factor, trace_functional
@@ -220,14 +220,9 @@ class FusedUpdate:
 
     def holds(self) -> bool:
         """Take in the groups' numbers; False when a number that stands in the graph has changed."""
-        now = self.binding.numbers()
-        if now == self.seen:
-            return True
-        if not self.binding.holds(now):
-            return False
-        self.numbers.copy_(_staged([now[i] for i in self.places], self.numbers), non_blocking=True)
-        self.seen = now
-        return True
+        seen = follow(self.binding, self.seen, self.numbers, self.places)
+        self.seen = self.seen if seen is None else seen
+        return seen is not None
 
 
 def build(
@@ -311,7 +306,3 @@ def _compile_settle(spec: Spec, state: ScaleState, seed: Tensor, backend: str) -
 
 def _eager(module: fx.GraphModule) -> Run:
     return lambda inputs: module(*inputs)
-
-
-def _staged(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(list(values), dtype=like.dtype, pin_memory=like.is_cuda)

@@ -231,6 +231,23 @@ def bind(optimizer: torch.optim.Optimizer, trained: Sequence[Tensor], counters: 
     return binding
 
 
+def follow(binding: Binding, seen: list[float], target: Tensor, places: Sequence[int]) -> list[float] | None:
+    """Take in the groups' numbers: those of `places` go to `target`. None when the trace does not hold for them.
+
+    Args:
+      seen: the numbers that were taken in last; returned as they are when none changed.
+    """
+    now = binding.numbers()
+    if now == seen:
+        return seen
+    if not binding.holds(now):
+        return None
+    # From a fresh pinned tensor where there is a device: the copy then waits for nothing.
+    staged = torch.tensor([now[i] for i in places], dtype=target.dtype, pin_memory=target.is_cuda)
+    target.copy_(staged, non_blocking=True)
+    return now
+
+
 def untraceable(optimizer: torch.optim.Optimizer, why: str) -> TrainingError:
     return TrainingError(
         "MP521",

@@ -15,7 +15,7 @@ from mpcompile.training import fused
 from mpcompile.training.counters import Counters
 from mpcompile.training.forward import owned
 from mpcompile.training.graphs import inputs_of
-from mpcompile.training.optim import Binding, bind, can_fuse
+from mpcompile.training.optim import Binding, bind, can_fuse, follow
 from mpcompile.training.parts import Run, decompositions, run_update
 from mpcompile.training.scaler import LossScale, ScaleState
 from mpcompile.training.shadow_set import ShadowSet
@@ -53,16 +53,9 @@ class Updater:
 
     def holds(self) -> bool:
         """Take in the groups' numbers; False when they need another graph (a weight decay that began, say)."""
-        now = self.binding.numbers()
-        if now == self.seen:
-            return True
-        if not self.binding.holds(now):
-            return False
-        # From a fresh pinned tensor where there is a device: the copy then waits for nothing.
-        staged = torch.tensor(now, dtype=torch.float64, pin_memory=self.numbers.is_cuda)
-        self.numbers.copy_(staged, non_blocking=True)
-        self.seen = now
-        return True
+        seen = follow(self.binding, self.seen, self.numbers, range(len(self.seen)))
+        self.seen = self.seen if seen is None else seen
+        return seen is not None
 
 
 @dataclass
