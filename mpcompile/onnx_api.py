@@ -47,7 +47,7 @@ page(
 
 # ONNX Runtime's CPU provider puts casts around FP16 nodes and looks through all nodes for the name of each: the time to
 # load goes with the square of their number (0.6 s at 1,000, 6 s at 4,000, some minutes at 20,000).
-FP16_NODES = 5000
+FP16_NODES = 2000
 SLOW_TO_LOAD = "the CPU provider's time to load FP16 goes with the square of its nodes"
 # What `auto` aims at when no max_error is given: a few roundings of FP16.
 AUTO_ERROR = 1e-2

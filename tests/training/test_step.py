@@ -312,3 +312,23 @@ def test_options_that_do_not_exist():
     for options in ({"accumulate": 0}, {"masters": "half"}, {"backend": "tpu"}):
         with pytest.raises(TrainingError, match="MP541"):
             mpcompile(step.model, "fp32", backend="eager").train_step(optimizer, **options)
+
+
+def test_a_tensor_that_the_model_makes_no_buffer_of_is_a_constant() -> None:
+    """Captured from outside, inside a module of its own: exporters lift it under the module's path."""
+    rows = torch.tensor([0, 2, 2, 1])
+
+    class Picks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.fc(x)[rows]
+
+    model = Picks()
+    step = mpcompile(model, "bf16", backend="eager").train_step(
+        torch.optim.SGD(model.parameters(), lr=0.0), lambda m, x: m(x).square().mean()
+    )
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(step(x).loss, model(x).square().mean().detach(), rtol=1e-2, atol=1e-3)
