@@ -267,8 +267,8 @@ def _calibrated(policy: Policy, options: Options, model: Any, feeds: Sequence[An
     order = sensitivities(capture, made.graph, made.written(True).ir(), feeds)
     if not auto:
         what = f"an output is off by {worst(made):.3g}, more than {limit:.3g}"
-        raise OnnxError("MP605", what, why=str(made.errors[0]),
-                        try_=f"auto=True, or keep_fp32={order[:5]!r}, the most sensitive nodes")  # fmt: skip
+        raise OnnxError("MP605", what, why="; ".join(str(error) for error in made.errors[:3]),
+                        try_=f"auto=True (--auto), or keep the most sensitive nodes: keep_fp32={order[:5]!r}")  # fmt: skip
 
     def attempt(kept: Sequence[str]) -> OnnxMixedPrecision:
         more = replace(options, keep_fp32=(*options.keep_fp32, *([_Named(frozenset(kept))] if kept else ())))

@@ -224,6 +224,15 @@ def test_convert_an_onnx_model(tmp_path: Path) -> None:
     assert [node.op_type for node in model.graph.node] == ["Cast", "MatMul", "Cast", "Relu"]
     assert model.graph.initializer[0].data_type == onnx.TensorProto.BFLOAT16
     data("convert", str(source), str(made), "--low-io")
+    numpy = pytest.importorskip("numpy")
+    numpy.savez(tmp_path / "data.npz", x=numpy.linspace(0.1, 1, 64 * 64, dtype="float32").reshape(64, 64))
+    sampled = ("convert", str(source), str(tmp_path / "s.onnx"), "--calibrate", str(tmp_path / "data.npz"))
+    failed = call(*sampled, "--max-error", "1e-7", code=1)
+    assert "MP605" in failed.stderr
+    assert "MatMul" in failed.stderr
+    assert not (tmp_path / "s.onnx").exists()
+    assert "output y: off by" in call(*sampled).stdout
+    assert data(*sampled, "--max-error", "1e-7", "--auto")["kept"]
     assert onnx.load(made).graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
 
 
