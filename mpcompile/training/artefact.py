@@ -229,6 +229,7 @@ class Artefacts:
         return places if self.dynamic else [(i, d) for i, d in places if len({s[i][d] for s in seen}) > 1]
 
     def _make(self, batch: Batch, moving: list[tuple[int, int]]) -> Artefact:
+        _refuse_masters(self.named, self.trained())
         try:
             forward = self._capture(batch, moving)
         except CaptureError:
@@ -287,6 +288,23 @@ def _refuse_hooks(model: nn.Module, named: dict[str, Tensor]) -> None:
             + (f" and {len(hooked) - 1} more" * (len(hooked) > 1)),
             try_="the drop-in way: loss = mp(x); loss.backward(); optimizer.step()",
         )
+
+
+def _refuse_masters(named: dict[str, Tensor], trained: set[int]) -> None:
+    """What is trained must be FP32.
+
+    Raises:
+      TrainingError: MP522.
+    """
+    for name, held in named.items():
+        if id(held) in trained and held.dtype != torch.float32:
+            split = "BF16 and trained: does another step hold it split (its join_masters() gives it back)?"
+            raise TrainingError(
+                "MP522",
+                f"the optimizer trains {name!r}, which is {str(held.dtype).removeprefix('torch.')}",
+                why=split if held.dtype == torch.bfloat16 else "masters are FP32",
+                try_="model.float(), or the drop-in way: loss = mp(x); loss.backward(); optimizer.step()",
+            )
 
 
 def _refuse_no_gradient(joint: Joint, forward: Forward) -> None:
