@@ -41,6 +41,13 @@ page(
     "`loss = mp(x); loss.backward(); optimizer.step()`.",
 )
 page(
+    "MP535",
+    "A model that is spread over several processes",
+    "The model is wrapped in DistributedDataParallel, or its parameters are sharded. The training step works on one "
+    "process and one device: it would not reduce the gradients.",
+    "The drop-in way works under DDP: `DDP(mpcompile(model))`, then `loss.backward(); optimizer.step()`.",
+)
+page(
     "MP533",
     "A step that is compiled again and again",
     "Arguments that are not tensors are constants of the graph, and one of them has another value at nearly every call.",
@@ -167,9 +174,10 @@ class Artefacts:
     _seen: dict[Any, list[tuple[torch.Size, ...]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._modules = list(self.model.modules())
-        self._parameters = list(self.model.parameters())
+        loss = self.loss_fn.modules() if isinstance(self.loss_fn, nn.Module) else ()
+        self._modules = [*self.model.modules(), *loss]
         self.named = owned(self.model, self.loss_fn)[0]
+        self._parameters = list(self.named.values())
 
     def clear(self) -> None:
         self.__post_init__()
@@ -274,11 +282,15 @@ class Artefacts:
 
 
 def _refuse_hooks(model: nn.Module, named: dict[str, Tensor]) -> None:
-    """Hooks on gradients would silently not run.
+    """Hooks on gradients, those of DDP among them, would silently not run.
 
     Raises:
-      TrainingError: MP523.
+      TrainingError: MP523, MP535.
     """
+    spread = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules())
+    if spread or any(type(p).__name__ == "DTensor" for p in named.values()):
+        raise TrainingError("MP535", f"the training step was given a {type(model).__name__} of several processes",
+                            try_="the drop-in way: DDP(mpcompile(model)); loss.backward(); optimizer.step()")  # fmt: skip
     hooked = [name for name, p in named.items() if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)]
     hooked += [name for name, m in model.named_modules() if m._backward_hooks or m._backward_pre_hooks]
     if hooked:

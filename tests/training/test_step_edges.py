@@ -494,3 +494,30 @@ def test_a_checkpointed_transformer_keeps_less_and_learns_the_same():
         kept.append(sum(bool(n.meta.get("recompute")) for n in made.joint.module.graph.nodes))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-3)
     assert kept[0] == 0 < kept[1]
+
+
+def test_a_loss_module_s_mode_is_part_of_the_signature():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, model, x, y):
+            return F.cross_entropy(self.drop(model(x)), y)
+
+    noisy = Noisy()
+    _, _, _, step = make(loss=noisy)
+    step(*batches(1)[0])
+    noisy.eval()
+    step(*batches(1)[0])
+    assert len(step.artefacts) == 2
+
+
+def test_a_model_of_several_processes_is_refused(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        _, _, _, step = make(model=nn.parallel.DistributedDataParallel(net()))
+        with pytest.raises(TrainingError, match="MP535"):
+            step(*batches(1)[0])
+    finally:
+        torch.distributed.destroy_process_group()
