@@ -19,6 +19,7 @@ DTYPES: dict[torch.dtype, str] = {
 }  # fmt: skip
 TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _TORCH_HOME = os.path.dirname(torch.__file__)
+_OWN = tuple(os.path.join(os.path.dirname(os.path.dirname(__file__)), room) for room in ("training", "frontends"))
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _SMALL = 1 << 16
 
@@ -125,14 +126,14 @@ def _clean_path(path: str) -> str:
 
 
 def source_line(node: fx.Node) -> str:
-    """ "model.py:41": the innermost frame of the user's own code (frames inside torch are skipped)."""
+    """ "model.py:41": the innermost frame of the user's own code (frames inside torch, and our wrappers, are skipped)."""
     frames = _frames(node.meta.get("stack_trace") or "")
     return frames[-1] if frames else ""
 
 
 @functools.lru_cache(maxsize=4096)
 def _frames(trace: str) -> tuple[str, ...]:
-    found = [(path, line) for path, line in _FRAME.findall(trace) if not path.startswith(_TORCH_HOME)]
+    found = [(path, line) for path, line in _FRAME.findall(trace) if not path.startswith((_TORCH_HOME, *_OWN))]
     return tuple(f"{os.path.basename(path)}:{line}" for path, line in found)
 
 

@@ -41,6 +41,13 @@ page(
     "`loss = mp(x); loss.backward(); optimizer.step()`.",
 )
 page(
+    "MP535",
+    "A model that is spread over several processes",
+    "The model is wrapped in DistributedDataParallel, or its parameters are sharded. The training step works on one "
+    "process and one device: it would not reduce the gradients.",
+    "The drop-in way works under DDP: `DDP(mpcompile(model))`, then `loss.backward(); optimizer.step()`.",
+)
+page(
     "MP533",
     "A step that is compiled again and again",
     "Arguments that are not tensors are constants of the graph, and one of them has another value at nearly every call.",
@@ -167,9 +174,10 @@ class Artefacts:
     _seen: dict[Any, list[tuple[torch.Size, ...]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._modules = list(self.model.modules())
-        self._parameters = list(self.model.parameters())
+        loss = self.loss_fn.modules() if isinstance(self.loss_fn, nn.Module) else ()
+        self._modules = [*self.model.modules(), *loss]
         self.named = owned(self.model, self.loss_fn)[0]
+        self._parameters = list(self.named.values())
 
     def clear(self) -> None:
         self.__post_init__()
@@ -229,6 +237,7 @@ class Artefacts:
         return places if self.dynamic else [(i, d) for i, d in places if len({s[i][d] for s in seen}) > 1]
 
     def _make(self, batch: Batch, moving: list[tuple[int, int]]) -> Artefact:
+        _refuse_masters(self.named, self.trained())
         try:
             forward = self._capture(batch, moving)
         except CaptureError:
@@ -273,11 +282,15 @@ class Artefacts:
 
 
 def _refuse_hooks(model: nn.Module, named: dict[str, Tensor]) -> None:
-    """Hooks on gradients would silently not run.
+    """Hooks on gradients, those of DDP among them, would silently not run.
 
     Raises:
-      TrainingError: MP523.
+      TrainingError: MP523, MP535.
     """
+    spread = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules())
+    if spread or any(type(p).__name__ == "DTensor" for p in named.values()):
+        raise TrainingError("MP535", f"the training step was given a {type(model).__name__} of several processes",
+                            try_="the drop-in way: DDP(mpcompile(model)); loss.backward(); optimizer.step()")  # fmt: skip
     hooked = [name for name, p in named.items() if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)]
     hooked += [name for name, m in model.named_modules() if m._backward_hooks or m._backward_pre_hooks]
     if hooked:
@@ -287,6 +300,23 @@ def _refuse_hooks(model: nn.Module, named: dict[str, Tensor]) -> None:
             + (f" and {len(hooked) - 1} more" * (len(hooked) > 1)),
             try_="the drop-in way: loss = mp(x); loss.backward(); optimizer.step()",
         )
+
+
+def _refuse_masters(named: dict[str, Tensor], trained: set[int]) -> None:
+    """What is trained must be FP32.
+
+    Raises:
+      TrainingError: MP522.
+    """
+    for name, held in named.items():
+        if id(held) in trained and held.dtype != torch.float32:
+            split = "BF16 and trained: does another step hold it split (its join_masters() gives it back)?"
+            raise TrainingError(
+                "MP522",
+                f"the optimizer trains {name!r}, which is {str(held.dtype).removeprefix('torch.')}",
+                why=split if held.dtype == torch.bfloat16 else "masters are FP32",
+                try_="model.float(), or the drop-in way: loss = mp(x); loss.backward(); optimizer.step()",
+            )
 
 
 def _refuse_no_gradient(joint: Joint, forward: Forward) -> None:

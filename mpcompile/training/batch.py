@@ -39,7 +39,7 @@ class Batch:
         leaves, self.tree = pytree.tree_flatten((args, kwargs))
         self.given: list[Tensor] = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         self.formats = tuple(map(_format, self.given))
-        self.tensors = [t if f else t.contiguous() for t, f in zip(self.given, self.formats, strict=True)]
+        self.tensors = [t if f else t.detach().contiguous() for t, f in zip(self.given, self.formats, strict=True)]
         self.others = tuple(Hole if isinstance(leaf, Tensor) else leaf for leaf in leaves)
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -220,13 +220,22 @@ def _mark_roundings(graph: PrecisionGraph) -> None:
             before.precision, before.reason = "fp16", "rounds to FP16 what this device computes in FP32"
 
 
-def origins(joint: Joint) -> dict[str, tuple[str, str]]:
-    """Node of a joint graph -> (module, source line) of the forward node that it is, or whose gradient it computes."""
+class Place(NamedTuple):
+    """Where a node of a step comes from: the user's module and line, and the node of the plan (what overrides name)."""
+
+    module: str = ""
+    source: str = ""
+    node: str = ""
+
+
+def origins(joint: Joint) -> dict[str, Place]:
+    """Node of a joint graph -> the place of the forward node that it is, or whose gradient it computes."""
     known = _Origins(joint.forward, joint.module.graph)
-    found, sequence = dict[str, tuple[str, str]](), dict[int, tuple[str, str]]()
+    found, sequence = dict[str, Place](), dict[int, Place]()
     for node in joint.module.graph.nodes:
-        planned = known.plan.nodes.get(known.origin(node))
-        place = (planned.module, planned.source) if planned else (module_path(node), source_line(node))
+        name = known.origin(node)
+        planned = known.plan.nodes.get(name)
+        place = Place(planned.module, planned.source, name) if planned else Place(module_path(node), source_line(node))
         number = node.meta.get("seq_nr", -1)
         # A cast of ours has no node in the plan, and its gradient no stack: its forward tells, or what it reads.
         before = next((found[n.name] for n in node.all_input_nodes if any(found[n.name])), place)

@@ -18,11 +18,11 @@ from torch.export.graph_signature import InputKind
 from mpcompile.errors import TrainingError, page
 from mpcompile.frontends.capture import export
 from mpcompile.frontends.exported import inline_regions
-from mpcompile.frontends.facts import TORCH_DTYPES
+from mpcompile.frontends.facts import TORCH_DTYPES, source_line
 from mpcompile.frontends.fx_write import write
 from mpcompile.runtime.device import emulated_kinds
 from mpcompile.runtime.dynamo import Plan, Settings, decide
-from mpcompile.training import checkpoints, loss_region
+from mpcompile.training import checkpoints, custom_functions, loss_region
 from mpcompile.training.batch import Batch
 from mpcompile.training.graphs import inputs_of
 
@@ -142,11 +142,12 @@ def capture(
       CaptureError: MP101. TrainingError: MP531.
     """
     sizes = tuple({d: Dim.AUTO for t, d in dynamic if t == i} for i in range(len(batch.tensors))) if dynamic else None
-    with checkpoints.seen():
+    with checkpoints.seen(), custom_functions.refused():
         program = export(LossOf(model, loss_fn, batch), tuple(batch.tensors), None, sizes and {"tensors": sizes})
     module = program.graph_module
     inline_regions(module)
     checkpoints.tag(module)
+    _name_loss(module, loss_fn)
     sources = _name_inputs(program, module)
     device = next((p.device.type for p in model.parameters()), "cpu")
     plan = decide(module, settings, "cuda" if device == "cuda" else "cpu")
@@ -215,6 +216,15 @@ def _name_inputs(program: Any, module: fx.GraphModule) -> dict[str, Input]:
             if twin is not node:
                 node.replace_all_uses_with(twin)
     return found
+
+
+def _name_loss(module: fx.GraphModule, loss_fn: Callable[..., Any] | None) -> None:
+    """Torch keeps no frame of a function outside of modules: what has no line of the user's is of the loss function."""
+    code = getattr(loss_fn, "__code__", None)
+    for node in module.graph.nodes if code is not None else ():
+        if node.op == "call_function" and not source_line(node):
+            frame = f'  File "{code.co_filename}", line {code.co_firstlineno}, in {code.co_name}\n'
+            node.meta["stack_trace"] = frame + (node.meta.get("stack_trace") or "")
 
 
 def _settled(target: str) -> str:

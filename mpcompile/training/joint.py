@@ -8,6 +8,7 @@ The loss scale is the backward's seed: d(scale * loss) / d(loss) = scale, so sca
 from __future__ import annotations
 
 import contextlib
+import operator
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -83,10 +84,23 @@ def _read(module: fx.GraphModule, forward: Forward) -> Joint:
             loss = node
     kept.insert(len(mutated), loss)
     output.args = (tuple(kept),)
+    _keep_random(graph)
     graph.eliminate_dead_code()
     module.recompile()
     fakes = values_of(inputs_of(module))
     return Joint(module, forward, fakes, mutated, grads)
+
+
+def _keep_random(graph: fx.Graph) -> None:
+    """Inside an activation checkpoint, what draws random numbers (attention may) is kept and not made again.
+
+    Torch would save and restore the generator around it, which a CUDA graph cannot hold.
+    """
+    for node in graph.nodes:
+        tags = getattr(node.target, "tags", ())
+        if torch.Tag.nondeterministic_seeded in tags:
+            for one in (node, *(user for user in node.users if user.target is operator.getitem)):
+                one.meta.pop("recompute", None)
 
 
 def _place(description: Any) -> int:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,8 +15,12 @@ import torch
 from torch import Tensor, fx
 
 from mpcompile.frontends.facts import op_name
-from mpcompile.training.graphs import outputs_of
+from mpcompile.training.emit import Place
+from mpcompile.training.graphs import inputs_of, outputs_of
 from mpcompile.training.joint import Joint
+
+_PASSES = ("aten._to_copy", "aten.to", "prims.convert_element_type", "aten.view", "aten.reshape", "aten._unsafe_view",
+           "aten.transpose", "aten.permute", "aten.expand", "aten.clone")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -28,7 +33,8 @@ class Overflow:
       made: "inf" or "nan"; dtype: of what it made.
       inputs: (what, dtype, smallest, largest) of each floating input.
       scale: the loss scale of the run.
-      override: the argument of `mpcompile()` that would keep the module FP32; "" where that would not help.
+      override: the argument of `mpcompile()` that would keep the node, and who reads it, FP32; "" where that would
+        not help.
     """
 
     node: str
@@ -69,34 +75,73 @@ class Watch(fx.Interpreter):
         return result
 
 
-def explain(joint: Joint, inputs: Sequence[Any], seed: Tensor, names: dict[str, tuple[str, str]]) -> Overflow | None:
+def explain(joint: Joint, inputs: Sequence[Any], seed: Tensor, names: dict[str, Place]) -> Overflow | None:
     """The first overflow of a run, or None when all is finite.
 
     Args:
       inputs: what the joint graph reads, without the seed.
-      names: node -> (module, source) for the nodes of the joint graph.
+      names: the places of the nodes of the joint graph.
     """
     watch = Watch(joint.module)
     with torch.no_grad():
-        watch.run(*inputs, seed)
+        results = watch.run(*inputs, seed)
     if watch.found is None:
-        return None
+        return _given(joint, [*inputs, seed], float(seed)) if any(map(_bad, results)) else None
     node, result, operands = watch.found
     value = next(t for t in _tensors(result) if not _finite(t))
-    module, source = names.get(node.name, ("", ""))
-    low = value.dtype in (torch.float16, torch.bfloat16)
-    phase = "backward" if node.meta.get("partitioner_tag") == "is_backward" else "forward"
+    module, source, _ = names.get(node.name, Place())
+    phase = _phase(node)
     ranges = tuple(
         (operand.name, _dtype(t), float(t.min()), float(t.max()))
         for operand, given in operands
         for t in _tensors(given)
         if t.numel()
     )
-    made = "nan" if bool(value.isnan().any()) else "inf"
-    override = f'mpcompile(model, …, keep_fp32=["{module}"])' if module and low else ""
+    keep = _keep(node, names) if value.dtype in (torch.float16, torch.bfloat16) else []
+    override = f"mpcompile(model, …, keep_fp32={json.dumps(keep)})" if keep else ""
     return Overflow(
-        node.name, op_name(node.target), phase, module, source, made, _dtype(value), ranges, float(seed), override
+        node.name,
+        op_name(node.target),
+        phase,
+        module,
+        source,
+        _made(value),
+        _dtype(value),
+        ranges,
+        float(seed),
+        override,
     )
+
+
+def _keep(node: fx.Node, names: dict[str, Place]) -> list[str]:
+    """What to keep FP32: the node, and in the forward who reads it in the low type, or the number would overflow there."""
+    readers = [user for user in node.users if _phase(user) == _phase(node)]
+    cast = op_name(node.target).startswith(("aten._to_copy", "aten.to", "prims.convert_element_type"))
+    wanted = readers if cast else [node, *(readers if _phase(node) == "forward" else ())]
+    # Through a cast of ours, and a view: to who computes with it.
+    for reader in wanted:
+        if op_name(reader.target).startswith(_PASSES):
+            wanted += [user for user in reader.users if user not in wanted and _phase(user) == _phase(node)]
+    places = [names.get(one.name, Place()) for one in wanted]
+    return list(dict.fromkeys(place.module or place.node for place in places if place.module or place.node))
+
+
+def _given(joint: Joint, inputs: Sequence[Any], scale: float) -> Overflow | None:
+    """No node made it: what the step was given is not finite."""
+    for node, value in zip(inputs_of(joint.module), inputs, strict=True):
+        if _bad(value):
+            name = str(node.meta.get("mp_name") or node.name)
+            bad = next(t for t in _tensors(value) if not _finite(t))
+            return Overflow(name, "input", "forward", "", "", _made(bad), _dtype(bad), (), scale, "")
+    return None
+
+
+def _made(value: Tensor) -> str:
+    return "nan" if bool(value.isnan().any()) else "inf"
+
+
+def _phase(node: fx.Node) -> str:
+    return "backward" if node.meta.get("partitioner_tag") == "is_backward" else "forward"
 
 
 def _ancestors(module: fx.GraphModule) -> set[fx.Node]:

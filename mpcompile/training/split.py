@@ -15,6 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpcompile.errors import TrainingError, page
+from mpcompile.training.watch import OptimizerWatch
+
+page(
+    "MP524",
+    "A step of the optimizer's own on split masters",
+    "With masters='split' the parameters hold the BF16 half of the weights; the update belongs to the training step.",
+    "step(...) updates. To train in another way for a while: `with step.full_masters(): ...`; for good: "
+    "step.join_masters().",
+)
+
 
 def join(high: Tensor, low: Tensor) -> Tensor:
     """The FP32 tensor of a BF16 `high` and an int16 `low`, exactly."""
@@ -33,7 +44,8 @@ def split(full: Tensor) -> tuple[Tensor, Tensor]:
 class SplitMasters:
     """The parameters of a model that are split, and when they are whole again."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, watch: OptimizerWatch) -> None:
+        self._watch = watch
         self._held: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._open = contextlib.ExitStack()
         # A state dict holds FP32, and what is loaded is split again; torch casts an optimizer's loaded state to its
@@ -42,6 +54,7 @@ class SplitMasters:
         for owner, call in hooks:
             getattr(owner, f"register_{call}_pre_hook")(lambda *_: self._enter())
             getattr(owner, f"register_{call}_post_hook")(lambda *_: self._open.close())
+        optimizer.register_step_pre_hook(self._refuse_step)
 
     def __len__(self) -> int:
         return len(self._held)
@@ -81,6 +94,15 @@ class SplitMasters:
                 for mine, new in zip((high, low), split(parameter.detach()), strict=True):
                     mine.copy_(new)
                 parameter.data = high
+
+    def _refuse_step(self, *_: Any) -> None:
+        if not self._watch.ours and any(p.dtype == torch.bfloat16 for p, _, _ in self._held.values()):
+            raise TrainingError(
+                "MP524",
+                "optimizer.step() with split masters",
+                why="the parameters hold the BF16 half of the weights",
+                try_="step(...), or `with step.full_masters():` around forward, backward and optimizer.step()",
+            )
 
     def _enter(self, *_: Any) -> None:
         self._open.enter_context(self.joined())

@@ -128,8 +128,9 @@ class TrainStep:
             accumulate,
             loss_fn,
         )
+        self._watch = OptimizerWatch(optimizer, self.plan.counters)
         if masters == "split":
-            self.plan.split = SplitMasters(self.model, optimizer)
+            self.plan.split = SplitMasters(self.model, optimizer, self._watch)
         self.artefacts = Artefacts(
             self.model,
             loss_fn,
@@ -147,7 +148,6 @@ class TrainStep:
         self._updaters: dict[Any, Updater | FusedUpdate] = {}
         self._current: Updater | FusedUpdate | None = None
         self._window = Window(accumulate, self.policy.grads == "low")
-        self._watch = OptimizerWatch(optimizer, self.plan.counters)
         self._floor = FloorWatch(self.rule, self.state)
         self._last: tuple[Artefact, Layout, Like] | None = None
         self._emitted: dict[Any, tuple[Emitted, Joint]] = {}
@@ -243,8 +243,9 @@ class TrainStep:
     def _updated(self, updater: Updater | FusedUpdate, run: Callable[[], Sequence[Tensor]]) -> StepResult:
         """Run what ends with an update, between the optimizer's own hooks."""
         before, after = self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks
-        for hook in before.values():
-            hook(self.optimizer, (), {})
+        with self._watch.own():
+            for hook in before.values():
+                hook(self.optimizer, (), {})
         loss, finite, norm, scale = run()
         # Compiled code raises no version; other shadows of these masters, and autograd, go by it.
         torch.autograd.graph.increment_version(updater.binding.params)
@@ -363,6 +364,12 @@ class TrainStep:
         """With ``masters="split"``: the model's parameters are FP32 inside, for use apart from the step."""
         with self.plan.split.joined() if self.plan.split is not None else contextlib.nullcontext():
             yield
+
+    def join_masters(self) -> None:
+        """With ``masters="split"``: the model's parameters are FP32 from here on, until the step is called again."""
+        if self.plan.split is not None:
+            self.plan.split.keep_only(set())
+            self._forget_updates()
 
     def _on_new(self, artefact: Artefact) -> None:
         """Another graph: updates may lack its shadows, and what it reads in FP32 cannot be split."""

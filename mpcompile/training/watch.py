@@ -24,7 +24,7 @@ class OptimizerWatch:
         self._sizes = self._group_sizes()
         self._state: Any = (optimizer.state, len(optimizer.state))
         self._generation = counters.generation
-        self._ours, self._stepped = False, False
+        self.ours, self._stepped = False, False
         # Weak: an optimizer outlives the steps that were made for it.
         me = weakref.ref(self)
         optimizer.register_step_post_hook(lambda *_: _call(me, "_note_step"))
@@ -33,11 +33,11 @@ class OptimizerWatch:
     @contextlib.contextmanager
     def own(self) -> Iterator[None]:
         """The step that is noted inside is ours."""
-        self._ours = True
+        self.ours = True
         try:
             yield
         finally:
-            self._ours = False
+            self.ours = False
 
     def regrouped(self) -> bool:
         """True when the optimizer has other parameters now: what was compiled may lack their gradients."""
@@ -62,7 +62,7 @@ class OptimizerWatch:
         return parted
 
     def _note_step(self) -> None:
-        self._stepped = self._stepped or not self._ours
+        self._stepped = self._stepped or not self.ours
 
     def _note_load(self) -> None:
         self.counters.clear()

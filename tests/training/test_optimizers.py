@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn, optim
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpcompile.api import mpcompile
 from mpcompile.errors import TrainingError
@@ -184,3 +185,27 @@ def test_what_cannot_be_emitted_names_the_drop_in_way(kind):
 def test_an_optimizer_of_another_model_is_refused():
     with pytest.raises(TrainingError, match="MP522"):
         mpcompile(Net(), "fp32", backend="eager").train_step(optim.SGD(Net().parameters(), 0.1))
+
+
+class NoSync(TorchDispatchMode):
+    """Fails on what would wait for a device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert not any(word in str(func) for word in ("_local_scalar_dense", "nonzero", "_to_cpu")), str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("kind", "options"), [c for c in CASES if not torch.is_tensor(c[1].get("lr"))],
+                         ids=lambda c: getattr(c, "__name__", None))  # fmt: skip
+def test_the_steady_state_asks_nothing(kind, options):
+    """A learning rate that is a tensor is read where it lies: on the host, or at the price of a wait."""
+    model = Net(matrices_alone=kind is optim.Muon)
+    optimizer = kind(model.parameters(), **copy.deepcopy(options))
+    schedule = optim.lr_scheduler.LinearLR(optimizer, total_iters=20)
+    step = mpcompile(model, "fp32", backend="eager").train_step(optimizer, max_grad_norm=1.0)
+    data = batches(4)
+    step(*data[0])
+    with NoSync():
+        for batch in data[1:]:
+            step(*batch)
+            schedule.step()

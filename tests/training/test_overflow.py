@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -78,3 +79,51 @@ def test_infinities_that_are_meant_are_not_blamed(masked):
     assert found is None or "masked_fill" not in found.op
     if not masked:
         assert found.op in ("aten.reciprocal.default", "aten.div.Tensor")
+
+
+def explained(model, batch, low, keep=(), loss=None):
+    own = optim.SGD(model.parameters(), 1e-3)
+    mp = mpcompile(model, "fp16", backend="eager", low=[one for one in low if one not in keep], keep_fp32=list(keep))
+    step = mp.train_step(own, loss, scale=LossScale.static(1024.0))
+    return step(*batch), step.explain_overflow(*batch)
+
+
+class Scores(nn.Module):
+    """Attention by hand, whose scores leave FP16's range."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.out = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 1)
+
+    def forward(self, x):
+        scores = (self.q(x) * 200) @ (self.k(x) * 200).transpose(-1, -2)
+        return self.out(scores.softmax(-1) @ x).float().mean()
+
+
+def test_the_override_that_is_named_cures_an_attention():
+    x = torch.randn(2, 16, 16) * 10
+    low = ["q", "k", "out", "aten.matmul"]
+    result, found = explained(Scores(), (x,), low)
+    assert not result.stepped
+    assert (found.phase, found.made, found.source.split(":")[0]) == ("forward", "inf", "test_overflow.py")
+    assert "bmm" in found.node
+    assert min(low for _, _, low, _ in found.inputs) < -100
+    keep = json.loads(found.override.partition("keep_fp32=")[2].rstrip(")"))
+    assert "matmul" in keep
+    result, found = explained(Scores(), (x,), low, keep)
+    assert result.stepped
+    assert found is None
+
+
+def test_a_batch_that_is_not_finite_is_named_and_so_is_the_loss_s_line():
+    def logarithm(model, x):
+        return (model(x) * 0).log().mean()
+
+    x = torch.randn(4, 8)
+    _, found = explained(nn.Linear(8, 2), (x,), [], loss=logarithm)
+    line = logarithm.__code__.co_firstlineno
+    assert (found.op, found.source) == ("aten.log.default", f"test_overflow.py:{line}")
+    result, found = explained(nn.Linear(8, 2), (x * float("nan"),), [], loss=lambda model, x: model(x).mean())
+    assert not result.stepped
+    assert (found.op, found.made) == ("input", "nan")

@@ -111,3 +111,51 @@ def test_it_needs_bf16():
     model = Net()
     with pytest.raises(TrainingError, match="MP541"):
         mpcompile(model, "fp16").train_step(optim.SGD(model.parameters(), 0.1), masters="split")
+
+
+def test_who_else_would_train_split_masters_is_told():
+    model, optimizer, step = make("split")
+    mp = mpcompile(model, "bf16", backend="eager", low=["up", "down", "head"])
+    data = batches(3)
+    step(*data[0])
+    weights = model.state_dict()
+    with pytest.raises(TrainingError, match="MP524"):
+        optimizer.step()
+    another = mp.train_step(optim.SGD(model.parameters(), lr=0.1))
+    with pytest.raises(TrainingError, match=r"MP522(.|\n)*join_masters"):
+        another(*data[1])
+    step.join_masters()
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert all(torch.equal(value, weights[name]) for name, value in model.named_parameters())
+    assert another(*data[1]).stepped
+    assert step(*data[2]).stepped
+    assert model.up.weight.dtype == torch.bfloat16
+
+
+def test_evaluation_and_averages_between_steps():
+    torch.manual_seed(0)
+    model = Net()
+    mp = mpcompile(model, "bf16", backend="eager", low=["up", "down", "head"])
+    step = mp.train_step(optim.AdamW(model.parameters(), lr=0.01), masters="split")
+    mean = optim.swa_utils.AveragedModel(model)
+    for batch in batches(3):
+        step(*batch)
+        with torch.no_grad(), step.full_masters():
+            expected = model(*batch)
+            mean.update_parameters(model)
+        with torch.no_grad():
+            torch.testing.assert_close(mp(*batch), expected, rtol=0.01, atol=0.01)
+    assert {p.dtype for p in mean.module.parameters()} == {torch.float32}
+
+
+def test_the_one_graph_of_split_masters_is_the_step():
+    (model, _, step), (twin, _, other) = make("split"), make("split")
+    data = batches(2)
+    step(*data[0])
+    other(*data[0])
+    emitted, _ = step.emitted()
+    with torch.no_grad():
+        emitted.module(*emitted.arguments(data[1]))
+    other(*data[1])
+    state = twin.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())

@@ -457,3 +457,67 @@ def test_a_gan_of_two_steps():
         plainly(g2, other[0], d2, z, loss=fool)
     same(g, g2, 1e-5)
     same(d, d2, 1e-5)
+
+
+def test_a_function_with_a_backward_of_its_own_is_refused():
+    """torch.export reads its forward alone: the gradients would silently be others."""
+
+    class Reverse(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return -grad
+
+    _, _, mp, step = make(loss=lambda model, x, y: F.cross_entropy(Reverse.apply(model(x)), y))
+    with pytest.raises(TrainingError, match=r"MP534(.|\n)*Reverse"):
+        step(*batches(1)[0])
+    assert Reverse.apply(torch.ones(1, requires_grad=True)).item() == 1
+    assert mp(torch.randn(2, 12)).shape == (2, 4)
+
+
+@pytest.mark.slow
+def test_a_checkpointed_transformer_keeps_less_and_learns_the_same():
+    import architectures
+
+    losses, kept = [], []
+    for on in (False, True):
+        torch.manual_seed(0)
+        model, batch = architectures.gpt2()
+        if on:
+            model.gradient_checkpointing_enable()
+        _, _, _, step = make("bf16", model.train(), loss=None, backend="inductor")
+        losses.append([step(**batch).loss.item() for _ in range(3)])
+        (made,) = step.artefacts._exact.values()
+        kept.append(sum(bool(n.meta.get("recompute")) for n in made.joint.module.graph.nodes))
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-3)
+    assert kept[0] == 0 < kept[1]
+
+
+def test_a_loss_module_s_mode_is_part_of_the_signature():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.drop = nn.Dropout(0.5)
+
+        def forward(self, model, x, y):
+            return F.cross_entropy(self.drop(model(x)), y)
+
+    noisy = Noisy()
+    _, _, _, step = make(loss=noisy)
+    step(*batches(1)[0])
+    noisy.eval()
+    step(*batches(1)[0])
+    assert len(step.artefacts) == 2
+
+
+def test_a_model_of_several_processes_is_refused(tmp_path):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    try:
+        _, _, _, step = make(model=nn.parallel.DistributedDataParallel(net()))
+        with pytest.raises(TrainingError, match="MP535"):
+            step(*batches(1)[0])
+    finally:
+        torch.distributed.destroy_process_group()
