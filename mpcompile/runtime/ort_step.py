@@ -32,7 +32,8 @@ from mpcompile.runtime.ort import session as make_session
 from mpcompile.training.artefact import compiling
 from mpcompile.training.batch import Batch
 from mpcompile.training.emit import Emitted, emit
-from mpcompile.training.step import StepResult, TrainStep
+from mpcompile.training.result import StepResult
+from mpcompile.training.step import TrainStep
 from mpcompile.training.updater import MOST_FUSED
 
 page(

@@ -125,6 +125,11 @@ class Artefact:
         kinds = [one.kind for one in self.joint.forward.inputs]
         return [seed if kind == "seed" else given for kind, given in zip(kinds, inputs, strict=True)]
 
+    def saved_bytes(self) -> tuple[int, int]:
+        """(all, those in FP32) of what the forward keeps for the backward."""
+        sizes = [(t.dtype, int(t.numel()) * t.element_size()) for t in self.saved]
+        return sum(size for _, size in sizes), sum(size for dtype, size in sizes if dtype == torch.float32)
+
     def gradients(self) -> list[Tensor]:
         """Fake tensors such as the gradients are; the compiler may lay them out as it likes."""
         fakes: list[Tensor] = values_of(outputs_of(self.joint.module)[self._count + 1 :])

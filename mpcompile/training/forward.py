@@ -220,8 +220,10 @@ def _name_inputs(program: Any, module: fx.GraphModule) -> dict[str, Input]:
 
 def _name_loss(module: fx.GraphModule, loss_fn: Callable[..., Any] | None) -> None:
     """Torch keeps no frame of a function outside of modules: what has no line of the user's is of the loss function."""
-    code = getattr(loss_fn, "__code__", None)
-    for node in module.graph.nodes if code is not None else ():
+    code: Any = getattr(loss_fn, "__code__", None)
+    if code is None:
+        return
+    for node in module.graph.nodes:
         if node.op == "call_function" and not source_line(node):
             frame = f'  File "{code.co_filename}", line {code.co_firstlineno}, in {code.co_name}\n'
             node.meta["stack_trace"] = frame + (node.meta.get("stack_trace") or "")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -25,6 +25,7 @@ from mpcompile.training.floor import FloorWatch
 from mpcompile.training.fused import FusedUpdate
 from mpcompile.training.joint import Joint
 from mpcompile.training.overflow import Overflow, explain
+from mpcompile.training.result import StepResult
 from mpcompile.training.scaler import LossScale, ScaleState, from_dict, to_dict
 from mpcompile.training.shadow_set import ShadowSet
 from mpcompile.training.split import SplitMasters
@@ -49,24 +50,6 @@ page(
 
 
 Like = Callable[[], Sequence[Tensor]]
-
-
-class StepResult(NamedTuple):
-    """What one call gave: 0-dim tensors on the device; reading one is the caller's choice to wait for it.
-
-    Fields:
-      loss: FP32, of this call's batch, not scaled.
-      stepped: True when the masters were updated by this call.
-      finite: False when a gradient of this call's window was not finite, so that the update was skipped.
-      scale: the loss scale after the call.
-      grad_norm: FP32 norm of the window's unscaled gradients before clipping; NaN on a call that does not update.
-    """
-
-    loss: Tensor
-    stepped: Tensor
-    finite: Tensor
-    scale: Tensor
-    grad_norm: Tensor
 
 
 class TrainStep:
@@ -317,8 +300,7 @@ class TrainStep:
         """
         if self._last is None:
             raise TrainingError("MP542", "the step has kept nothing yet", try_="call it once with a batch")
-        sizes = [(t.dtype, int(t.numel()) * t.element_size()) for t in self._last[0].saved]
-        return sum(size for _, size in sizes), sum(size for dtype, size in sizes if dtype == torch.float32)
+        return self._last[0].saved_bytes()
 
     def export_onnx(self, path: Any) -> Any:
         """Write the step of the last batch as one plain ONNX model, whose state goes in and comes out.
