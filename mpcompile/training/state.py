@@ -6,12 +6,12 @@ metadata.  No pickle, so loading a file runs no code.  Each tensor carries a CRC
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
 import random
 import secrets
+import shutil
 import time
 import zlib
 from collections.abc import Iterator
@@ -139,12 +139,15 @@ def _check_model(model: Any, saved: dict[str, Any]) -> None:
 
 
 def _write_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    # A name of its own: several processes may save to one path, and the last whole file stays.
+    # A folder of its own: several processes may save to one path, and the last whole file stays. safetensors, too,
+    # writes under a name of its own first.
     partial = path.with_name(f"{path.name}.{_writer()}.{os.getpid()}.{secrets.token_hex(4)}.partial")
+    whole = partial / "whole"
     try:
-        save_file(tensors, partial, metadata)
-        _sync(partial)
-        partial.replace(path)
+        partial.mkdir()
+        save_file(tensors, whole, metadata)
+        _sync(whole)
+        whole.replace(path)
         # The rename itself is on the disk only when the directory is.
         _sync(path.parent)
     except (OSError, SafetensorError) as error:
@@ -152,11 +155,9 @@ def _write_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
             "MP513", f"the checkpoint {os.fspath(path)!r} could not be written", why=str(error)
         ) from error
     finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
     for left in _abandoned(path):
-        with contextlib.suppress(OSError):
-            left.unlink(missing_ok=True)
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def _writer() -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._inductor import config as inductor
 from torch.utils import _pytree as pytree
 
 from mpcompile.training import fused
@@ -144,6 +145,17 @@ class Plan:
 
         emitted = make(decompositions(self.backend))
         before, after = pytree.tree_leaves(given._replace(grads=[])), [self.seed, *bases, *shadows]
-        return Updater(
-            binding, make, run_update(emitted, self.backend), before, after, numbers, now, self.seed, self.state
+        # Inductor fuses roundings away unless told: an optimizer that computes in a low type (Muon) means them.
+        exact = (
+            inductor.patch(emulate_precision_casts=True) if rounds_itself(emitted.module) else contextlib.nullcontext()
         )
+        with exact:
+            run = run_update(emitted, self.backend)
+        return Updater(binding, make, run, before, after, numbers, now, self.seed, self.state)
+
+
+def rounds_itself(update: fx.GraphModule) -> bool:
+    """True when an update computes with low values of its own; shadows are only stored."""
+    made = (n for n in update.graph.nodes if n.op == "call_function" and isinstance(n.meta.get("val"), Tensor))
+    low = (n for n in made if n.meta["val"].dtype in (torch.bfloat16, torch.float16))
+    return any(user.target is not torch.ops.aten.copy_.default for n in low for user in n.users)

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpcompile.api import mpcompile
 from mpcompile.errors import TrainingError
+from mpcompile.training.updater import rounds_itself
 
 CASES = [
     (optim.SGD, {"lr": 0.1}),
@@ -209,3 +210,29 @@ def test_the_steady_state_asks_nothing(kind, options):
         for batch in data[1:]:
             step(*batch)
             schedule.step()
+
+
+@pytest.mark.parametrize(("kind", "rounds"), [(optim.Muon, True), (optim.AdamW, False)])
+def test_an_update_that_rounds_itself_is_told_apart(kind, rounds):
+    """Muon orthogonalises in BF16: Inductor must keep those roundings (and then it equals torch's loop)."""
+    model = Net(matrices_alone=True)
+    step = mpcompile(model, "bf16", backend="eager", low=["first"]).train_step(kind(model.parameters()))
+    step(*batches(1)[0])
+    (updater,) = step._updaters.values()
+    assert rounds_itself(updater.make().module) == rounds
+
+
+@pytest.mark.slow
+def test_the_compiled_muon_equals_torchs_own_loop():
+    torch.manual_seed(0)
+    model = Net(matrices_alone=True)
+    twin = copy.deepcopy(model)
+    mine, theirs = optim.Muon(model.parameters(), lr=0.01), optim.Muon(twin.parameters(), lr=0.01)
+    step = mpcompile(model, "fp32").train_step(mine)
+    for x, y in batches(4):
+        step(x, y)
+        theirs.zero_grad()
+        twin(x, y).backward()
+        theirs.step()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
