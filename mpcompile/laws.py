@@ -221,10 +221,12 @@ def output_dtypes(graph: PrecisionGraph, output: str) -> Iterator[Breach]:
 
 
 def fp32_arithmetic(graph: PrecisionGraph) -> Iterator[Breach]:
-    """Law 6: optimizer nodes are never low; a scalar loss is FP32 unless an override said otherwise."""
+    """Law 6: optimizer nodes are never low but where the optimizer's own code says so (Muon); a scalar loss is FP32
+    unless an override said otherwise.
+    """
     for node in graph.nodes.values():
         low = node.precision in LOW and not node.is_cast
-        if low and node.phase == "optimizer":
+        if low and node.phase == "optimizer" and node.decided_by != "user-cast":
             yield Breach("MP406", f"optimizer node {node.id!r} runs in {node.precision}", node.id)
         if low and node.kind == "loss" and node.decided_by != "override":
             yield Breach("MP406", f"loss {node.id!r} runs in {node.precision}", node.id)

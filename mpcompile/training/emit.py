@@ -271,11 +271,14 @@ class _Origins:
         rule = self.rules.get(node.op)
         node.kind = rule.kind.name if rule else "custom"
         if node.is_cast:
-            _explain_cast(graph, node)
+            _explain_cast(graph, node, found)
             return
         name = self.origin(found)
         planned = self.plan.nodes.get(name)
-        if node.phase == "optimizer":
+        if node.phase == "optimizer" and node.precision in LOW:
+            node.verdict, node.decided_by = "low", "user-cast"
+            node.reason = f"the optimizer's own code computes in {node.precision}"
+        elif node.phase == "optimizer":
             node.verdict, node.reason = "fp32", "law 6: unscaling, clipping, the update and the loss scale are FP32"
         elif node.op.startswith(_STORES):
             node.verdict, node.reason = "propagate", "stores a value that is computed already"
@@ -322,11 +325,16 @@ def _cast_origin(graph: PrecisionGraph, node: Node) -> CastOrigin:
     return "inserted"
 
 
-def _explain_cast(graph: PrecisionGraph, node: Node) -> None:
+def _explain_cast(graph: PrecisionGraph, node: Node, found: fx.Node) -> None:
     node.kind, node.verdict = "cast", "propagate"
     source, to = graph.values[node.inputs[0]], node.attrs["to"]
-    if node.origin == "shadow":
+    before = graph.producer(node.inputs[0])
+    if node.origin == "shadow" and any(not str(user.target).startswith(_STORES) for user in found.users):
+        node.origin, node.reason = "existing", f"the optimizer's own code rounds to {to}"
+    elif node.origin == "shadow":
         node.reason = "the shadow of the new master"
+    elif node.phase == "optimizer" and before is not None and before.phase == "optimizer":
+        node.origin, node.reason = "existing", f"the optimizer's own code goes from {source.dtype} to {to}"
     elif node.phase == "optimizer":
         node.reason = "a gradient enters the update in FP32"
     else:

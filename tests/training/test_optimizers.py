@@ -9,8 +9,10 @@ import torch
 from torch import nn, optim
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mpcompile import laws
 from mpcompile.api import mpcompile
 from mpcompile.errors import TrainingError
+from mpcompile.training.emit import precision_graph
 from mpcompile.training.updater import rounds_itself
 
 CASES = [
@@ -220,6 +222,11 @@ def test_an_update_that_rounds_itself_is_told_apart(kind, rounds):
     step(*batches(1)[0])
     (updater,) = step._updaters.values()
     assert rounds_itself(updater.make().module) == rounds
+    assert list(laws.breaches(precision_graph(*step.emitted()))) == []
+    rows = [n for n in step.report().to_dict()["nodes"] if n["phase"] == "optimizer" and n["precision"] == "bf16"]
+    assert {(n["decided_by"], n["verdict"]) for n in rows if n["kind"] != "cast"} == (
+        {("user-cast", "low")} if rounds else set()
+    )
 
 
 @pytest.mark.slow
