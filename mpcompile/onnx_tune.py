@@ -30,9 +30,9 @@ def sensitivities(capture: OnnxCapture, graph: PrecisionGraph, simulated: ir.Mod
     """
     names = [name for node in capture.graph if not node.scope for name in node.outputs
              if capture.graph.values[name].dtype == "fp32" and capture.values[name].name]  # fmt: skip
-    want = values(capture, names, feeds[:1])[0]
+    want = next(values(capture, names, feeds[:1]))
     carriers = {name: _carriers(capture, graph, name) for name in names}
-    got = values(capture, [key for keys in carriers.values() for key in keys], feeds[:1], simulated)[0]
+    got = next(values(capture, [key for keys in carriers.values() for key in keys], feeds[:1], simulated))
     off: dict[str, float] = {}
     for name, keys in carriers.items():
         key = next((key for key in keys if key in got), None)

@@ -9,6 +9,7 @@ This file decides what is different; `mpcompile.frontends.onnx_emit` writes it d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +31,7 @@ from mpcompile.frontends.onnx_emit import (
     header,
     place,
 )
-from mpcompile.frontends.onnx_facts import release
+from mpcompile.frontends.onnx_facts import flat, release
 from mpcompile.graph import LOW, Node, PrecisionGraph
 from mpcompile.rules.table import load_kinds
 
@@ -182,7 +183,8 @@ class _Planner:
         """A second initializer beside that of `source`, converted to `to`."""
         origin = source.value
         made = Carrier(self.fresh(name), "fp32" if self.simulate else to, origin.graph, origin)
-        tensor = convert(origin.const_value, to, made.name, self.simulate, self.graph.values[name].numel)
+        shape = origin.shape.numpy()  # type: ignore[union-attr]
+        tensor = convert(origin.const_value, to, made.name, self.simulate, shape)
         self.edits.tensors.setdefault(origin.graph, []).append((made, tensor))  # type: ignore[arg-type]
         self.converted.append((origin, made))
         return made
@@ -255,17 +257,17 @@ class _Planner:
         first[:] = [cast for cast in first if id(cast.result) not in spare]
 
 
-def convert(tensor: Any, to: str, name: str, simulate: bool, numel: int) -> Any:
+def convert(tensor: Any, to: str, name: str, simulate: bool, shape: tuple[int, ...]) -> Any:
     """`tensor` rounded to `to`, to nearest even: a message, or for a large one a promise to convert it when saved."""
 
     def now() -> Any:
         with np.errstate(over="ignore"):  # FLT_MAX as a bound becomes infinity: no bound, as it was meant
-            low = tensor.numpy().astype(NUMPY_TYPES[to])
+            low = flat(tensor).astype(NUMPY_TYPES[to])
         release(tensor)
         return low.astype(np.float32) if simulate else low
 
     dtype = DATA_TYPES["fp32" if simulate else to]
-    if numel > LAZY:
-        return ir.LazyTensor(lambda: ir.Tensor(now(), dtype=dtype), dtype=dtype, shape=tensor.shape, name=name)
-    low = now()
-    return onnx.TensorProto(name=name, data_type=int(dtype), dims=low.shape, raw_data=low.tobytes())
+    if math.prod(shape) > LAZY:
+        return ir.LazyTensor(lambda: ir.Tensor(now().reshape(shape), dtype=dtype), dtype=dtype, shape=ir.Shape(shape),
+                             name=name)  # fmt: skip
+    return onnx.TensorProto(name=name, data_type=int(dtype), dims=shape, raw_data=now().tobytes())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from mpcompile.frontends.onnx import OnnxCapture
 from mpcompile.graph import ITEMSIZE
 from mpcompile.passes.measured_hazards import SMALLEST, Measured
 from mpcompile.runtime import ort
+from mpcompile.runtime.calibrate_bodies import record_bodies
 
 page(
     "MP606",
@@ -66,22 +68,24 @@ def samples(given: Any) -> list[Feeds]:
 
 
 def record(capture: OnnxCapture, feeds: Sequence[Feeds], low: str, slice_bytes: int = SLICE) -> dict[str, Measured]:
-    """Ranges of all FP32 values of the main graph, over all samples.
+    """Ranges of all FP32 values: inputs, those of the main graph and those of the bodies in it, over all samples.
 
-    The values are fetched in slices of about `slice_bytes`, each in a run of its own.
+    The main graph's values are fetched in slices of about `slice_bytes`, each in a run of its own.
     """
-    seen: dict[str, Measured] = {}
-    for names in _slices(capture, slice_bytes):
-        for one in feeds:
-            for name, array in values(capture, names, [one])[0].items():
-                measured = measure(array, low)
-                if measured is not None:
-                    seen[name] = seen[name].join(measured) if name in seen else measured
+    seen = record_bodies(capture, feeds, low)
+    inputs = {capture.values[name].name: name for name in capture.graph.inputs
+              if capture.graph.values[name].dtype == "fp32"}  # fmt: skip
+    given = [{inputs[key]: np.asarray(array) for key, array in one.items() if key in inputs} for one in feeds]
+    for found in chain(given, *(values(capture, names, feeds) for names in _slices(capture, slice_bytes))):
+        for name, array in found.items():
+            measured = measure(array, low)
+            if measured is not None:
+                seen[name] = seen[name].join(measured) if name in seen else measured
     return seen
 
 
 def values(capture: OnnxCapture, names: Sequence[str], feeds: Sequence[Feeds],
-           model: ir.Model | None = None) -> list[dict[str, Any]]:  # fmt: skip
+           model: ir.Model | None = None) -> Iterator[dict[str, Any]]:  # fmt: skip
     """The values `names` for each sample; `model` is the capture's own unless a rewritten one is given."""
     target = (model or capture.model).clone()
     by_name = {out.name: out for node in target.graph for out in node.outputs}
@@ -90,7 +94,8 @@ def values(capture: OnnxCapture, names: Sequence[str], feeds: Sequence[Feeds],
     target.graph.outputs.clear()
     target.graph.outputs.extend(present.values())
     held = ort.session(target, ["CPUExecutionProvider"])
-    return [dict(zip(present, ort.run(held, one).values(), strict=True)) for one in feeds]
+    for one in feeds:
+        yield dict(zip(present, ort.run(held, one).values(), strict=True))
 
 
 def measure(array: Any, low: str) -> Measured | None:

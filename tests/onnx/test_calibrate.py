@@ -43,6 +43,48 @@ def test_measured_overflow_keeps_its_nodes_fp32_with_the_number() -> None:
     assert [n.precision for n in made.graph if n.op == "onnx::MatMul"] == ["fp16", "fp16"]
 
 
+def test_an_input_that_overflows_is_read_in_fp32() -> None:
+    given = parse("g (float[4, 8] x) => (float[4, 8] y) { y = MatMul(x, w) }", w=np.eye(8, dtype=np.float32) * 1e-3)
+    made = convert(given, "fp16", calibrate={"x": np.full((4, 8), 1e5, np.float32)})
+    assert [n.precision for n in made.graph] == ["fp32"]
+    assert "1e+05" in next(iter(made.graph)).reason
+    assert made.errors[0].relative < 1e-6
+
+
+BODIES = """g (float[2, 4] x, bool c, int64 n) => (float[2, 4] y, float[2, 4] z) {
+    y = If(c) <then_branch = t () => (float[2, 4] a) { p = MatMul(x, big)
+            a = Mul(p, small) },
+        else_branch = e () => (float[2, 4] b) {
+            b = Loop(n, yes, x) <body = l (int64 i, bool k, float[2, 4] s) => (bool k2, float[2, 4] s2) {
+                k2 = Identity(k)
+                q = MatMul(s, ten)
+                s2 = Tanh(q) }> }>
+    z, o = Scan <num_scan_inputs = 1, body = d (float[2, 4] f, float[2, 4] v) => (float[2, 4] f2, float[2, 4] w) {
+        w = MatMul(v, ten)
+        f2 = Add(f, w) }> (x, xs) }"""
+
+
+@pytest.mark.parametrize("opset", [16, 20])
+def test_values_of_bodies_are_measured_too(opset: int) -> None:
+    eye = np.eye(4, dtype=np.float32)
+    given = parse(BODIES, opset=opset, ir=8, big=eye * 5e4, small=np.float32(1e-4), ten=eye * 10, yes=np.array(True),
+                  xs=np.stack([np.full((2, 4), v, np.float32) for v in (3, -7, np.nan)]))  # fmt: skip
+    x = np.linspace(-1, 2, 8, dtype=np.float32).reshape(2, 4)
+    taken = {"x": x, "c": np.array(True), "n": np.array(3)}
+    ranges = convert(given, "fp16", calibrate=taken).ranges
+    assert (ranges["p"].least, ranges["p"].most) == (-5e4, 1e5)
+    assert (ranges["w"].least, ranges["w"].most) == (-70, 30)
+    assert "q" not in ranges
+    made = convert(given, "fp16", calibrate=[taken, {**taken, "c": np.array(False)}])
+    assert made.ranges["q"].most == 20
+    product = next(node for node in made.graph if node.outputs == ["p"])
+    assert (product.precision, product.decided_by) == ("fp32", "hazard")
+    assert "1e+05" in product.reason
+    assert made.errors[0].relative < 1e-2
+    never = convert(given, "fp16", calibrate={**taken, "c": np.array(False), "n": np.array(0)})
+    assert "q" not in never.ranges
+
+
 def test_measured_underflow() -> None:
     given = parse("g (float[4, 8] x) => (float[4, 8] y) { h = MatMul(x, w)\n y = MatMul(h, v) }",
                   w=noise(8, 8, scale=1e-9), v=noise(8, 8, scale=1e6))  # fmt: skip
@@ -58,7 +100,7 @@ def test_all_values_are_measured_slice_by_slice(monkeypatch: pytest.MonkeyPatch)
     whole = convert(mlp(), "fp16", calibrate=feeds).ranges
     monkeypatch.setattr(calibrate.record, "__defaults__", (64,))
     assert convert(mlp(), "fp16", calibrate=feeds).ranges == whole
-    assert set(whole) == {"h", "a", "r", "y"}
+    assert set(whole) == {"x", "h", "a", "r", "y"}
 
 
 def test_max_error_names_the_sensitive_nodes_and_auto_keeps_them() -> None:
