@@ -188,7 +188,8 @@ class CostModel:
         written = 2 * value.bytes_at(target)
         if self.fused and not self.stands_alone(value.name):
             return written / self.device.bandwidth
-        moved = value.numel * ITEMSIZE.get(value.dtype, 4) + written
+        # By the target, not by the value's dtype: a second run, which finds the plan's dtypes, must find these prices.
+        moved = value.numel * (ITEMSIZE["fp32"] if target in LOW else ITEMSIZE[self.low]) + written
         return moved / self.device.bandwidth + self.device.launch
 
 

@@ -236,6 +236,8 @@ class _Plan:
     def _why(self, node: Node, low: bool) -> str:
         if not low:
             return "FP32, as its neighbours are"
+        if self.cost.is_view(node):
+            return "low, as its neighbours are"
         made = 0
         for name in node.outputs:
             value = self.graph.values[name]

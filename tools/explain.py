@@ -102,14 +102,23 @@ def _rule(report: Report, node: Node) -> dict[str, Any]:
 
 
 def _choices(report: Report, node: Node) -> dict[str, dict[str, float]]:
-    """Seconds of the node's own work, and bytes of its results, in the low type and in FP32."""
+    """What either precision costs: seconds of the node's work, bytes of its results, and the plan with it alone so."""
     from mpcompile.cost import CostModel, device
+    from mpcompile.policy import Policy
+    from mpcompile.report.costs import Estimate
 
     low = _low(report)
+    if node.precision not in (low, "fp32"):
+        return {}
     model = CostModel(report.graph, device(report.device), low, report.source != "onnx")
+    estimate = Estimate(report.graph, Policy.parse(report.policy), report.device, report.source)
     values = [report.graph.values[name] for name in node.outputs]
     return {
-        precision: {"seconds": model.work(node, precision), "bytes": sum(v.bytes_at(precision) for v in values)}
+        precision: {
+            "seconds": model.work(node, precision),
+            "bytes": sum(v.bytes_at(precision) for v in values),
+            "plan": estimate.with_node(node.id, precision),
+        }
         for precision in (low, "fp32")
     }
 
@@ -134,8 +143,16 @@ def _node_text(facts: dict[str, Any]) -> str:
         f"  gives:   {g['value']} {g['dtype']} to {', '.join(g['readers']) or 'the caller'}" for g in facts["gives"]
     ]
     for precision, cost in facts["cost"].items():
-        work = f"{cost['seconds'] * 1e6:.3g} µs of matrix work (estimated)"
-        lines.append(f"  as {precision}: {cost['bytes']:,} bytes of results, {work}")
+        work = (
+            f"{cost['seconds'] * 1e6:.3g} µs of matrix work, "
+            if any(c["seconds"] for c in facts["cost"].values())
+            else ""
+        )
+        whole = f"the whole {cost['plan'] * 1e6:.4g} µs"
+        here = " (the plan)" if precision == row.get("precision") else ""
+        lines.append(f"  as {precision}: {cost['bytes']:,} bytes of results, {work}{whole}{here}")
+    if facts["cost"]:
+        lines.append("           estimates; the whole with this node alone changed, its casts included")
     if row.get("precision") in ("fp16", "bf16"):
         lines.append(f"  to keep it FP32:  --keep-fp32 '{row['id']}', or mpcompile(model, keep_fp32=['{row['id']}'])")
     elif row.get("precision") == "fp32":

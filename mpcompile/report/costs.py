@@ -25,9 +25,20 @@ class Estimate:
     def to_dict(self) -> dict[str, float]:
         return {"fp32": self._price(self._all_fp32()), "plan": self._price(self._bare()), "autocast": self._autocast()}
 
+    def with_node(self, node: str, precision: str) -> float:
+        """The plan's seconds if this one node ran in `precision` and all others as they do."""
+        graph = self._bare()
+        changed = graph.nodes[node]
+        changed.precision = precision  # type: ignore[assignment]
+        for index, name in enumerate(changed.outputs):
+            if graph.values[name].castable and (given := changed.gives_at(index)) != "keep":
+                graph.values[name].dtype = given
+        return self._price(graph)
+
     def _price(self, graph: PrecisionGraph) -> float:
         low = self.policy.low if self.policy.low in LOW else "bf16"
-        return plan_cost(graph, CostModel(graph, device(self.device), low, self.source != "onnx"))
+        output = {"fp32": "fp32", "low": low}.get(self.policy.output, "keep")
+        return plan_cost(graph, CostModel(graph, device(self.device), low, self.source != "onnx"), output)
 
     def _bare(self) -> PrecisionGraph:
         """The graph without our casts, decisions kept."""

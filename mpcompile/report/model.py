@@ -16,7 +16,7 @@ from mpcompile.policy import Policy
 from mpcompile.report.costs import Estimate
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
 SCHEMA = "mpcompile.report/1"
 VERDICTS = ("low", "fp32", "propagate")
@@ -148,7 +148,7 @@ class Report:
         _check(by, "a column", NodeRow.__slots__)
         return replace(self, nodes=tuple(sorted(self.nodes, key=lambda row: getattr(row, by), reverse=descending)))
 
-    def __rich__(self) -> Table:
+    def __rich__(self) -> Group:
         from mpcompile.report.table import node_table
 
         return node_table(self)

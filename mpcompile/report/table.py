@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 COLOURS = {"bf16": "green", "fp16": "green", "fp32": "yellow", "keep": "dim"}
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 WIDTH = 160
+COLUMNS = ("node", "op", "was → now", "verdict", "why", "where")
+# The widest that each column gets; "why" takes what is left.
+_MOST = (32, 28, 11, 23, 0, 30)
+# So many rows of integers and bools in one module become one line.
+_FOLDED = 4
 
 
 @dataclass
@@ -69,19 +74,46 @@ def sections(rows: Iterable[NodeRow]) -> list[Section]:
     return list(folded.values())
 
 
-def node_table(report: Report) -> Table:
+def node_table(report: Report) -> Group:
     """Columns node, op, was -> now, verdict, why, where; one block per module."""
-    table = Table(title=f"{report.source}, {report.device}: {report.policy}", caption=foot(report), expand=False,
-                  title_justify="left", caption_justify="left", pad_edge=False, box=None)  # fmt: skip
-    for name in ("node", "op", "was → now", "verdict"):
-        table.add_column(name, no_wrap=True)
-    table.add_column("why", ratio=1, min_width=24)
-    table.add_column("where", overflow="fold")
-    for section in sections(report.nodes):
-        table.add_row(Text(_heading(section), style="bold"), *[""] * 5)
-        for row, count in _runs(section.rows):
-            table.add_row(*_cells(row, count))
+    fold = any(row.precision != "keep" for row in report.nodes)
+    blocks = [(_heading(section), list(_lines(section, fold))) for section in sections(report.nodes)]
+    cells = [line for _, lines in blocks for line in lines]
+    widths = [max([len(name), *(len(line[i]) for line in cells)]) for i, name in enumerate(COLUMNS)]
+    widths = [min(width, most) for width, most in zip(widths, _MOST, strict=True)]
+    parts: list[RenderableType] = [Text(f"{report.source}, {report.device}: {report.policy}", style="italic")]
+    parts.append(_grid([[Text(name, style="bold") for name in COLUMNS]], widths))
+    for heading, lines in blocks:
+        parts += [Text(heading, style="bold"), _grid(lines, widths)]
+    return Group(*parts, Text(foot(report), style="dim italic"))
+
+
+def _grid(lines: Sequence[Sequence[Text]], widths: Sequence[int]) -> Table:
+    """Rows in columns of fixed widths, all but "why", which takes what is left."""
+    table = Table(show_header=False, box=None, pad_edge=False, expand=True)
+    for name, width in zip(COLUMNS, widths, strict=True):
+        if name == "why":
+            table.add_column(ratio=1, min_width=24)
+        else:
+            table.add_column(width=width, overflow="fold")
+    for line in lines:
+        table.add_row(*line)
     return table
+
+
+def _lines(section: Section, fold: bool) -> Iterator[list[Text]]:
+    """The rows of a section; with `fold`, those of integers and bools, of which nothing is decided, in one line."""
+    idle = [row for row in section.rows if row.precision == "keep" and not row.was and row.decided_by == "rule"]
+    if len(idle) < _FOLDED or not fold:
+        idle = []
+    hidden = {row.id for row in idle}
+    for row, count in _runs([row for row in section.rows if row.id not in hidden]):
+        yield list(_cells(row, count))
+    if idle:
+        ops = list(dict.fromkeys(_short(row.op) for row in idle))
+        shown = ", ".join(ops[:_FOLDED]) + (", …" if len(ops) > _FOLDED else "")
+        why = f"integers and bools are never cast: {shown}"
+        yield [Text(part) for part in (f"  {len(idle)} nodes", "", "keep", "propagate", why, "")]
 
 
 def _runs(rows: Sequence[NodeRow]) -> Iterator[tuple[NodeRow, int]]:
@@ -98,15 +130,18 @@ def _heading(section: Section) -> str:
     return f"{section.title}{times}  ({parts})"
 
 
-def _cells(row: NodeRow, count: int) -> Iterator[Text | str]:
-    yield f"  {row.id} ×{count}" if count > 1 else f"  {row.id}"
-    yield row.op.removeprefix("aten.").removesuffix(".default")
-    yield Text(
-        f"{row.was or '-'} → {row.precision}" if row.precision != "keep" else "keep", COLOURS.get(row.precision, "")
-    )
-    yield f"{row.verdict} ({row.decided_by})" if row.decided_by != "rule" else row.verdict
+def _cells(row: NodeRow, count: int) -> Iterator[Text]:
+    now = f"{row.was or '-'} → {row.precision}" if row.precision != "keep" else "keep"
+    yield Text(f"  {row.id} ×{count}" if count > 1 else f"  {row.id}")
+    yield Text(_short(row.op))
+    yield Text(now, COLOURS.get(row.precision, ""))
+    yield Text(f"{row.verdict} ({row.decided_by})" if row.decided_by != "rule" else row.verdict)
     yield Text(row.reason)
-    yield row.source
+    yield Text(row.source)
+
+
+def _short(op: str) -> str:
+    return op.removeprefix("aten.").removesuffix(".default")
 
 
 def foot(report: Report) -> str:
@@ -131,7 +166,7 @@ def _seconds(value: float) -> str:
 def as_text(report: Report, width: int = WIDTH) -> str:
     """The table as plain text (no colours, no escape codes)."""
     out = io.StringIO()
-    Console(file=out, width=width, force_terminal=False, color_system=None, emoji=False, markup=False).print(
-        node_table(report)
-    )
+    Console(
+        file=out, width=width, highlight=False, force_terminal=False, color_system=None, emoji=False, markup=False
+    ).print(node_table(report))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"

@@ -165,6 +165,16 @@ def tiny_number(facts: Facts, node: Node) -> str:
     return "" if tiny is None else f"{tiny:.4g} is below {facts.low}'s smallest normal number, {limit:.2g}"
 
 
+def grows(facts: Facts, node: Node) -> str:
+    """An exponential, a product over an axis, or a power above 1: what reads its result in fp16 may read infinity."""
+    name = base(node.op)
+    if name == "pow":
+        powers = set(facts.numbers(node))
+        if powers and all(abs(power) <= 1 for power in powers):
+            return ""
+    return f"the result of {name} may be beyond {facts.low}'s largest number, {LARGEST[facts.low]:.6g}"
+
+
 def rounds_to_one(facts: Facts, node: Node) -> str:
     step = 2.0 ** -(SIGNIFICAND_BITS[facts.low] + 1)
     near = next((n for n in facts.numbers(node) if 0 < 1 - abs(n) <= step), None)
@@ -242,6 +252,8 @@ HAZARDS = (
     Hazard("square", FP16, SQUARES, square, THROUGH, REDUCTIONS, only_if_ended=True),
     Hazard("mean-of-squares", BOTH, REDUCTIONS, mean_of_squares,
            ADDS | BOUNDS | THROUGH | {"div", "mul"}, ROOTS, shrinks=True),
+    Hazard("wide-result", FP16, frozenset({"exp", "exp2", "expm1", "pow", "cosh", "sinh", "prod", "cumprod"}), grows,
+           ADDS | SELECTS | THROUGH | {"mul", "div", "true_divide", "neg", "abs", "sqrt", "maximum", "minimum"}, SOFTMAXES),
     Hazard("tiny-number", FP16, ADDS | BOUNDS, tiny_number, THROUGH | ADDS, DIVISIONS, only_if_ended=True),
     Hazard("rounds-to-one", BOTH, BOUNDS, rounds_to_one, THROUGH | ADDS | {"neg"}, DIVISIONS, only_if_ended=True),
     Hazard("deep-reduction", BOTH, REDUCTIONS | SPREADS, deep_reduction),

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -280,7 +281,21 @@ def backend(module: fx.GraphModule, inputs: Sequence[Any], **given: Any) -> Call
                                  try_=f"did you mean {near}?" if near else f"the options are {', '.join(known)}")  # fmt: skip
     settings = settings_of(**options)
     warn_of_recurrent_break()
-    return Compiler(settings, log_plan)(module, inputs)
+    compiler = Compiler(settings, log_plan)
+    compiled = compiler(module, inputs)
+    _warn_of_unmatched(settings, [plan.graph for plan in compiler.plans])
+    return compiled
+
+
+def _warn_of_unmatched(settings: Settings, graphs: list[PrecisionGraph]) -> None:
+    """A glob may match in another graph of the model, which this entrance does not know: so no error."""
+    for option, globs in (("low", settings.low), ("keep_fp32", settings.keep_fp32)):
+        for one in unmatched(graphs, globs):
+            warnings.warn(
+                f"mpcompile: {option}={one!r} matches no module, operation or node of this graph; right if the model has "
+                "graph breaks and another graph has it. mpcompile(model) checks the whole model",
+                stacklevel=2,
+            )
 
 
 def settings_of(
@@ -297,7 +312,14 @@ def settings_of(
 
 
 def _several(given: Any) -> tuple[Any, ...]:
-    return (given,) if isinstance(given, str) or callable(given) else tuple(given)
+    overrides = (
+        (given,) if isinstance(given, str) or callable(given) or not isinstance(given, Iterable) else tuple(given)
+    )
+    for one in overrides:
+        if not isinstance(one, str) and not callable(one):
+            raise RuleError("MP203", f"an override is a glob or a callable of a Node, not {one!r}",
+                            try_='keep_fp32=["decoder.norm*"], or low=[lambda node: node.kind == "matmul"]')  # fmt: skip
+    return overrides
 
 
 def log_plan(plan: Plan) -> None:

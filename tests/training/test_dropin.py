@@ -433,3 +433,15 @@ def test_a_method_that_calls_the_model_past_the_wrapper_says_so() -> None:
     assert mp.width() == WIDTH
     with pytest.warns(UserWarning, match=r"generate\(\) .* its 2 calls of the model ran as written, in FP32"):
         mp.generate(torch.randn(2, WIDTH))
+
+
+@pytest.mark.parametrize("overrides", [[3], 3, [None]])
+def test_an_override_of_another_type_is_a_clear_error(overrides: Any) -> None:
+    with pytest.raises(MPCompileError, match="MP203"):
+        mpcompile(small(), "bf16", keep_fp32=overrides)
+
+
+def test_the_bare_backend_warns_of_a_glob_that_matches_nothing() -> None:
+    options = {"policy": "bf16", "inner": "eager", "keep_fp32": ["decoder*"], "low": ["aten.linear"]}
+    with pytest.warns(UserWarning, match=r"keep_fp32='decoder\*' matches no module"):
+        torch.compile(small(), backend="mpcompile", options=options)(torch.randn(2, WIDTH))

@@ -45,7 +45,14 @@ CASES = {
     "FLT_MAX as a bound means no bound": ("y: fp32[8, 64] = onnx::Clip(x, 2:unbounded)", set()),
     "2 to the x is no square": ("""
         p: fp32[8, 64] = onnx::Pow(two, x)
-        mean: fp32[8, 1] = onnx::ReduceMean(p)""", set()),
+        mean: fp32[8, 1] = onnx::ReduceMean(p)""", {"p"}),
+    "what reads a power may read infinity": ("""
+        p: fp32[8, 64] = aten.pow.Tensor_Scalar(x) {'exponent': 4}
+        y: fp32[8, 64] = aten.mul.Tensor(p) {'other': 1e-06}
+        z: fp32[8, 64] = aten.relu.default(y)""", {"p", "y"}),
+    "a root of a power is in range": ("""
+        p: fp32[8, 64] = aten.pow.Tensor_Scalar(x) {'exponent': 0.5}
+        y: fp32[8, 64] = aten.mul.Tensor(p, x)""", set()),
     "a square without a reduction": ("y: fp32[8, 64] = aten.mul.Tensor(x, x)", set()),
     "a square through a view": ("""
         sq: fp32[8, 64] = aten.pow.Tensor_Scalar(x) {'exponent': 2}

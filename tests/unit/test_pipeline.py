@@ -13,7 +13,8 @@ from mpcompile.graph import PrecisionGraph
 from mpcompile.passes.base import PassResult
 from mpcompile.passes.insert_casts import InsertCasts
 from mpcompile.passes.normalize import Normalize
-from mpcompile.pipeline import StepRecord, keep_text, run, together, verify_each
+from mpcompile.pipeline import StepRecord, default_passes, keep_text, run, together, verify_each
+from mpcompile.policy import Policy
 from mpcompile.text import parse_graph, print_graph
 
 
@@ -76,3 +77,12 @@ def test_an_observer_that_fails_names_the_pass_too() -> None:
     with pytest.raises(Exception, match="MP401") as caught:
         run(graph, [InsertCasts("fp16")], verify_each)
     assert "in pass insert-casts" in caught.value.__notes__[-1]
+
+
+@pytest.mark.parametrize("low", ["fp16", "bf16"])
+def test_a_cast_costs_the_same_before_and_after(low: str) -> None:
+    """A second run finds the plan's dtypes: priced by them, the cast of a returned view moved over the view."""
+    graph = parse_graph("graph source=fx\ninput x: fp32[64]\nn0: fp32[64] = aten.view.default(x)\nreturn n0\n")
+    passes = default_passes(Policy(low, output="low"))
+    once, _ = run(graph, passes)
+    assert print_graph(run(once, passes)[0]) == print_graph(once)

@@ -14,6 +14,7 @@ from mpcompile.errors import UsageError
 from mpcompile.graph import Node, PrecisionGraph, Value
 from mpcompile.pipeline import default_passes, run
 from mpcompile.policy import Policy
+from mpcompile.report.costs import Estimate
 from mpcompile.report.model import Report, build_report
 from mpcompile.report.summary import summary_line
 
@@ -191,3 +192,28 @@ def test_summary_line_says_what_the_report_says(report: Report) -> None:
     assert f"{len(report.casts)} casts" in line
     assert "no rule for mylib.mystery.default" in line
     assert "0.250 s" in line
+
+
+def test_the_price_of_a_choice_is_that_of_the_whole_plan(report: Report) -> None:
+    estimate = Estimate(report.graph, Policy.parse(report.policy), report.device)
+    now = estimate.to_dict()["plan"]
+    for node in [n for n in report.graph if n.precision in ("bf16", "fp32") and not n.is_cast]:
+        other = "fp32" if node.precision == "bf16" else "bf16"
+        assert estimate.with_node(node.id, node.precision) == now
+        if node.verdict != "fp32":
+            assert estimate.with_node(node.id, other) >= now, "the plan is the cheapest that the verdicts allow"
+
+
+def test_integers_are_one_line() -> None:
+    graph = PrecisionGraph(header={"source": "fx"})
+    last = graph.add_input(Value("i", "int64", (4,), 4)).name
+    for number in range(6):
+        graph.add(Node(f"n{number}", "aten.add.Tensor", [last]), [Value(f"n{number}", "int64", (4,), 4)])
+        last = f"n{number}"
+    text = str(build_report(graph, Policy("bf16"), "cpu"))
+    assert "n0 ×6" in text, "a report of nothing else shows them"
+    graph.add_input(Value("x", "fp32", (4,), 4))
+    graph.add(Node("exp", "aten.exp.default", ["x"], precision="fp32", reason="r"), [Value("exp", "fp32", (4,), 4)])
+    text = str(build_report(graph, Policy("bf16"), "cpu"))
+    assert "6 nodes" in text
+    assert "n0" not in text
