@@ -23,9 +23,9 @@ from mpcompile.graph import joined
 from mpcompile.passes.classify import refuse_unmatched
 from mpcompile.policy import Policy
 from mpcompile.rules.table import rules_for
-from mpcompile.runtime.coverage import warn_of_gaps, watch, watched_method
+from mpcompile.runtime.coverage import warn_of_eager_call, warn_of_gaps, watch, watched_method
 from mpcompile.runtime.device import emulated_kinds
-from mpcompile.runtime.dynamo import Compiler, Plan, Settings, decide, log_plan, settings_of
+from mpcompile.runtime.dynamo import CompiledGraph, Compiler, Plan, Settings, decide, log_plan, settings_of
 from mpcompile.training.shadows import SHADOWS
 
 page(
@@ -209,7 +209,13 @@ class MixedPrecisionModule(nn.Module):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # a torch.compile around this module breaks its graph here, and runs ours
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._first(args, kwargs) if self._call is None else self._run(self._call, args, kwargs)
+        if self._call is None:
+            return self._first(args, kwargs)
+        before = CompiledGraph.runs
+        result = self._run(self._call, args, kwargs)
+        if CompiledGraph.runs == before and self.plans:
+            warn_of_eager_call()
+        return result
 
     def _run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:

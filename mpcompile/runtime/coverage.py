@@ -94,6 +94,17 @@ def _reached(result: Any) -> set[int] | None:
     return found
 
 
+def warn_of_eager_call() -> None:
+    """A call of a compiled model ran none of its graphs."""
+    limit = torch._dynamo.config.recompile_limit
+    warnings.warn(
+        "mpcompile: no compiled graph ran in this call: the model ran as written, in FP32. Dynamo gives up on a function "
+        f"after {limit} compilations (TORCH_LOGS=recompiles says what changed; torch._dynamo.config.recompile_limit "
+        "allows more), and while a mode watches every operation (TorchDispatchMode)",
+        stacklevel=4,
+    )
+
+
 def watched_method(model: nn.Module, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     """`method` of `model`, which warns when it calls the model: that call is not the wrapper's, and runs in FP32."""
 
@@ -125,4 +136,4 @@ def warn_of_recurrent_break() -> None:
         )
 
 
-__all__ = ["Breaks", "warn_of_gaps", "warn_of_recurrent_break", "watch", "watched_method"]
+__all__ = ["Breaks", "warn_of_eager_call", "warn_of_gaps", "warn_of_recurrent_break", "watch", "watched_method"]

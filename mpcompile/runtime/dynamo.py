@@ -215,6 +215,9 @@ class CompiledGraph:
     that the graph is differentiated by.
     """
 
+    # Calls of all graphs so far: a call of a model that leaves it as it was ran none.
+    runs = 0
+
     def __init__(
         self,
         inner: Callable[..., Any],
@@ -231,6 +234,7 @@ class CompiledGraph:
         self.lifted = [(number, self.places[number]) for number in sorted(lifted)]
 
     def __call__(self, *args: Any) -> Any:
+        CompiledGraph.runs += 1
         if self.parameters is not None:
             self.parameters.update(id(a) for a in args if isinstance(a, torch.nn.Parameter))
             self.parameters = None

@@ -89,3 +89,18 @@ def test_an_override_of_what_no_graph_has_says_so() -> None:
     mp = mpcompile(Hidden(), "bf16", backend="eager", low=["last"])
     with pytest.raises(MPCompileError, match="names the module 'last', of which no captured graph has a node"):
         mp(torch.randn(2, 16))
+
+
+def test_a_call_that_runs_no_graph_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Drop(nn.Linear):
+        def forward(self, x: torch.Tensor, p: float) -> torch.Tensor:
+            return nn.functional.dropout(super().forward(x), p)
+
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    mp = mpcompile(Drop(16, 16), "bf16", backend="eager")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mp(torch.randn(2, 16), 0.1)
+        mp(torch.randn(2, 16), 0.2)
+    with pytest.warns(UserWarning, match="no compiled graph ran in this call.* FP32.* after 2 compilations"):
+        mp(torch.randn(2, 16), 0.3)
