@@ -16,7 +16,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from mpcompile.errors import CaptureError, MPCompileError, RuleError, page
 from mpcompile.frontends.capture import export
-from mpcompile.frontends.exported import inline_regions
+from mpcompile.frontends.exported import inline_regions, without_dtype_checks
 from mpcompile.frontends.fx_write import write
 from mpcompile.frontends.recurrent import traced_whole
 from mpcompile.graph import joined
@@ -111,7 +111,7 @@ def mpcompile(
     if backend not in BACKENDS:
         raise RuleError("MP204", f"there is no backend {backend!r}", try_=" or ".join(map(repr, BACKENDS)))
     if isinstance(model, torch.export.ExportedProgram):
-        model = model.module()
+        model = without_dtype_checks(model.module())
     if isinstance(model, MixedPrecisionModule):
         model = model.model
     _check(model)

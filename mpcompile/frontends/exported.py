@@ -28,6 +28,18 @@ def inline_regions(module: fx.GraphModule) -> None:
     module.recompile()
 
 
+def without_dtype_checks(module: fx.GraphModule) -> fx.GraphModule:
+    """`module` and the bodies in it without export's assertions of dtypes, in place: the plan changes dtypes."""
+    for part in module.modules():
+        if isinstance(part, fx.GraphModule):
+            for node in part.graph.find_nodes(
+                op="call_function", target=torch.ops.aten._assert_tensor_metadata.default
+            ):
+                part.graph.erase_node(node)
+            part.recompile()
+    return module
+
+
 def _is_check(node: fx.Node) -> bool:
     """Export's own assertions: of input shapes, and of dtypes that the plan is about to change."""
     if node.op == "call_module":

@@ -445,3 +445,24 @@ def test_the_bare_backend_warns_of_a_glob_that_matches_nothing() -> None:
     options = {"policy": "bf16", "inner": "eager", "keep_fp32": ["decoder*"], "low": ["aten.linear"]}
     with pytest.warns(UserWarning, match=r"keep_fp32='decoder\*' matches no module"):
         torch.compile(small(), backend="mpcompile", options=options)(torch.randn(2, WIDTH))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_exported_program_trains(backend: str) -> None:
+    class Casts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = small()
+
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"y": self.body(x).to(torch.float32).sum(1)}  # where export asserts a dtype
+
+    model, x = Casts(), torch.randn(8, WIDTH)
+    program = torch.export.export(model, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
+    mp = mpcompile(program, "bf16", backend=backend, low=[lambda node: node.kind == "matmul"])
+    for size in (8, 5):
+        got = mp(x[:size])["y"]
+        got.sum().backward()
+        torch.testing.assert_close(got, model(x[:size])["y"], rtol=0.05, atol=0.1)
+    assert {name for name, p in mp.named_parameters() if p.grad is not None} == dict(model.named_parameters()).keys()
+    assert any(node.module == "body.0" and node.source for node in mp.plans[0].graph)
