@@ -36,7 +36,8 @@ def refused() -> Iterator[None]:
         if cls.__module__.startswith("mpcompile."):
             return plain.__get__(None, cls)(*args, **kwargs)  # ours: a later part of the capture puts it back
         wanted = [a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, Tensor) and a.requires_grad]
-        if wanted and torch.is_grad_enabled():
+        ours = cls.__module__.startswith("mpcompile.")  # a recurrent layer, for its shapes alone
+        if wanted and torch.is_grad_enabled() and not ours:
             raise TrainingError(
                 "MP534",
                 f"the model uses {cls.__qualname__}, an autograd function with its own backward",

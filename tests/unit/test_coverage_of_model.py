@@ -91,12 +91,12 @@ def test_an_override_of_what_no_graph_has_says_so() -> None:
         mp(torch.randn(2, 16))
 
 
-def test_a_call_that_runs_no_graph_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+@torch._dynamo.config.patch(recompile_limit=2)
+def test_a_call_that_runs_no_graph_says_so() -> None:
     class Drop(nn.Linear):
         def forward(self, x: torch.Tensor, p: float) -> torch.Tensor:
             return nn.functional.dropout(super().forward(x), p)
 
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     mp = mpcompile(Drop(16, 16), "bf16", backend="eager")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
