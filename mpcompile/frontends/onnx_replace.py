@@ -2,7 +2,8 @@
 
 They are put in place of the original before the export, which traces through them; each is tested against torch.
 
-- ``cross_entropy_loss`` with class weights or label smoothing: the exporter drops the smoothing, silently.
+- ``cross_entropy_loss`` with label smoothing: the exporter drops the smoothing, silently; of probabilities: it writes an
+  operator that takes classes only.
 - ``adaptive_max_pool2d``: it has no translation.
 """
 
@@ -21,9 +22,11 @@ MEAN, SUM = 1, 2
 
 def cross_entropy(x: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = MEAN,
                   ignore_index: int = -100, label_smoothing: float = 0.0) -> Tensor:  # fmt: skip
-    """`aten.cross_entropy_loss`, in FP32."""
-    if target.is_floating_point():  # probabilities: torch itself takes this apart, without a loss of its own
-        whole: Tensor = aten.cross_entropy_loss(x, target, weight, reduction, ignore_index, label_smoothing)
+    """`aten.cross_entropy_loss`; in elementary FP32 operations where the exporter would get it wrong."""
+    if target.is_floating_point():
+        return _of_probabilities(x, target, weight, reduction, label_smoothing)
+    if weight is None and not label_smoothing:
+        whole: Tensor = aten.cross_entropy_loss(x, target, None, reduction, ignore_index, 0.0)
         return whole
     axis = 1 if x.dim() > 1 else 0
     classes = x.shape[axis]
@@ -43,30 +46,34 @@ def cross_entropy(x: Tensor, target: Tensor, weight: Tensor | None = None, reduc
     return loss.to(x.dtype)
 
 
-def _is_wrong(node: fx.Node) -> bool:
-    """True for a cross entropy whose class weights or smoothing the exporter would get wrong."""
-    given = dict(
-        zip(("x", "target", "weight", "reduction", "ignore_index", "label_smoothing"), node.args, strict=False)
-    )
-    given |= node.kwargs
-    return given.get("weight") is not None or bool(given.get("label_smoothing"))
+def _of_probabilities(x: Tensor, target: Tensor, weight: Tensor | None, reduction: int, smoothing: float) -> Tensor:
+    axis = 1 if x.dim() > 1 else 0
+    classes = x.shape[axis]
+    wanted = target.float() * (1.0 - smoothing) + smoothing / classes
+    if weight is not None:
+        wanted = wanted * weight.float().reshape([-1] + [1] * (x.dim() - axis - 1))
+    loss = -(torch.log_softmax(x.float(), axis) * wanted).sum(axis)
+    if reduction == MEAN:
+        loss = loss.mean()
+    elif reduction == SUM:
+        loss = loss.sum()
+    return loss.to(x.dtype)
+
+
+REPLACED: dict[Any, Any] = {
+    aten.cross_entropy_loss.default: cross_entropy,
+    aten.adaptive_max_pool2d.default: adaptive_max_pool2d,
+}
 
 
 def replace_wrong(module: fx.GraphModule) -> int:
     """Replace such operations in place; how many there were."""
-    count = 0
-    for node in module.graph.nodes:
-        act: Any = None
-        if node.target is aten.cross_entropy_loss.default and _is_wrong(node):
-            act = cross_entropy
-        elif node.target is aten.adaptive_max_pool2d.default:
-            act = adaptive_max_pool2d
-        if act is not None:
-            node.target = act
-            count += 1
-    if count:
+    found = [node for node in module.graph.nodes if node.target in REPLACED]
+    for node in found:
+        node.target = REPLACED[node.target]
+    if found:
         module.recompile()
-    return count
+    return len(found)
 
 
 __all__ = ["cross_entropy", "replace_wrong"]

@@ -175,7 +175,10 @@ def test_cross_entropy_in_elementary_operations_is_torchs(reduction: str, weight
         want = nn.functional.cross_entropy(
             x, target, weight, reduction=reduction, ignore_index=3, label_smoothing=smoothing
         )
-        torch.testing.assert_close(cross_entropy(x, target, weight, number, 3, smoothing), want)
+        torch.testing.assert_close(cross_entropy(x, target, weight, number, 3, smoothing), want, equal_nan=True)
+        shares = torch.softmax(torch.randn(shape), 1 if len(shape) > 1 else 0)
+        want = nn.functional.cross_entropy(x, shares, weight, reduction=reduction, label_smoothing=smoothing)
+        torch.testing.assert_close(cross_entropy(x, shares, weight, number, -100, smoothing), want)
 
 
 class Pooled(nn.Module):
