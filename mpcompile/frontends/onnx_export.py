@@ -28,6 +28,7 @@ from mpcompile.frontends.exported import inline_regions
 from mpcompile.frontends.fx_write import write
 from mpcompile.frontends.onnx_decompose import forward_table
 from mpcompile.frontends.onnx_prepare import OPSETS
+from mpcompile.frontends.onnx_replace import replace_wrong
 from mpcompile.frontends.onnx_settle import settle
 from mpcompile.frontends.onnx_simulate import simulate
 from mpcompile.frontends.onnx_write import annotate
@@ -84,6 +85,7 @@ def export_onnx(mp: Any, path: str | os.PathLike[str], *args: Any, dynamic_shape
     plan = decide(module, mp.settings, "cuda" if device == "cuda" else "cpu")
     written = plan.capture.module if annotate_only else write(plan.capture, plan.graph).module
     _mark(written, plan.graph)
+    replace_wrong(written)
     held = translate(written, args, kwargs, dynamic_shapes, OPSETS.get(plan.policy.low, 20), custom_translation_table)
     made = OnnxExport(held[0], plan.graph)
     added = settle(made.ir_model)

@@ -10,6 +10,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, numpy_helper
@@ -615,3 +616,32 @@ def test_large_weights_are_streamed(low: str, tmp_path: Path) -> None:
     )
     assert (tmp_path / "out.onnx.data").stat().st_size == count * size // 2
     assert int(done.stdout) * 1024 < count * size / 2
+
+
+def test_annotations_survive_saving_and_loading_and_replace_older_ones(tmp_path: Path) -> None:
+    given = mlp()
+    for key, text in (("author", "me"), ("mpcompile.reason", "stale")):
+        given.graph.node[0].metadata_props.add(key=key, value=text)
+    convert(given, "bf16").save(tmp_path / "m.onnx")
+    onnx.save(onnx.load(tmp_path / "m.onnx"), tmp_path / "again.onnx")
+    for model in (onnx.load(tmp_path / "again.onnx"), ir.to_proto(ir.load(tmp_path / "m.onnx"))):
+        node = next(node for node in model.graph.node if node.op_type == "MatMul")
+        props = {p.key: p.value for p in node.metadata_props}
+        assert len(props) == len(node.metadata_props) == 4
+        assert props["author"] == "me"
+        assert props["mpcompile.precision"] == "bf16"
+        assert "accumulation" in props["mpcompile.reason"]
+
+
+def test_names_of_casts_never_meet_those_of_the_model() -> None:
+    given = parse(
+        "g (float[2, 8] x) => (float[2, 8] y) { x_fp16 = Exp(x)\n h = MatMul(x, w)\n w_fp16 = Relu(h)\n"
+        " a = MatMul(w_fp16, w)\n y = Add(a, x_fp16) }",
+        w=noise(8, 8, scale=0.2),
+    )
+    made = convert(given, "fp16")
+    names = [name for node in made.model.graph.node for name in node.output] + [
+        t.name for t in made.model.graph.initializer
+    ]
+    assert len(set(names)) == len(names)
+    close(made.simulated(), given, {"x": noise(2, 8)}, 1e-2)

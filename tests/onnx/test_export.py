@@ -13,6 +13,7 @@ from onnx_models import types
 from torch import nn
 
 from mpcompile import mpcompile
+from mpcompile.frontends.onnx_replace import cross_entropy
 from mpcompile.runtime.ort import run, session
 
 BOUND = {"fp16": 4e-3, "bf16": 3e-2}
@@ -158,4 +159,43 @@ def test_cross_entropy_is_the_mean_over_the_targets_that_count(tmp_path: Path) -
     torch.manual_seed(0)
     model, x, y = Loss(), torch.randn(6, 8), torch.tensor([0, 1, 2, 3, 2, 4])
     made = mpcompile(model, "fp16", low=["aten.linear"]).export_onnx(tmp_path / "l.onnx", x, y)
+    np.testing.assert_allclose(output(made.model, x, y), model(x, y).detach().numpy(), rtol=2e-3)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_cross_entropy_in_elementary_operations_is_torchs(reduction: str, weighted: bool, smoothing: float) -> None:
+    torch.manual_seed(0)
+    weight = torch.rand(5) if weighted else None
+    number = {"none": 0, "mean": 1, "sum": 2}[reduction]
+    for shape in ((7, 5), (5,), (3, 5, 4, 2)):
+        x = torch.randn(shape)
+        target = torch.randint(0, 5, (*shape[:1], *shape[2:]) if len(shape) > 1 else ())
+        want = nn.functional.cross_entropy(
+            x, target, weight, reduction=reduction, ignore_index=3, label_smoothing=smoothing
+        )
+        torch.testing.assert_close(cross_entropy(x, target, weight, number, 3, smoothing), want, equal_nan=True)
+        shares = torch.softmax(torch.randn(shape), 1 if len(shape) > 1 else 0)
+        want = nn.functional.cross_entropy(x, shares, weight, reduction=reduction, label_smoothing=smoothing)
+        torch.testing.assert_close(cross_entropy(x, shares, weight, number, -100, smoothing), want)
+
+
+class Pooled(nn.Module):
+    """A loss with weights and smoothing, which the exporter drops, behind a pool that it does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 4, 3), nn.Linear(24, 5)
+        self.register_buffer("weight", torch.linspace(0.5, 2, 5))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        h = nn.functional.adaptive_max_pool2d(self.conv(x), (3, 2)).flatten(1)
+        return nn.functional.cross_entropy(self.fc(h), y, self.weight, label_smoothing=0.3)
+
+
+def test_what_the_exporter_gets_wrong_is_replaced(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x, y = Pooled(), torch.randn(6, 3, 9, 10), torch.tensor([0, 1, 2, 3, 2, 4])
+    made = mpcompile(model, "fp16", low=["aten.linear"]).export_onnx(tmp_path / "p.onnx", x, y)
     np.testing.assert_allclose(output(made.model, x, y), model(x, y).detach().numpy(), rtol=2e-3)
