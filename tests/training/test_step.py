@@ -83,7 +83,7 @@ def test_equals_grad_scaler_with_clipping_and_windows(max_norm, accumulate):
     torch.testing.assert_close([r.loss.item() for r in results], losses, rtol=5e-5, atol=1e-5)
     assert [bool(r.stepped) for r in results] == [(i + 1) % accumulate == 0 for i in range(6)]
     found = [r.grad_norm.item() for r in results if r.stepped]
-    torch.testing.assert_close(found, norms, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, norms, rtol=5e-5, atol=1e-5)
     assert results[-1].scale.item() == scaler.get_scale()
     close(model, twin)
 
