@@ -21,6 +21,7 @@ from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._guards import TracingContext, tracing
 
 from mpcompile.frontends.recurrent import with_whole_layers
+from mpcompile.runtime.device import emulated_kinds
 from mpcompile.runtime.inductor import plain_autograd
 from mpcompile.training.forward import Forward
 from mpcompile.training.graphs import inputs_of, outputs_of, values_of
@@ -85,6 +86,7 @@ def _read(module: fx.GraphModule, forward: Forward) -> Joint:
     kept.insert(len(mutated), loss)
     output.args = (tuple(kept),)
     _keep_random(graph)
+    _simplify_casts(graph, emulated=bool(emulated_kinds(forward.plan.device, forward.plan.policy.low, compiled=True)))
     graph.eliminate_dead_code()
     module.recompile()
     fakes = values_of(inputs_of(module))
@@ -101,6 +103,51 @@ def _keep_random(graph: fx.Graph) -> None:
         if torch.Tag.nondeterministic_seeded in tags:
             for one in (node, *(user for user in node.users if user.target is operator.getitem)):
                 one.meta.pop("recompute", None)
+
+
+_LOW = (torch.bfloat16, torch.float16)
+
+
+def _simplify_casts(graph: fx.Graph, *, emulated: bool) -> None:
+    """Read a value where it is wide: low -> FP32 -> low is the value itself; so is a gradient's FP32 -> low -> FP32.
+
+    What the user rounds in the forward is rounded in the backward too (law 4).  Where FP16 is emulated, FP32 -> FP16
+    is what a low kernel gives, not a cast.
+    """
+    chains = [(n, n.args[0]) for n in graph.nodes if _is_cast(n) and _is_cast(n.args[0])]
+    users = {
+        (before.meta.get("seq_nr"), node.meta.get("seq_nr"))
+        for node, before in chains
+        if not _in_backward(node) and _dtype(before) in _LOW
+    }
+    for node, before in chains:
+        source = before.args[0]
+        same = _dtype(source) == _dtype(node)
+        exact = _dtype(source) in _LOW and _dtype(before) == torch.float32
+        order = node.meta.get("seq_nr"), before.meta.get("seq_nr")
+        gradient = _dtype(source) == torch.float32 and _in_backward(before) and order not in users and not emulated
+        if same and (exact or gradient):
+            node.replace_all_uses_with(source)
+
+
+def _is_cast(node: Any) -> bool:
+    """A change of the float type and of nothing else."""
+    if not isinstance(node, fx.Node) or not isinstance(node.meta.get("val"), Tensor):
+        return False
+    if node.target is torch.ops.prims.convert_element_type.default:
+        return True
+    # Autograd names layout and device too.
+    plain = node.target is torch.ops.aten._to_copy.default and set(node.kwargs) <= {"dtype", "layout", "device"}
+    return plain and node.meta["val"].device == node.args[0].meta["val"].device  # type: ignore[union-attr]
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    found: torch.dtype = node.meta["val"].dtype
+    return found
+
+
+def _in_backward(node: fx.Node) -> bool:
+    return node.meta.get("partitioner_tag") == "is_backward"
 
 
 def _place(description: Any) -> int:

@@ -79,10 +79,11 @@ def test_equals_grad_scaler_with_clipping_and_windows(max_norm, accumulate):
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
     losses, norms = plain(twin, optim.AdamW(twin.parameters(), lr=0.01), data, scaler, max_norm, accumulate)
     results = [step(*batch) for batch in data]
-    torch.testing.assert_close([r.loss.item() for r in results], losses, rtol=1e-5, atol=1e-5)
+    # AdamW makes more of the last bit, which depends on how many threads sum.
+    torch.testing.assert_close([r.loss.item() for r in results], losses, rtol=5e-5, atol=1e-5)
     assert [bool(r.stepped) for r in results] == [(i + 1) % accumulate == 0 for i in range(6)]
     found = [r.grad_norm.item() for r in results if r.stepped]
-    torch.testing.assert_close(found, norms, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, norms, rtol=5e-5, atol=1e-5)
     assert results[-1].scale.item() == scaler.get_scale()
     close(model, twin)
 

@@ -12,9 +12,11 @@ from torch import nn, optim
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
+from mpcompile import laws
 from mpcompile.api import mpcompile
 from mpcompile.errors import CaptureError, TrainingError
 from mpcompile.training import artefact
+from mpcompile.training.emit import precision_graph
 
 BACKENDS = ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
@@ -521,3 +523,48 @@ def test_a_model_of_several_processes_is_refused(tmp_path):
             step(*batches(1)[0])
     finally:
         torch.distributed.destroy_process_group()
+
+
+class Rounded(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Linear(12, 8)
+
+    def forward(self, x, y):
+        return ((self.body(x).bfloat16().float() * torch.arange(8.0).exp()).sin().sum(-1) * y).mean()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_user_s_own_rounding_survives_in_both_directions(backend):
+    model, twin = Rounded(), Rounded()
+    own, other = (optim.SGD(m.parameters(), 1.0) for m in (model, twin))
+    step = mpcompile(model, "fp32", backend=backend).train_step(own)
+    batch = batches(1)[0]
+    step(*batch)
+    plainly(twin, other, *batch, loss=lambda model, *batch: model(*batch))
+    same(model, twin, 1e-4)
+
+
+def test_no_gradient_goes_from_fp32_to_low_and_back():
+    """A norm by hand that asks for FP32, on a residual stream: torch.export gives the residual its cast, too."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down, self.weight = nn.Linear(12, 48), nn.Linear(48, 12), nn.Parameter(torch.ones(12))
+
+        def forward(self, x):
+            h = x.to(torch.float32)
+            h = self.weight * (h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+            return x + self.down(F.gelu(self.up(h)))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 12), Block(), Block(), nn.Linear(12, 4))
+    _, _, _, step = make("bf16", model, low=["0", "*.up", "*.down", "3", "aten.add"])
+    step(*batches(1, 64)[0])
+    graph = precision_graph(*step.emitted())
+    assert list(laws.breaches(graph)) == []
+    assert len(graph.casts()) > 6
+    producers = [graph.producer(cast.inputs[0]) for cast in graph.casts()]
+    assert not [before for before in producers if before is not None and before.is_cast]
