@@ -84,7 +84,9 @@ def non_finite(grads: Sequence[Tensor]) -> Tensor:
     if device.type == "cpu":
         # By far the fastest look that ATen has here; times 1 changes nothing.
         found = torch.zeros((), device=device)
-        torch._amp_foreach_non_finite_check_and_unscale_(list(grads), found, torch.ones((), device=device))
+        # It writes, which an expanded tensor (the gradient of a sum) does not allow.
+        dense = [grad.contiguous() if 0 in grad.stride() else grad for grad in grads]
+        torch._amp_foreach_non_finite_check_and_unscale_(dense, found, torch.ones((), device=device))
         return found
     # CUDA's kernel of that name refuses BF16.
     largest = torch.stack(torch._foreach_norm(list(grads), math.inf))
