@@ -298,10 +298,10 @@ def test_a_window_sums_tied_absent_and_large_gradients(piece, monkeypatch):
 def test_the_gradient_of_a_sum_reaches_the_fused_update(backend, monkeypatch):
     """Autograd gives it expanded: one element, shown everywhere."""
     monkeypatch.setattr(fused, "SMALL", 1)
-    model = nn.Linear(8, 8, bias=False)
+    model = nn.Linear(8, 8)
     before = model.weight.detach().clone()
     step = mpcompile(model, "bf16", backend=backend).train_step(
-        optim.SGD(model.parameters(), lr=0.5, fused=True), lambda m, x: m.weight.sum() + 0.0 * m(x).sum()
+        optim.SGD(model.parameters(), lr=0.5, fused=True), lambda m, x: m.weight.sum() + (m.bias * x).sum()
     )
     assert step(torch.randn(2, 8)).finite
     assert isinstance(next(iter(step._updaters.values())), fused.FusedUpdate)
