@@ -124,7 +124,7 @@ def _show(name: str, facts: dict[str, Any], results: list[Result]) -> None:
     for one in results:
         table.add_row(one.candidate, *(["failed"] if one.error else _cells(one)))
     console = Console()
-    console.width = max(console.width, 140)
+    console.width = max(console.width, 160)
     console.print(table)
     for one in results:
         if one.error:
