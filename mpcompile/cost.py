@@ -24,7 +24,9 @@ SHADOW_CAST = 1e-11
 
 @dataclass(frozen=True)
 class Device:
-    """One row of devices.toml: FLOP/s by precision, bytes/s, seconds per kernel, and kinds with a speedup of their own."""
+    """One row of devices.toml: FLOP/s by precision, bytes/s, seconds per kernel, kinds with a speedup of their own, and the
+    seconds that a library's low product takes more than its FP32 one, however small, by precision.
+    """
 
     name: str
     fp32: float
@@ -33,6 +35,7 @@ class Device:
     bandwidth: float
     launch: float
     speedup: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    low_call: Mapping[str, float] = field(default_factory=dict)
 
     def rate(self, precision: str, kind: str = "") -> float:
         own = self.speedup.get(kind, {}).get(precision)
@@ -143,8 +146,9 @@ class CostModel:
         return (1 + near + 2 * self.saved(value, nodes[value.producer])) / self.device.bandwidth
 
     def work(self, node: Node, precision: str) -> float:
-        """Seconds of matrix work, and of the operands that this kernel alone makes someone write."""
+        """Seconds of matrix work and its call, and of the operands that this kernel alone makes someone write."""
         seconds = node.flops / self.device.rate(precision, node.kind)
+        seconds += self.device.low_call.get(precision, 0.0) if node.flops else 0.0
         if not self.is_kernel(node):
             return seconds
         private = self._private.get(node.id)

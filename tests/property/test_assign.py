@@ -165,6 +165,16 @@ def test_a_product_too_small_to_pay_for_its_casts_stays_fp32_and_says_so() -> No
     assert graph.nodes["n0"].decided_by == "cost"
 
 
+@pytest.mark.parametrize("flops", [1 << 10, 1 << 20, 1 << 21, 1 << 23, 1 << 30])
+def test_a_low_product_has_a_price_however_small_where_the_device_says_so(flops: int) -> None:
+    """On a CPU, BF16 pays from where the work saved is the call's price on; on a GPU both types cost a launch."""
+    row = device("cpu")
+    saved = flops / row.fp32 - flops / row.bf16
+    graph = chain("aten.linear.default", numel=64, flops=flops)
+    assert (decided(graph)["n0"] == LOW) == (saved > row.low_call["bf16"])
+    assert device("cuda").low_call == {}
+
+
 def test_an_override_is_not_a_wish() -> None:
     graph = chain("aten.linear.default", numel=64, flops=1 << 10)
     Classify(LOW, force_low=("n0",)).apply(graph)
