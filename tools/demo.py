@@ -224,7 +224,9 @@ def _show(found: Outcome) -> None:
     Console().print(table)
     typer.echo(f"policy: {found.policy}")
     if found.speedup < 1:
-        typer.echo("low-precision products are slow on this processor (mpcompile doctor): memory is saved here, not time")
+        typer.echo(
+            "low-precision products are slow on this processor (mpcompile doctor): memory is saved here, not time"
+        )
     verdict = "agree" if found.agree else "DISAGREE"
     typer.echo(f"the losses {verdict}: they differ by {found.distance:.4f}; another seed differs by {found.noise:.4f}")
     typer.echo(f"picture: {found.picture}" if found.picture else "no picture: pip install 'mpcompile[demo]'")

@@ -1,0 +1,32 @@
+"""The figures of the README are those of the files that the benchmarks wrote."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def test_the_cpu_table_is_what_its_script_prints() -> None:
+    spec = importlib.util.spec_from_file_location("table", ROOT / "benchmarks" / "table.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    shown = re.search(r"<!-- cpu table.*?-->\n(.*?)\n<!-- end -->", README, re.DOTALL)
+    assert shown is not None
+    assert shown[1] == module.table(module.load("cpu-bf16.json"), module.load("cpu-bf16-micro.json"))
+
+
+def test_the_step_options_are_those_measured() -> None:
+    found = json.loads((RESULTS / "cpu-step-options.json").read_text(encoding="utf-8"))["options"]
+    rows = dict(re.findall(r"^\| (no scale|dynamic scale|clipping|split masters) \| (.*) \|$", README, re.MULTILINE))
+    assert rows.keys() == found.keys()
+    for name, cells in rows.items():
+        one = found[name]
+        assert cells == f"{one['ratio']:.2f} | {one['peak'] / 1e6:.0f} | {one['held'] / 1e6:.0f}"
