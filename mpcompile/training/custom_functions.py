@@ -34,10 +34,10 @@ def refused() -> Iterator[None]:
 
     def apply(cls: Any, *args: Any, **kwargs: Any) -> Any:
         if cls.__module__.startswith("mpcompile."):
-            return plain.__get__(None, cls)(*args, **kwargs)  # ours: a later part of the capture puts it back
+            # Ours: a recurrent layer, for its shapes alone; a later part of the capture puts it back.
+            return plain.__get__(None, cls)(*args, **kwargs)
         wanted = [a for a in pytree.tree_leaves((args, kwargs)) if isinstance(a, Tensor) and a.requires_grad]
-        ours = cls.__module__.startswith("mpcompile.")  # a recurrent layer, for its shapes alone
-        if wanted and torch.is_grad_enabled() and not ours:
+        if wanted and torch.is_grad_enabled():
             raise TrainingError(
                 "MP534",
                 f"the model uses {cls.__qualname__}, an autograd function with its own backward",
