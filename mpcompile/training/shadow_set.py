@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpcompile.training.shadows import SHADOWS
+from mpcompile.training.shadows import SHADOWS, spread
 
 _VERSION = operator.attrgetter("_version")
 # On a CPU so many elements of each master are compared before a step.
@@ -70,12 +70,5 @@ class ShadowSet:
         """A few elements of each master, by views that are made once per storage."""
         addresses = list(map(torch.Tensor.data_ptr, self.masters))
         if addresses != self._addresses:
-            self._views, self._addresses = [_spread(m) for m in self.masters if m.numel()], addresses
+            self._views, self._addresses = [spread(m, _SAMPLE) for m in self.masters if m.numel()], addresses
         return torch.cat(self._views)
-
-
-def _spread(master: Tensor) -> Tensor:
-    """Up to `_SAMPLE` elements over the whole storage of a dense tensor, without a copy."""
-    flat, count = master.detach(), master.numel()
-    step = max(1, (count - 1) // (_SAMPLE - 1))
-    return flat.as_strided((min(_SAMPLE, count),), (step,))

@@ -121,7 +121,7 @@ class ShadowTable:
         for master, entry in pairs:
             address = master.data_ptr()
             if entry.address != address:
-                entry.view = _view(master) if master.device.type == "cpu" and master.numel() else None
+                entry.view = spread(master, _SAMPLE) if master.device.type == "cpu" and master.numel() else None
             entry.version, entry.address = _version(master), address
             entry.steps, entry.had_grad = self._steps[id(master)], master.grad is not None
         self._take_samples([entry for _, entry in pairs if entry.view is not None])
@@ -192,12 +192,12 @@ def _version(master: torch.Tensor) -> int:
     return 0 if master.is_inference() else master._version
 
 
-def _view(master: torch.Tensor) -> torch.Tensor:
-    """Up to `_SAMPLE` elements spread over the master, without a copy."""
+def spread(master: torch.Tensor, most: int) -> torch.Tensor:
+    """Up to `most` elements over the whole of a master, first and last among them, without a copy."""
     flat, count = master.detach(), master.numel()
     if torch.ops.aten.is_non_overlapping_and_dense.default(flat):
-        return flat.as_strided((min(count, _SAMPLE),), (max(1, count // _SAMPLE),))
-    return flat[(0,) * (flat.dim() - 1)][:_SAMPLE]
+        return flat.as_strided((min(count, most),), (max(1, (count - 1) // (most - 1)),))
+    return flat[(0,) * (flat.dim() - 1)][:most]
 
 
 SHADOWS = ShadowTable()
