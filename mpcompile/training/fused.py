@@ -101,12 +101,39 @@ def settle(spec: Spec, found: Tensor, state: ScaleState, seed: Tensor) -> tuple[
 
 
 @dataclass(frozen=True)
+class Plot:
+    """Where a group's gradients lie in the buffer; the same at every step.
+
+    Fields:
+      size: elements; like: tensors of the pieces' shapes, without data.
+      first: (piece, number of its first gradient); more: (place among the pieces, piece, number of another one).
+    """
+
+    size: int
+    like: list[Tensor]
+    first: list[tuple[Piece, int]]
+    more: list[tuple[int, Piece, int]]
+
+
+def _plot(spec: Spec, params: Sequence[Tensor], group: Group) -> Plot:
+    like = [torch.empty(piece.of(params[piece.param]).shape, device="meta") for piece in group]
+    parts = [spec.parts[piece.param] for piece in group]
+    first = [(piece, part[0]) for piece, part in zip(group, parts, strict=True)]
+    more = [(n, piece, i) for n, (piece, part) in enumerate(zip(group, parts, strict=True)) for i in part[1:]]
+    return Plot(sum(t.numel() for t in like), like, first, more)
+
+
+@dataclass(frozen=True)
 class Flow:
     """The way of the gradients through the update: the same calls when it runs and when it is emitted."""
 
     spec: Spec
-    params: list[Tensor]
     groups: list[Group]
+    plots: list[Plot]
+
+    @classmethod
+    def of(cls, spec: Spec, params: Sequence[Tensor], groups: list[Group]) -> Flow:
+        return cls(spec, groups, [_plot(spec, params, group) for group in groups])
 
     def run(self, grads: Sequence[Tensor], settle: Settle, steps: Sequence[Step]) -> tuple[Tensor, Tensor, Tensor]:
         """(finite, norm, scale).
@@ -117,16 +144,16 @@ class Flow:
         """
         found = non_finite(grads)
         finite, unscale, scale = settle(found)
-        buffer = torch.empty(self.room, device=found.device)
+        buffer = torch.empty(max(plot.size for plot in self.plots), device=found.device)
         factor, norm = None if self.spec.rule.is_off else unscale, None
         if self.spec.max_grad_norm is not None:
-            norm = _norm([_norm(self.fill(group, grads, buffer)) for group in self.groups])
+            norm = _norm([_norm(self.fill(plot, grads, buffer)) for plot in self.plots])
             norm = norm if factor is None else norm * factor
             clip = clip_factor(norm, self.spec.max_grad_norm)
             factor = clip if factor is None else factor * clip
         norms = []
-        for group, step in zip(self.groups, steps, strict=True):
-            views = self.fill(group, grads, buffer)
+        for plot, step in zip(self.plots, steps, strict=True):
+            views = self.fill(plot, grads, buffer)
             if factor is not None:
                 torch._foreach_mul_(views, factor)
             if norm is None:
@@ -134,20 +161,12 @@ class Flow:
             step(found, views)
         return finite, _norm(norms) if norm is None else norm, scale
 
-    @property
-    def room(self) -> int:
-        return max(sum(piece.of(self.params[piece.param]).numel() for piece in group) for group in self.groups)
-
-    def fill(self, group: Group, grads: Sequence[Tensor], buffer: Tensor) -> list[Tensor]:
-        """The group's gradients, summed where a parameter has several, in views of `buffer`."""
-        like = [piece.of(self.params[piece.param]) for piece in group]
-        used = buffer.narrow(0, 0, sum(t.numel() for t in like))
-        views = list(torch._C._nn.unflatten_dense_tensors(used, like))
-        parts = [self.spec.parts[piece.param] for piece in group]
-        torch._foreach_copy_(views, [piece.of(grads[part[0]]) for piece, part in zip(group, parts, strict=True)])
-        for view, piece, part in zip(views, group, parts, strict=True):
-            for i in part[1:]:
-                view.add_(piece.of(grads[i]))
+    def fill(self, plot: Plot, grads: Sequence[Tensor], buffer: Tensor) -> list[Tensor]:
+        """A group's gradients, summed where a parameter has several, in views of `buffer`."""
+        views = list(torch._C._nn.unflatten_dense_tensors(buffer.narrow(0, 0, plot.size), plot.like))
+        torch._foreach_copy_(views, [piece.of(grads[i]) for piece, i in plot.first])
+        for number, piece, i in plot.more:
+            views[number].add_(piece.of(grads[i]))
         return views
 
 
@@ -186,7 +205,7 @@ class FusedUpdate:
 
     def emit(self) -> tuple[fx.GraphModule, list[Tensor | int]]:
         """The update's graph, and what each input is: a live tensor, or the number of a gradient."""
-        spec, params = self.flow.spec, self.flow.params
+        spec, params = self.flow.spec, self.binding.params
         count = sum(map(len, spec.parts))
         groups = [(group, held(self.binding, group)) for group in self.flow.groups]
         own = list({id(t): t for _, tensors in groups for t in tensors}.values())
@@ -208,8 +227,7 @@ class FusedUpdate:
                 now = [mine[id(t)] for t in tensors]
                 return lambda found, views: fused_step(self.binding, group, rates, found, views, now, self.places)
 
-            flow = Flow(spec, [mine[id(p)] for p in params], self.flow.groups)
-            results = flow.run(grads, move, [step(*one) for one in groups])
+            results = self.flow.run(grads, move, [step(*one) for one in groups])
             for target, (i, _) in zip(rest[len(own) :], spec.shadows, strict=True):
                 target.copy_(mine[id(params[i])])
             return results
@@ -237,7 +255,7 @@ def build(
     # The CPU's kernel reads the lr as a double; CUDA's wants FP32.
     rates = torch.tensor([numbers[i] for i in places], dtype=torch.float64 if device.type == "cpu" else torch.float32)
     rates = rates.to(device)
-    flow = Flow(spec, params, grouped(params, ROOM[device.type]))
+    flow = Flow.of(spec, params, grouped(params, ROOM[device.type]))
     steps = [_step(binding, group, rates, places) for group in flow.groups]
     look = _compile_settle(spec, state, seed, backend)
     masters = [params[i] for i, _ in spec.shadows]
