@@ -172,6 +172,11 @@ class PrecisionGraph:
         """The node that makes `value`; None for a graph input."""
         return self.nodes.get(self.values[value].producer)
 
+    def has_floats(self, node: Node) -> bool:
+        """True when `node` reads or gives a castable value: of others nothing is decided."""
+        values = self.values
+        return not CASTABLE.isdisjoint([values[name].dtype for name in (*node.inputs, *node.outputs)])
+
     def uses(self) -> dict[str, list[tuple[str, int]]]:
         """Value name -> [(reader id, operand index)], in node order. Built afresh: O(edges)."""
         table: dict[str, list[tuple[str, int]]] = {name: [] for name in self.values}

@@ -67,12 +67,6 @@ class Assign:
         return PassResult(changed)
 
 
-def has_floats(graph: PrecisionGraph, node: Node) -> bool:
-    """True when the node reads or gives a value that could be low."""
-    values = graph.values
-    return not CASTABLE.isdisjoint([values[name].dtype for name in (*node.inputs, *node.outputs)])
-
-
 def told(node: Node) -> bool:
     """The node's own precision is not a question: the program's cast, or a tensor made with a named dtype."""
     return node.is_cast or (bool(node.out_dtype) and (node.kind in ("cast", "factory") or not node.inputs))
@@ -111,7 +105,7 @@ class _Plan:
         """A vertex per free node or class of nodes; fixed ones are the source or the sink itself."""
         classes = self.classes
         fixed = {root: SOURCE if dtype == self.low else SINK for root, dtype in classes.tied.items()}
-        nodes = [n for n in self.graph if not told(n) and has_floats(self.graph, n)]
+        nodes = [n for n in self.graph if not told(n) and self.graph.has_floats(n)]
         for node in nodes:
             side = self._fixed_side(node)
             root = classes.root(node.id)
@@ -296,7 +290,7 @@ def _fix_values(graph: PrecisionGraph, node: Node) -> None:
 def _follow_autocast(graph: PrecisionGraph, low: str) -> None:
     """torch.autocast on CUDA, op by op: its lists cast, and anything else takes the widest of what it reads."""
     for node in graph:
-        if told(node) or not has_floats(graph, node):
+        if told(node) or not graph.has_floats(node):
             node.precision = node.out_dtype if told(node) and node.out_dtype in CASTABLE else "keep"  # type: ignore[assignment]
         elif node.verdict == "low":
             node.precision = low  # type: ignore[assignment]

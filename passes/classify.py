@@ -98,7 +98,7 @@ class Classify:
             node.decided_by = "user-cast"
         elif node.region == "off":
             _outside(node)
-        if not any(graph.values[name].castable for name in (*node.inputs, *node.outputs)) and node.kind != "control":
+        if node.kind != "control" and not graph.has_floats(node):
             node.verdict, node.reason, node.decided_by = "propagate", "integers and bools are never cast", "rule"
         if wide and node.kind != "cast" and not wide.isdisjoint((*node.inputs, *node.outputs)):
             node.verdict, node.reason = "fp32", "meets FP64 or complex values: low would lose digits that they keep"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from mpcompile.graph import CASTABLE, Node, PrecisionGraph
+from mpcompile.graph import Node, PrecisionGraph
 from mpcompile.passes.base import PassResult
 from mpcompile.rules.hazards import HAZARDS, Facts, Hazard, base
 
@@ -63,8 +63,7 @@ class _Sweep:
     def visit(self, node: Node) -> None:
         """Carry and end the hazards that `node` is given; start those that begin here."""
         name = base(node.op)
-        values = self.values
-        if CASTABLE.isdisjoint([values[v].dtype for v in (*node.inputs, *node.outputs)]):
+        if not self.facts.graph.has_floats(node):
             return  # integers have no such trouble
         came: dict[Hazard, Trail] = {}
         for given in reversed(node.inputs):
