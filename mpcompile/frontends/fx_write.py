@@ -9,7 +9,7 @@ FP32 and round their result, for devices whose kernels do not take the low type.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -174,6 +174,15 @@ def write(
       emulate: kinds whose low nodes compute in FP32 and round (see `mpcompile.runtime.device.emulated_kinds`).
     """
     return _Writer(capture, plan, use_shadow, frozenset(emulate)).run()
+
+
+def read_shadows(module: fx.GraphModule, use_shadow: Callable[..., Any], names: Container[str] | None = None) -> None:
+    """Let readers of ``use_shadow(master, shadow)`` read the shadow itself, of all inputs or of those in `names`."""
+    for node in module.graph.find_nodes(op="call_function", target=use_shadow):
+        if names is None or node.args[1].name in names:
+            node.replace_all_uses_with(node.args[1])
+            module.graph.erase_node(node)
+    module.recompile()
 
 
 def has_user_low_cast(plan: PrecisionGraph) -> bool:

@@ -20,7 +20,7 @@ from mpcompile.errors import MPCompileError, RuleError, RuntimeFailure, page, su
 from mpcompile.frontends.capture import numbers_settled, trace_dynamo
 from mpcompile.frontends.facts import TORCH_DTYPES
 from mpcompile.frontends.fx import FxCapture, read
-from mpcompile.frontends.fx_write import has_user_low_cast, write
+from mpcompile.frontends.fx_write import has_user_low_cast, read_shadows, write
 from mpcompile.graph import PrecisionGraph
 from mpcompile.passes.classify import refuse_unmatched, unmatched
 from mpcompile.pipeline import Observer, StepRecord, default_passes, run
@@ -182,11 +182,7 @@ def _lift_large(module: fx.GraphModule, masters: Sequence[torch.Tensor]) -> froz
     the other, each low one freed. Inside, Inductor casts all of them at the end, and holds every gradient twice.
     """
     places = {f"shadow_{i}": i for i, master in enumerate(masters) if master.numel() >= LARGE}
-    for node in module.graph.find_nodes(op="call_function", target=use_shadow):
-        if node.args[1].name in places:
-            node.replace_all_uses_with(node.args[1])
-            module.graph.erase_node(node)
-    module.recompile()
+    read_shadows(module, use_shadow, places)
     return frozenset(places.values())
 
 

@@ -19,7 +19,7 @@ from mpcompile.errors import TrainingError, page
 from mpcompile.frontends.capture import export
 from mpcompile.frontends.exported import inline_regions
 from mpcompile.frontends.facts import TORCH_DTYPES, source_line
-from mpcompile.frontends.fx_write import write
+from mpcompile.frontends.fx_write import read_shadows, write
 from mpcompile.runtime.device import emulated_kinds
 from mpcompile.runtime.dynamo import Plan, Settings, decide
 from mpcompile.training import checkpoints, custom_functions, loss_region
@@ -157,9 +157,7 @@ def capture(
         use_shadow=_shadow_alone,
         emulate=emulated_kinds(plan.device, plan.policy.low, compiled=compiled),
     )
-    for node in written.module.graph.find_nodes(op="call_function", target=_shadow_alone):
-        node.replace_all_uses_with(node.args[1])
-        written.module.graph.erase_node(node)
+    read_shadows(written.module, _shadow_alone)
     written.module.graph.set_codegen(fx.graph.CodeGen())
     if chunk_loss:
         _chunk_losses(written.module, plan)
