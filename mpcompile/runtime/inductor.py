@@ -38,6 +38,15 @@ def matmul_precision(name: str) -> Iterator[None]:
         torch.set_float32_matmul_precision(before)
 
 
+@contextlib.contextmanager
+def roundings_kept(wanted: bool) -> Iterator[None]:
+    """Inductor fuses intermediate roundings away unless told: with `wanted`, those in the graph stay (law 4)."""
+    from torch._inductor import config
+
+    with config.patch(emulate_precision_casts=True) if wanted else contextlib.nullcontext():
+        yield
+
+
 def compile_inductor(
     module: fx.GraphModule, inputs: Sequence[Any], *, keep_rounding: bool, fp32_matmul: str = "highest"
 ) -> Runnable:

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._inductor import config as inductor
 
 from mpcompile.errors import CaptureError, TrainingError, page
 from mpcompile.frontends.fx_write import has_user_low_cast
+from mpcompile.runtime.inductor import roundings_kept
 from mpcompile.training.batch import Batch, Hole
 from mpcompile.training.forward import Forward, Input, capture, owned
 from mpcompile.training.graphs import outputs_of, values_of
@@ -279,9 +279,7 @@ class Artefacts:
         buffers_ = [(k, fixed[i]) for k, i in enumerate(joint.mutated) if i not in numbers]
         writes = [(k, numbers[i]) for k, i in enumerate(joint.mutated) if i in numbers]
         _refuse_no_gradient(joint, forward)
-        # Inductor fuses roundings away unless told; those that the user wrote stay (law 4).
-        rounding = has_user_low_cast(forward.plan.graph)
-        with inductor.patch(emulate_precision_casts=True) if rounding else contextlib.nullcontext():
+        with roundings_kept(has_user_low_cast(forward.plan.graph)):
             run, saved = run_joint(joint, self.backend)
         return Artefact(joint, run, fixed, places, layout, buffers_, writes, self.named, saved)
 

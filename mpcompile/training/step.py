@@ -273,9 +273,7 @@ class TrainStep:
 
     def emitted(self) -> tuple[Emitted, Joint]:
         """The emitted step with its live inputs, and the joint graph that it was woven from."""
-        if self._last is None:
-            raise TrainingError("MP542", "the step has no graph yet", try_="call it once with a batch")
-        artefact, layout, like = self._last
+        artefact, layout, like = self._latest()
         updater = self._updater(layout, artefact.strides if self.plan.accumulate == 1 else None, like)
         key = id(artefact), id(updater)
         if key not in self._emitted:
@@ -298,9 +296,7 @@ class TrainStep:
         Raises:
           TrainingError: MP542, before the first update.
         """
-        if self._last is None:
-            raise TrainingError("MP542", "the step has kept nothing yet", try_="call it once with a batch")
-        return self._last[0].saved_bytes()
+        return self._latest()[0].saved_bytes()
 
     def export_onnx(self, path: Any) -> Any:
         """Write the step of the last batch as one plain ONNX model, whose state goes in and comes out.
@@ -310,9 +306,7 @@ class TrainStep:
         """
         from mpcompile.runtime.ort_step import export_step
 
-        if self._last is None:
-            raise TrainingError("MP542", "the step has no graph yet", try_="call it once with a batch")
-        return export_step(self, self._last[0], path)
+        return export_step(self, self._latest()[0], path)
 
     def report(self) -> Any:
         """What was decided for each node of the emitted step, and why. See `mpcompile.report.model.Report`."""
@@ -352,6 +346,16 @@ class TrainStep:
         if self.plan.split is not None:
             self.plan.split.keep_only(set())
             self._forget_updates()
+
+    def _latest(self) -> tuple[Artefact, Layout, Like]:
+        """What the last update ran.
+
+        Raises:
+          TrainingError: MP542.
+        """
+        if self._last is None:
+            raise TrainingError("MP542", "the step has no graph yet", try_="call it once with a batch")
+        return self._last
 
     def _on_new(self, artefact: Artefact) -> None:
         """Another graph: updates may lack its shadows, and what it reads in FP32 cannot be split."""

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._inductor import config as inductor
 from torch.utils import _pytree as pytree
 
+from mpcompile.runtime.inductor import roundings_kept
 from mpcompile.training import fused
 from mpcompile.training.counters import Counters
 from mpcompile.training.forward import owned
@@ -145,11 +145,8 @@ class Plan:
 
         emitted = make(decompositions(self.backend))
         before, after = pytree.tree_leaves(given._replace(grads=[])), [self.seed, *bases, *shadows]
-        # Inductor fuses roundings away unless told: an optimizer that computes in a low type (Muon) means them.
-        exact = (
-            inductor.patch(emulate_precision_casts=True) if rounds_itself(emitted.module) else contextlib.nullcontext()
-        )
-        with exact:
+        # An optimizer that computes in a low type (Muon) means its roundings.
+        with roundings_kept(rounds_itself(emitted.module)):
             run = run_update(emitted, self.backend)
         return Updater(binding, make, run, before, after, numbers, now, self.seed, self.state)
 
