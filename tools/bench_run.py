@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import statistics
 import time
@@ -18,8 +19,6 @@ from mpcompile.tools.measure import Clock, peak_bytes, saved_for_backward
 from mpcompile.training.shadows import SHADOWS
 
 REFERENCE = "eager FP32"
-# Measured on an H200: dense BF16 matmul, and device-to-device copy.
-PEAK_FLOPS, COPY_BYTES = 790e12, 4.3e12
 SLOT_SECONDS = 0.3
 
 
@@ -31,7 +30,7 @@ class Result:
       first: seconds of the first step, compilation included; `ours` of them are mpcompile's own.
       loss: after `Plan.check` steps from the same weights; `difference` is relative to eager FP32's.
       saved, saved_fp32: bytes kept for the backward of one microbatch, parameters and shadows apart.
-      peak: most bytes held during a step beyond those held before it.
+      peak: most bytes held during the second step beyond those held before it.
       state: bytes held between steps: parameters, optimizer state, shadows (CUDA only).
       casts: weights cast to the low type outside the compiled graphs, per step.
       seconds: median over the rounds.
@@ -133,29 +132,37 @@ def _prepared(result: Result, job: Job, plan: Plan) -> Prepared:
     before = _allocated(job)
     loop = CANDIDATES[result.candidate](job)
     start = time.perf_counter()
-    loss = loop.step().item()
+    losses = [loop.step().item()]
     result.first, result.ours = time.perf_counter() - start, loop.ours()
+
+    losses.append(_held(result, loop, job.device))
+    rest = max(1, plan.check - len(losses))
     start = time.perf_counter()
-    for _ in range(plan.check - 1):
-        loss = loop.step().item()
-    typical = (time.perf_counter() - start) / max(1, plan.check - 1)
-    result.loss = loss
+    losses += [loop.step().item() for _ in range(rest)]
+    typical = (time.perf_counter() - start) / rest
+    result.loss = losses[plan.check - 1]
     result.state = _allocated(job) - before if job.device == "cuda" else None
-    _bytes(result, loop, job)
+    _saved(result, loop)
     return Prepared(result, loop, max(1, min(50, round(SLOT_SECONDS / max(typical, 1e-6)))))
 
 
-def _bytes(result: Result, loop: Loop, job: Job) -> None:
+def _held(result: Result, loop: Loop, device: str) -> float:
+    """The second step's bytes, casts and loss: the optimizer's state is there by then, and no CUDA graph yet, whose
+    replays allocate nothing that could be counted.
+    """
+    losses, casts = [], SHADOWS.casts
+    result.peak = peak_bytes(lambda: losses.append(loop.step().item()), device)
+    result.casts = SHADOWS.casts - casts
+    return losses[0]
+
+
+def _saved(result: Result, loop: Loop) -> None:
     if loop.forward is not None:
         kept = saved_for_backward(loop.forward)
         loop.optimizer.zero_grad(set_to_none=True)
         result.saved, result.saved_fp32 = kept.total, kept.fp32
-        loop.step()
     elif (known := loop.kept()) is not None:
         result.saved, result.saved_fp32 = known
-    casts = SHADOWS.casts
-    result.peak = peak_bytes(loop.step, job.device)
-    result.casts = SHADOWS.casts - casts
 
 
 def _finish(results: list[Result], job: Job) -> None:
@@ -170,7 +177,7 @@ def _finish(results: list[Result], job: Job) -> None:
         one.rate = job.units / one.seconds
         one.versus = {other.candidate: _ratio(other, one) for other in results if other.times}
         if flops and job.device == "cuda":
-            one.mfu = flops / one.seconds / PEAK_FLOPS
+            one.mfu = flops / one.seconds / ceilings()[0]
         if reference is not None and one.loss is not None:
             one.difference = (one.loss - reference) / abs(reference)
 
@@ -187,12 +194,28 @@ def flops_of(job: Job) -> int:
     return int(counter.get_total_flops()) * 3 * job.rows * job.micro
 
 
+@functools.cache
+def ceilings() -> tuple[float, float]:
+    """(operations a second of a dense BF16 product, bytes a second read and written by a copy), measured on the GPU."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    source = torch.empty(1 << 31, device="cuda", dtype=torch.uint8)
+    target = torch.empty_like(source)
+    clock = Clock("cuda")
+    for _ in range(3):
+        torch.mm(a, b)
+        target.copy_(source)
+    product = statistics.median(clock.seconds(lambda: torch.mm(a, b)) for _ in range(10))
+    copy = statistics.median(clock.seconds(lambda: target.copy_(source)) for _ in range(10))
+    return 2 * 8192**3 / product, 2 * source.numel() / copy
+
+
 def floor_seconds(job: Job) -> float:
-    """The least a step could take on an H200: its matrix work at the measured BF16 rate, and AdamW's traffic
+    """The least a step could take on this GPU: its matrix work at the measured BF16 rate, and AdamW's traffic
     (masters, gradients and both moments read, masters, moments and shadows written) at the measured copy rate.
     """
     parameters = sum(p.numel() for p in job.model().parameters())
-    return flops_of(job) / PEAK_FLOPS + parameters * 30 / COPY_BYTES
+    rate, copy = ceilings()
+    return flops_of(job) / rate + parameters * 30 / copy
 
 
 def _fit_together(job: Job, candidates: int) -> bool:
@@ -245,4 +268,6 @@ def versions(device: str) -> dict[str, Any]:
         torch.cuda.get_device_capability() if device == "cuda" else torch.backends.cpu.get_cpu_capability()
     )
     found["threads"] = torch.get_num_threads()
+    if device == "cuda":
+        found["matmul_flops"], found["copy_bytes"] = ceilings()
     return found

@@ -5,7 +5,7 @@ Forward and backward are cut by AOTAutograd's min-cut partitioner, so cheap valu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,11 +70,14 @@ def _in_two(joint: Joint) -> tuple[Run, list[Tensor]]:
     with fresh_tracing(mode), V.set_fake_mode(mode):
         with torch._functorch.config.patch(ban_recompute_materialized_backward=not RECOMPUTE_CHEAP):
             first, second = partition_fn(joint.module, joint.fakes, num_fwd_outputs=joint.outputs_of_forward)
+        # Compiling rewrites a graph in place: what is saved has the backward's names before it only.
+        kept = joint.outputs_of_forward
+        made, names = _made(outputs_of(first)[kept:]), [getattr(node, "name", "") for node in outputs_of(first)]
         with torch._guards.TracingContext.report_output_strides() as strides:
             forward: Any = compile_fx_inner(first, values_of(inputs_of(first)), static_input_idxs=fixed)
-        _lay_out_saved(first, second, strides or [])
+        _lay_out_saved(dict(zip(names, strides or [], strict=False)), second)
+        order = _order_saved(names[kept:], second)
         backward: Any = compile_fx_inner(second, values_of(inputs_of(second)), is_backward=True)
-    kept, order = joint.outputs_of_forward, _order_saved(first, second, joint.outputs_of_forward)
 
     def run(inputs: list[Any]) -> Sequence[Any]:
         seed = inputs.pop()
@@ -86,7 +89,7 @@ def _in_two(joint: Joint) -> tuple[Run, list[Tensor]]:
             outputs.extend(backward(saved))
         return outputs
 
-    return run, _made(outputs_of(first)[kept:])
+    return run, made
 
 
 def _made(nodes: Sequence[Any]) -> list[Tensor]:
@@ -101,18 +104,19 @@ def _made(nodes: Sequence[Any]) -> list[Tensor]:
     return found
 
 
-def _order_saved(first: fx.GraphModule, second: fx.GraphModule, kept: int) -> list[int]:
+def _order_saved(names: Sequence[str], second: fx.GraphModule) -> list[int]:
     """Place, in what the forward saved (the seed last), of each input of the backward: sizes come first there."""
-    names = [getattr(node, "name", "") for node in outputs_of(first)[kept:]]
-    return [names.index(n.name) if n.name in names else len(names) for n in inputs_of(second)]
+    wanted = [node.name for node in inputs_of(second)]
+    unknown = [name for name in wanted if name not in names]
+    # Only the seed is no output of the forward; anything else read in its place would be a wrong gradient.
+    assert len(unknown) <= 1, f"the backward reads what the forward does not save: {unknown}"
+    return [names.index(name) if name in names else len(names) for name in wanted]
 
 
-def _lay_out_saved(first: fx.GraphModule, second: fx.GraphModule, strides: Sequence[Any]) -> None:
+def _lay_out_saved(strides: Mapping[str, Any], second: fx.GraphModule) -> None:
     """Tell the backward how the forward laid out what it saved: Inductor pads rows (50,257 columns to 50,304)."""
-    saved = outputs_of(first)
-    laid_out = {getattr(node, "name", None): stride for node, stride in zip(saved, strides, strict=False) if stride}
     for node in inputs_of(second):
-        value, stride = node.meta.get("val"), laid_out.get(node.name)
+        value, stride = node.meta.get("val"), strides.get(node.name)
         # By their hints: comparing a symbolic stride with a number would settle its size.
         if isinstance(value, Tensor) and stride is not None and list(map(hint, value.stride())) != list(stride):
             node.meta["val"] = value.as_strided(value.size(), stride)

@@ -129,7 +129,7 @@ def test_masters_of_mpcompile_are_cast_once_per_step_not_per_microbatch() -> Non
     loop = Plain(work, model, mpcompile(model, "low=bf16,output=keep", backend="eager", low=["*"]))
     loop.step()
     result = Result("mpcompile")
-    bench_run._bytes(result, loop, work)
+    bench_run._held(result, loop, "cpu")
     shadows = sum(isinstance(m, nn.Linear) for m in model.modules())
     assert result.casts in (shadows, 2 * shadows)  # weights, and biases where the matmul reads them
 
