@@ -17,6 +17,7 @@ from torch import fx
 from mpcompile.frontends import facts
 from mpcompile.frontends.custom_ops import registered_autocast
 from mpcompile.frontends.inplace import make_explicit, mutated_storages
+from mpcompile.frontends.masks import fold_masks
 from mpcompile.graph import Node, PrecisionGraph, Role, Value
 
 
@@ -37,8 +38,12 @@ class FxCapture:
 
 
 def read(module: fx.GraphModule, header: dict[str, str] | None = None) -> FxCapture:
-    """Read an ATen graph (each node's ``meta["val"]`` must hold its fake result); `module` is made explicit in place."""
+    """Read an ATen graph (each node's ``meta["val"]`` must hold its fake result).
+
+    `module` is made explicit in place, and its constant attention masks are folded.
+    """
     make_explicit(module)
+    fold_masks(module)
     capture = FxCapture(module, PrecisionGraph(header={"source": "fx", **(header or {})}))
     reader = _Reader(capture, mutated_storages(module.graph))
     for node in module.graph.nodes:

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from mpcompile.errors import MPCompileError, RuleError, RuntimeFailure, page, suggest
+from mpcompile.frontends.align import align_linears
 from mpcompile.frontends.capture import numbers_settled, trace_dynamo
 from mpcompile.frontends.facts import TORCH_DTYPES
 from mpcompile.frontends.fx import FxCapture, read
@@ -28,10 +29,10 @@ from mpcompile.policy import Policy
 from mpcompile.runtime.coverage import warn_of_recurrent_break
 from mpcompile.runtime.device import emulated_kinds, settle_policy
 from mpcompile.runtime.inductor import compile_inductor, run_eagerly
-from mpcompile.training.shadows import SHADOWS, ShadowGroup, use_shadow
+from mpcompile.training.shadows import SHADOWS, ShadowGroup, use_shadow, use_shadows
 
-# Elements from which a shadow's gradient is worth a call of its own, outside the compiled backward.
-LARGE = 1 << 18
+# Elements from which a shadow's gradient is cast outside the compiled backward, and elements that are cast together.
+LARGE, TOGETHER = 1 << 18, 1 << 22
 
 log = logging.getLogger("mpcompile")
 
@@ -166,24 +167,44 @@ class Compiler:
         if not compiled:
             eager = run_eagerly(written.module, fp32_matmul=plan.policy.fp32_matmul)
             return CompiledGraph(eager, shadows, self.parameters, differentiable_twice=True)
+        align_linears(written.module, plan.graph, plan.device)
         lifted = _lift_large(written.module, [fakes[i] for i, _ in shadows])
         extended = [*fakes, *(_fake_shadow(fakes[i], dtype, n in lifted) for n, (i, dtype) in enumerate(shadows))]
         rounding = has_user_low_cast(plan.graph)
         start = time.perf_counter()
         inner = compile_inductor(written.module, extended, keep_rounding=rounding, fp32_matmul=plan.policy.fp32_matmul)
         self.seconds -= time.perf_counter() - start
-        return CompiledGraph(inner, shadows, self.parameters, lifted, differentiable_twice=False)
+        groups = _groups([fakes[i] for i, _ in shadows], lifted)
+        return CompiledGraph(inner, shadows, self.parameters, groups, differentiable_twice=False)
 
 
 def _lift_large(module: fx.GraphModule, masters: Sequence[torch.Tensor]) -> frozenset[int]:
     """Numbers of the shadows that the graph is differentiated by itself, because they are large.
 
-    The gradient of such a shadow leaves the compiled backward in the low type, and autograd casts it outside: one after
-    the other, each low one freed. Inside, Inductor casts all of them at the end, and holds every gradient twice.
+    The gradient of such a shadow leaves the compiled backward in the low type, and autograd casts it outside: a few
+    after the other, each low one freed. Inside, Inductor casts all of them at the end, and holds every gradient twice.
     """
     places = {f"shadow_{i}": i for i, master in enumerate(masters) if master.numel() >= LARGE}
     read_shadows(module, use_shadow, places)
     return frozenset(places.values())
+
+
+def _groups(masters: Sequence[torch.Tensor], lifted: Iterable[int]) -> list[list[int]]:
+    """The lifted shadows whose masters are trained, in groups of at most `TOGETHER` elements (or of one).
+
+    A node of autograd for each would cost a ResNet-50 a millisecond of the host's time per step.
+    """
+    groups, room = list[list[int]](), 0
+    for number in sorted(lifted):
+        if not masters[number].requires_grad:
+            continue
+        size = masters[number].numel()
+        if size > room:
+            groups.append([])
+            room = TOGETHER
+        groups[-1].append(number)
+        room -= size
+    return groups
 
 
 def _argument_places(capture: FxCapture) -> list[int]:
@@ -208,7 +229,7 @@ class CompiledGraph:
     """What Dynamo's bytecode calls: the inner graph, with its shadows brought up to date first.
 
     `parameters` receives the ids of those that the graph is first called with; `lifted` are the numbers of the shadows
-    that the graph is differentiated by.
+    that the graph is differentiated by, in groups whose gradients are cast together.
     """
 
     # Calls of all graphs so far: a call of a model that leaves it as it was ran none.
@@ -219,7 +240,7 @@ class CompiledGraph:
         inner: Callable[..., Any],
         shadows: list[tuple[int, torch.dtype]],
         parameters: set[int],
-        lifted: frozenset[int] = frozenset(),
+        lifted: Sequence[Sequence[int]] = (),
         *,
         differentiable_twice: bool,
     ):
@@ -227,7 +248,7 @@ class CompiledGraph:
         self.parameters: set[int] | None = parameters
         self.places = [place for place, _ in shadows]
         self.shadows = ShadowGroup(SHADOWS, [dtype for _, dtype in shadows])
-        self.lifted = [(number, self.places[number]) for number in sorted(lifted)]
+        self.lifted = [(group, [self.places[number] for number in group]) for group in lifted]
 
     def __call__(self, *args: Any) -> Any:
         CompiledGraph.runs += 1
@@ -237,8 +258,10 @@ class CompiledGraph:
         shadows = self.shadows.get([args[place] for place in self.places]) if self.places else []
         if self.lifted and torch.is_grad_enabled():
             shadows = list(shadows)
-            for number, place in self.lifted:
-                shadows[number] = use_shadow(args[place], shadows[number])
+            for group, places in self.lifted:
+                used = use_shadows([args[place] for place in places], [shadows[number] for number in group])
+                for number, shadow in zip(group, used, strict=True):
+                    shadows[number] = shadow
         outputs = self.inner(*args, *shadows)
         if not self.differentiable_twice and torch.is_grad_enabled():
             _refuse_double_backward(outputs)

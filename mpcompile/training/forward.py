@@ -16,6 +16,7 @@ from torch.export import Dim
 from torch.export.graph_signature import InputKind
 
 from mpcompile.errors import TrainingError, page
+from mpcompile.frontends.align import align_linears, low_columns, padding
 from mpcompile.frontends.capture import export
 from mpcompile.frontends.exported import inline_regions
 from mpcompile.frontends.facts import TORCH_DTYPES, source_line
@@ -161,6 +162,8 @@ def capture(
     written.module.graph.set_codegen(fx.graph.CodeGen())
     if chunk_loss:
         _chunk_losses(written.module, plan)
+    if compiled:
+        align_linears(written.module, plan.graph, plan.device)
     written.module.recompile()
     constants = {_settled(name): value for name, value in program.constants.items()}
     parameters = owned(model, loss_fn)[0]
@@ -180,7 +183,9 @@ def _chunk_losses(module: fx.GraphModule, plan: Plan) -> None:
         with module.graph.inserting_after(inputs_of(module)[-1]):
             seed = module.graph.placeholder("seed")
         seed.meta["mp_name"] = "seed"
-        loss_region.rewrite(module, regions, seed, value_of)
+        loss_region.rewrite(
+            module, regions, seed, value_of, lambda linear: padding(low_columns(linear, plan.graph), plan.device)
+        )
 
 
 def _shadow_alone(master: Tensor, shadow: Tensor) -> Tensor:

@@ -78,8 +78,22 @@ def _pieces(params: Sequence[Tensor], room: int) -> Iterator[tuple[Piece, int]]:
             yield Piece(i, start, length, start + length == param.shape[0]), length * row
 
 
-def non_finite(grads: Sequence[Tensor]) -> Tensor:
-    """0-dim FP32: 1 where any element of any gradient is infinite or NaN, else 0. Exact: no sum can overflow."""
+def alike(tensors: Sequence[Tensor]) -> list[list[int]]:
+    """The tensors' numbers, those of one dtype and layout together: for a list that mixes them, CUDA's `_foreach`
+    functions launch a kernel per tensor.
+    """
+    found: dict[tuple[torch.dtype, bool], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        found.setdefault((tensor.dtype, tensor.is_contiguous()), []).append(i)
+    return list(found.values())
+
+
+def non_finite(grads: Sequence[Tensor], kinds: Sequence[Sequence[int]]) -> Tensor:
+    """0-dim FP32: 1 where any element of any gradient is infinite or NaN, else 0. Exact: no sum can overflow.
+
+    Args:
+      kinds: the gradients' numbers, as `alike` gives them.
+    """
     device = grads[0].device
     if device.type == "cpu":
         # By far the fastest look that ATen has here; times 1 changes nothing.
@@ -89,8 +103,8 @@ def non_finite(grads: Sequence[Tensor]) -> Tensor:
         torch._amp_foreach_non_finite_check_and_unscale_(dense, found, torch.ones((), device=device))
         return found
     # CUDA's kernel of that name refuses BF16.
-    largest = torch.stack(torch._foreach_norm(list(grads), math.inf))
-    return (~torch.isfinite(largest).all()).float()
+    largest = [torch.stack(torch._foreach_norm([grads[i] for i in kind], math.inf)) for kind in kinds]
+    return torch.stack([~torch.isfinite(each).all() for each in largest]).any().float()
 
 
 def settle(spec: Spec, found: Tensor, state: ScaleState, seed: Tensor) -> tuple[Tensor, ...]:
@@ -106,21 +120,24 @@ class Plot:
 
     Fields:
       size: elements; like: tensors of the pieces' shapes, without data.
-      first: (piece, number of its first gradient); more: (place among the pieces, piece, number of another one).
+      first: (piece, number of its first gradient); kinds: the numbers of those that one call copies.
+      more: (place among the pieces, piece, number of another gradient).
     """
 
     size: int
     like: list[Tensor]
     first: list[tuple[Piece, int]]
+    kinds: list[list[int]]
     more: list[tuple[int, Piece, int]]
 
 
-def _plot(spec: Spec, params: Sequence[Tensor], group: Group) -> Plot:
+def _plot(spec: Spec, params: Sequence[Tensor], group: Group, grads: Sequence[Tensor]) -> Plot:
     like = [torch.empty(piece.of(params[piece.param]).shape, device="meta") for piece in group]
     parts = [spec.parts[piece.param] for piece in group]
     first = [(piece, part[0]) for piece, part in zip(group, parts, strict=True)]
+    kinds = alike([piece.of(grads[i]) for piece, i in first])
     more = [(n, piece, i) for n, (piece, part) in enumerate(zip(group, parts, strict=True)) for i in part[1:]]
-    return Plot(sum(t.numel() for t in like), like, first, more)
+    return Plot(sum(t.numel() for t in like), like, first, kinds, more)
 
 
 @dataclass(frozen=True)
@@ -130,10 +147,11 @@ class Flow:
     spec: Spec
     groups: list[Group]
     plots: list[Plot]
+    kinds: list[list[int]]
 
     @classmethod
-    def of(cls, spec: Spec, params: Sequence[Tensor], groups: list[Group]) -> Flow:
-        return cls(spec, groups, [_plot(spec, params, group) for group in groups])
+    def of(cls, spec: Spec, params: Sequence[Tensor], groups: list[Group], grads: Sequence[Tensor]) -> Flow:
+        return cls(spec, groups, [_plot(spec, params, group, grads) for group in groups], alike(grads))
 
     def run(self, grads: Sequence[Tensor], settle: Settle, steps: Sequence[Step]) -> tuple[Tensor, Tensor, Tensor]:
         """(finite, norm, scale).
@@ -142,7 +160,7 @@ class Flow:
           settle: from `non_finite`'s result, (finite, factor that unscales, scale), the state being written in place.
           steps: per group, the optimizer's step of (found_inf, FP32 gradients).
         """
-        found = non_finite(grads)
+        found = non_finite(grads, self.kinds)
         finite, unscale, scale = settle(found)
         buffer = torch.empty(max(plot.size for plot in self.plots), device=found.device)
         factor, norm = None if self.spec.rule.is_off else unscale, None
@@ -164,7 +182,9 @@ class Flow:
     def fill(self, plot: Plot, grads: Sequence[Tensor], buffer: Tensor) -> list[Tensor]:
         """A group's gradients, summed where a parameter has several, in views of `buffer`."""
         views = list(torch._C._nn.unflatten_dense_tensors(buffer.narrow(0, 0, plot.size), plot.like))
-        torch._foreach_copy_(views, [piece.of(grads[i]) for piece, i in plot.first])
+        pieces = [piece.of(grads[i]) for piece, i in plot.first]
+        for kind in plot.kinds:
+            torch._foreach_copy_([views[i] for i in kind], [pieces[i] for i in kind])
         for number, piece, i in plot.more:
             views[number].add_(piece.of(grads[i]))
         return views
@@ -246,16 +266,22 @@ class FusedUpdate:
 
 
 def build(
-    spec: Spec, binding: Binding, state: ScaleState, seed: Tensor, shadows: Sequence[Tensor], backend: str
+    spec: Spec,
+    binding: Binding,
+    state: ScaleState,
+    seed: Tensor,
+    shadows: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    backend: str,
 ) -> FusedUpdate:
-    """Trace the optimizer's fused step of each group, and compile the loss scale's move."""
+    """Trace the optimizer's fused step of each group, and compile the loss scale's move; `grads` are examples."""
     params, device = binding.params, seed.device
     numbers = binding.numbers()
     places = [i for i, slot in enumerate(binding.slots) if slot.key == "lr"]
     # The CPU's kernel reads the lr as a double; CUDA's wants FP32.
     rates = torch.tensor([numbers[i] for i in places], dtype=torch.float64 if device.type == "cpu" else torch.float32)
     rates = rates.to(device)
-    flow = Flow.of(spec, params, grouped(params, ROOM[device.type]))
+    flow = Flow.of(spec, params, grouped(params, ROOM[device.type]), grads)
     steps = [_step(binding, group, rates, places) for group in flow.groups]
     look = _compile_settle(spec, state, seed, backend)
     masters = [params[i] for i, _ in spec.shadows]

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from mpcompile.frontends.align import padded
+
 aten = torch.ops.aten
 # Chunk when the FP32 logits would take more; in at most so many chunks, each of which is compiled.
 WORTH_BYTES, MOST = 16 << 20, 16
@@ -47,7 +49,8 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, seed: Tensor,
                 options: tuple[Any, ...]) -> Tensor:  # fmt: skip
-        chunks, casts, ignore, smoothing = options
+        chunks, extra, casts, ignore, smoothing = options
+        classes, wide = weight.shape[0], (padded(weight, extra), None if bias is None else padded(bias, extra))
         count: Tensor = (target != ignore).sum().float()
         unit = seed / count
         total: Tensor | None = None
@@ -55,10 +58,11 @@ class ChunkedLoss(torch.autograd.Function):
         sums: list[Any] = [None, None]
         for number in range(chunks):
             first, last = rows * number // chunks, rows * (number + 1) // chunks
-            part = _chunk(hidden[first:last], weight, bias, target[first:last], unit, casts, ignore, smoothing)
+            part = _chunk(hidden[first:last], *wide, classes, target[first:last], unit, casts, ignore, smoothing)
             total = part[0] if total is None else total + part[0]
             hiddens.append(part[1])
             sums = [g if s is None else (s if g is None else s + g) for s, g in zip(sums, part[2:], strict=True)]
+        sums = [None if s is None else s[:classes] for s in sums]
         kept = [torch.cat(hiddens), sums[0].to(weight.dtype), None if bias is None else sums[1].to(bias.dtype)]
         ctx.save_for_backward(seed, *kept)
         assert total is not None
@@ -74,12 +78,15 @@ class ChunkedLoss(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
-def _chunk(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, unit: Tensor,
+def _chunk(hidden: Tensor, weight: Tensor, bias: Tensor | None, classes: int, target: Tensor, unit: Tensor,
            casts: Sequence[torch.dtype], ignore: int, smoothing: float) -> tuple[Any, ...]:  # fmt: skip
-    """(sum of losses, gradient for the rows, FP32 gradients for weight and bias) of one chunk."""
+    """(sum of losses, gradient for the rows, FP32 gradients for weight and bias) of one chunk.
+
+    Rows of `weight` beyond the `classes` are padding.
+    """
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() if t is not None else None for t in (hidden, weight, bias)]
-        logits = torch.nn.functional.linear(leaves[0], leaves[1], leaves[2])  # type: ignore[arg-type]
+        logits = torch.nn.functional.linear(leaves[0], leaves[1], leaves[2])[:, :classes]  # type: ignore[arg-type]
         for dtype in casts:
             logits = logits.to(dtype)
         loss = torch.nn.functional.cross_entropy(
@@ -110,9 +117,19 @@ def find(module: fx.GraphModule, value_of: Callable[[Any], Tensor]) -> list[Regi
 
 
 def rewrite(
-    module: fx.GraphModule, regions: Sequence[Region], seed: fx.Node, value_of: Callable[[Any], Tensor]
+    module: fx.GraphModule,
+    regions: Sequence[Region],
+    seed: fx.Node,
+    value_of: Callable[[Any], Tensor],
+    extra_of: Callable[[fx.Node], int] = lambda linear: 0,
 ) -> None:
-    """Replace each region by `chunked_loss`; `seed` is the graph's input that holds the backward's seed."""
+    """Replace each region by `chunked_loss`.
+
+    Args:
+      seed: the graph's input that holds the backward's seed.
+      value_of: the fake value of a node.
+      extra_of: columns of zeros that a linear's product should get (see `mpcompile.frontends.align`).
+    """
     for region in regions:
         hidden, weight, *rest = region.linear.args
         width = value_of(hidden).shape[-1]
@@ -125,7 +142,7 @@ def rewrite(
                 _argument(region.loss, 4, "ignore_index", -100),
                 _argument(region.loss, 5, "label_smoothing", 0.0),
             )
-            options = (chunks, region.casts, ignore, smoothing)
+            options = (chunks, extra_of(region.linear), region.casts, ignore, smoothing)
             bias = rest[0] if rest else None
             new = module.graph.call_function(chunked_loss, (rows, weight, bias, region.loss.args[1], seed, options))
         new.meta.update({k: region.loss.meta[k] for k in region.loss.meta if k != "val"})

@@ -110,7 +110,8 @@ class Plan:
         often = self.builds[layout] > MOST_FUSED or halves
         if not often and can_fuse(self.optimizer, binding.params) and fused.serves(binding):
             binding.fused = True
-            return fused.build(spec, binding, self.state, self.seed, [s for _, s in held], self.backend)
+            shadows = [s for _, s in held]
+            return fused.build(spec, binding, self.state, self.seed, shadows, grads, self.backend)
         return self._traced(spec, binding, list(halves.values()), list(grads), [s for _, s in held])
 
     def _halves(

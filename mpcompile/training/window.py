@@ -21,13 +21,13 @@ class _Way:
 
     Fields:
       rows: per gradient, the rows of its pieces; 0 leaves it whole.
-      ranks: (targets, numbers of the pieces): first every sum's first gradient, then the second ones (of tied
-        weights), so that no call writes to one sum twice.
+      ranks: (rank, targets, numbers of the pieces): first every sum's first gradient, then the second ones (of tied
+        weights), so that no call writes to one sum twice; one call per dtype, as CUDA's kernels want it.
       absent: the sums that these gradients leave out.
     """
 
     rows: tuple[int, ...]
-    ranks: tuple[tuple[list[Tensor], list[int]], ...]
+    ranks: tuple[tuple[int, list[Tensor], list[int]], ...]
     absent: list[Tensor]
 
     def pieces(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -80,23 +80,24 @@ class Window:
 
     def _way(self, layout: Layout) -> _Way:
         rows = tuple(_rows(self.sums[name], dtype) for name, dtype in layout)
-        ranks: list[tuple[list[Tensor], list[int]]] = []
+        ranks: dict[tuple[int, torch.dtype], tuple[list[Tensor], list[int]]] = {}
         seen, number = dict[str, int](), 0
-        for (name, _), each in zip(layout, rows, strict=True):
+        for (name, dtype), each in zip(layout, rows, strict=True):
             rank = seen[name] = seen.get(name, -1) + 1
-            if rank == len(ranks):
-                ranks.append(([], []))
             targets = torch.split(self.sums[name], each) if each else (self.sums[name],)
-            ranks[rank][0].extend(targets)
-            ranks[rank][1].extend(range(number, number + len(targets)))
+            held, numbers = ranks.setdefault((rank, dtype), ([], []))
+            held.extend(targets)
+            numbers.extend(range(number, number + len(targets)))
             number += len(targets)
-        return _Way(rows, tuple(ranks), [held for name, held in self.sums.items() if name not in seen])
+        ordered = sorted(ranks.items(), key=lambda item: item[0][0])
+        absent = [held for name, held in self.sums.items() if name not in seen]
+        return _Way(rows, tuple((rank, *ways) for (rank, _), ways in ordered), absent)
 
     def add(self, layout: Layout, grads: Sequence[Tensor]) -> None:
         """Add one microbatch; the first of a window takes the place of what the last one left."""
         way = self._ways[layout]
         pieces = way.pieces(grads)
-        for rank, (targets, numbers) in enumerate(way.ranks):
+        for rank, targets, numbers in way.ranks:
             given = [pieces[i] for i in numbers]
             if rank == 0 and self.count == 0:
                 torch._foreach_copy_(targets, given)

@@ -200,13 +200,13 @@ def test_fp32_matmul_precision_is_per_graph() -> None:
 
 
 def test_what_is_not_finite_is_found_in_every_low_type() -> None:
-    from mpcompile.training.fused import non_finite
+    from mpcompile.training.fused import alike, non_finite
 
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for bad, expected in ((1.0, 0.0), (float("inf"), 1.0), (-float("inf"), 1.0), (float("nan"), 1.0)):
             grads = [torch.ones(100, device="cuda"), torch.ones(3, 5, device="cuda", dtype=dtype)]
             grads[1][2, 3] = bad
-            assert non_finite(grads).item() == expected
+            assert non_finite(grads, alike(grads)).item() == expected
 
 
 def test_a_fused_update_in_pieces_is_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
