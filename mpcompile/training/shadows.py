@@ -61,16 +61,26 @@ class _Entry:
     """One shadow and what its master looked like when it was cast.
 
     Fields:
+      state: (version, address, steps) then; had_grad: whether it was last seen with a gradient.
       view: some of the master's elements, where they are sampled; `sample` is what they were.
     """
 
     shadow: torch.Tensor
-    version: int
-    address: int
-    steps: int
-    had_grad: bool
+    state: tuple[int, int, int] = (-1, 0, 0)
+    had_grad: bool = False
     view: torch.Tensor | None = None
     sample: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Look:
+    """All of some masters that can change and is read on the host, by a fixed number of calls."""
+
+    epoch: int
+    ids: list[int]
+    versions: list[int]
+    addresses: list[int]
+    grads: list[bool]
 
 
 class ShadowTable:
@@ -80,31 +90,55 @@ class ShadowTable:
         self._entries: dict[tuple[int, torch.dtype], _Entry] = {}
         self._steps: dict[int, int] = {}
         self.casts = 0
-        # Rises with every optimizer step on a master, and with every master that goes: what was compared is void then.
+        # Rises with every optimizer step on a master: what was compared is void then.
         self.epoch = 0
+        # Rises with every master that goes: another one may come under its id.
+        self.gone = 0
 
     def get(self, master: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The up-to-date shadow of `master` (same shape, `dtype`), cast now only if the master changed."""
-        return self.entries([master], [dtype])[0].shadow
+        entries = self.entries([master], [dtype])
+        self.bring_up_to_date([master], entries, self.look([master]))
+        return entries[0].shadow
 
     def entries(self, masters: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> list[_Entry]:
-        """The up-to-date shadows of several masters; those that changed are cast together."""
+        """The entries of several masters, made where they are new; their shadows may be stale."""
         keys = [(id(master), dtype) for master, dtype in zip(masters, dtypes, strict=True)]
-        stale: dict[tuple[int, torch.dtype], tuple[torch.Tensor, _Entry]] = {}
-        for master, key in zip(masters, keys, strict=True):
-            entry = self._entries.get(key)
-            if entry is None or self._stale(master, entry):
-                stale[key] = master, entry or self._create(master, key)
+        return [self._entries.get(key) or self._create(master, key) for master, key in zip(masters, keys, strict=True)]
+
+    def look(self, masters: Sequence[torch.Tensor]) -> _Look:
+        """What `masters` look like now."""
+        try:
+            versions = list(map(_VERSION, masters))
+        except RuntimeError:
+            # An inference tensor has no version; it cannot be trained either, so its address and sample must do.
+            versions = [0 if master.is_inference() else master._version for master in masters]
+        grads = [grad is not None for grad in map(_GRAD, masters)]
+        return _Look(self.epoch, list(map(id, masters)), versions, list(map(torch.Tensor.data_ptr, masters)), grads)
+
+    def bring_up_to_date(self, masters: Sequence[torch.Tensor], entries: Sequence[_Entry], look: _Look) -> None:
+        """Cast the shadows whose masters changed, together."""
+        steps = map(self._steps.__getitem__, look.ids)
+        states = list(zip(look.versions, look.addresses, steps, strict=True))
+        stale = [
+            (master, entry, state)
+            for master, entry, state, has_grad in zip(masters, entries, states, look.grads, strict=True)
+            if entry.state != state or (entry.had_grad and not has_grad) or _edited(entry)
+        ]
+        for entry, has_grad in zip(entries, look.grads, strict=True):
+            entry.had_grad = has_grad
         if stale:
-            self._write(list(stale.values()))
-        return [self._entries[key] for key in keys]
+            self._write(stale)
 
     def refresh(self, masters: Iterable[torch.Tensor]) -> None:
         """Cast the shadows of `masters` again, whatever they look like (after `p.data` edits on a GPU)."""
         wanted = {id(m): m for m in masters}
         found = [(wanted[key], entry) for (key, _), entry in self._entries.items() if key in wanted]
         if found:
-            self._write(found)
+            look = self.look([master for master, _ in found])
+            steps = [self._steps[key] for key in look.ids]
+            states = zip(look.versions, look.addresses, steps, strict=True)
+            self._write([(*pair, state) for pair, state in zip(found, states, strict=True)])
 
     def note_step(self, masters: Sequence[torch.Tensor]) -> None:
         """An optimizer stepped: these masters changed."""
@@ -118,45 +152,41 @@ class ShadowTable:
         with torch.inference_mode(False), torch.no_grad():
             shadow = torch.empty_like(master, dtype=key[1], requires_grad=False)
         self._steps.setdefault(key[0], 0)
-        self._entries[key] = entry = _Entry(shadow, -1, 0, 0, False)
+        self._entries[key] = entry = _Entry(shadow)
         weakref.finalize(master, self._forget, key)
         return entry
 
     def _forget(self, key: tuple[int, torch.dtype]) -> None:
         self._entries.pop(key, None)
         self._steps.pop(key[0], None)
-        self.epoch += 1
+        self.gone += 1
 
-    def _write(self, pairs: Sequence[tuple[torch.Tensor, _Entry]]) -> None:
+    def _write(self, stale: Sequence[tuple[torch.Tensor, _Entry, tuple[int, int, int]]]) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            # Through detached aliases: a graph that saved a shadow for a backward still to come must be told.
-            torch._foreach_copy_([entry.shadow for _, entry in pairs], [master.detach() for master, _ in pairs])
-        for master, entry in pairs:
-            address = master.data_ptr()
-            if entry.address != address:
-                entry.view = spread(master, _SAMPLE) if master.device.type == "cpu" and master.numel() else None
-            entry.version, entry.address = _version(master), address
-            entry.steps, entry.had_grad = self._steps[id(master)], master.grad is not None
-        self._take_samples([entry for _, entry in pairs if entry.view is not None])
-        self.casts += len(pairs)
+            # In place: a graph that saved a shadow for a backward still to come is told by its version.
+            torch._foreach_copy_([entry.shadow for _, entry, _ in stale], [master for master, *_ in stale])
+        if stale[0][0].device.type == "cpu":
+            _sample(stale)
+        for _, entry, state in stale:
+            entry.state = state
+        self.casts += len(stale)
 
-    @staticmethod
-    def _take_samples(entries: Sequence[_Entry]) -> None:
-        views = [entry.view for entry in entries if entry.view is not None]
-        copies = torch.split(torch.cat(views), [len(view) for view in views]) if views else ()
-        for entry, copy in zip(entries, copies, strict=True):
-            entry.sample = copy
 
-    def _stale(self, master: torch.Tensor, entry: _Entry) -> bool:
-        if entry.version != _version(master) or entry.address != master.data_ptr():
-            return True
-        if entry.steps != self._steps[id(master)]:
-            return True
-        has_grad = master.grad is not None
-        if entry.had_grad and not has_grad:
-            return True
-        entry.had_grad = has_grad
-        return entry.sample is not None and entry.view is not None and not torch.equal(entry.sample, entry.view)
+def _edited(entry: _Entry) -> bool:
+    """Whether a sampled element changed: only elements show an edit through `p.data`."""
+    return entry.sample is not None and entry.view is not None and not torch.equal(entry.sample, entry.view)
+
+
+def _sample(written: Sequence[tuple[torch.Tensor, _Entry, tuple[int, int, int]]]) -> None:
+    """Keep some elements of each master, read by views that are made once per address."""
+    for master, entry, state in written:
+        if entry.state[1] != state[1]:
+            entry.view = spread(master, _SAMPLE) if master.numel() else None
+    entries = [(entry, entry.view) for _, entry, _ in written if entry.view is not None]
+    views = [view for _, view in entries]
+    copies = torch.split(torch.cat(views), list(map(len, views))) if views else ()
+    for (entry, _), copy in zip(entries, copies, strict=True):
+        entry.sample = copy
 
 
 class ShadowGroup:
@@ -169,7 +199,9 @@ class ShadowGroup:
 
     def __init__(self, table: ShadowTable, dtypes: Sequence[torch.dtype]) -> None:
         self.table, self.dtypes = table, list(dtypes)
-        self._seen: list[Any] = []
+        self._seen: _Look | None = None
+        self._gone = -1
+        self._entries: list[_Entry] = []
         self._shadows: list[torch.Tensor] = []
         # On a CPU: the masters' sampled elements, as views and as they were.
         self._views: list[torch.Tensor] = []
@@ -177,32 +209,25 @@ class ShadowGroup:
 
     def get(self, masters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The up-to-date shadows of `masters`."""
-        now = self._look(masters)
-        if now is None or now != self._seen or self._edited():
-            entries = self.table.entries(masters, self.dtypes)
-            self._shadows = [entry.shadow for entry in entries]
-            self._seen = self._look(masters) or []
-            self._views = [entry.view for entry in entries if entry.view is not None]
+        now = self.table.look(masters)
+        if now != self._seen or self._gone != self.table.gone or self._edited():
+            self._find(masters, now)
+            self.table.bring_up_to_date(masters, self._entries, now)
+            self._seen = now
+            self._views = [entry.view for entry in self._entries if entry.view is not None]
             self._sample = torch.cat(self._views) if self._views else None
         return self._shadows
 
+    def _find(self, masters: Sequence[torch.Tensor], now: _Look) -> None:
+        """The entries of `masters`: those of the last call, where the masters are the same."""
+        if self._seen is not None and self._seen.ids == now.ids and self._gone == self.table.gone:
+            return
+        self._entries = self.table.entries(masters, self.dtypes)
+        self._shadows = [entry.shadow for entry in self._entries]
+        self._gone = self.table.gone
+
     def _edited(self) -> bool:
-        """Whether a sampled element changed: only elements show an edit through `p.data`."""
         return self._sample is not None and not torch.equal(self._sample, torch.cat(self._views))
-
-    def _look(self, masters: Sequence[torch.Tensor]) -> list[Any] | None:
-        """All that can change, read by a fixed number of calls; None where a master has no version."""
-        try:
-            versions = list(map(_VERSION, masters))
-        except RuntimeError:
-            return None
-        grads = [grad is None for grad in map(_GRAD, masters)]
-        return [self.table.epoch, list(map(id, masters)), versions, list(map(torch.Tensor.data_ptr, masters)), grads]
-
-
-def _version(master: torch.Tensor) -> int:
-    # An inference tensor has no version; it cannot be trained either, so its address and sample must do.
-    return 0 if master.is_inference() else master._version
 
 
 def spread(master: torch.Tensor, most: int) -> torch.Tensor:
