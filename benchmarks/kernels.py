@@ -19,7 +19,7 @@ from mpcompile.tools.bench_loops import CANDIDATES, Job, Loop
 from mpcompile.tools.bench_models import WORKLOADS
 from mpcompile.tools.measure import Clock
 
-WARM, STEPS = 6, 3
+WARM, STEPS = 6, 5
 
 
 def profiled(loop: Loop) -> dict[str, Any]:
@@ -28,10 +28,14 @@ def profiled(loop: Loop) -> dict[str, Any]:
         loop.step()
     torch.cuda.synchronize()
     clock = Clock("cuda")
-    wall = min(clock.seconds(loop.step) for _ in range(10))
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+
+    def several() -> None:
         for _ in range(STEPS):
             loop.step()
+
+    wall = min(clock.seconds(several) for _ in range(5)) / STEPS
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        several()
         torch.cuda.synchronize()
     spent: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for event in profile.key_averages():

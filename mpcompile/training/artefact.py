@@ -174,6 +174,7 @@ class Artefacts:
     shadows: ShadowSet
     seed: Tensor
     chunk_loss: bool
+    remake: bool
     on_new: Callable[[Artefact], None]
     around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
     _exact: dict[Any, Artefact] = field(default_factory=dict)
@@ -280,7 +281,7 @@ class Artefacts:
         writes = [(k, numbers[i]) for k, i in enumerate(joint.mutated) if i in numbers]
         _refuse_no_gradient(joint, forward)
         with roundings_kept(has_user_low_cast(forward.plan.graph)):
-            run, saved = run_joint(joint, self.backend)
+            run, saved = run_joint(joint, self.backend, remake=self.remake)
         return Artefact(joint, run, fixed, places, layout, buffers_, writes, self.named, saved)
 
     def _fixed(self, one: Input, tensors: dict[str, Tensor]) -> Any:

@@ -30,14 +30,20 @@ ROOM = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 @dataclass(frozen=True)
 class Piece:
-    """Rows `start` to `start + length` of a parameter (all of it where `length` is -1); `last` of its pieces."""
+    """Rows `start` to `start + length` of a parameter (all of it where `length` is -1); `last` of its pieces.
+
+    `order` names the dimensions as they lie in memory, where that is not their own order (channels_last weights).
+    """
 
     param: int
     start: int = 0
     length: int = -1
     last: bool = True
+    order: tuple[int, ...] = ()
 
     def of(self, tensor: Tensor) -> Tensor:
+        """The piece of the parameter, or of anything that has its shape; contiguous where it lies as the parameter."""
+        tensor = tensor.permute(self.order) if self.order else tensor
         return tensor if self.length < 0 else tensor.narrow(0, self.start, self.length)
 
 
@@ -47,11 +53,22 @@ Step = Callable[[Tensor, Sequence[Tensor]], None]
 
 
 def serves(binding: Binding) -> bool:
-    """True when the fused kernel is right and faster: many elements, laid out in one order (the CPU's kernel goes by
-    address and reads a gradient of other strides wrongly).
+    """True when the fused kernel is right and faster: many elements, and every state laid out as its parameter (the
+    kernels go by address).
     """
-    tensors = [*binding.params, *binding.state_tensors()]
-    return sum(p.numel() for p in binding.params) >= SMALL and all(t.is_contiguous() for t in tensors)
+    states = [(binding.params[i], t) for (i, _), t in zip(binding.tensors, binding.state_tensors(), strict=True)]
+    return (
+        sum(p.numel() for p in binding.params) >= SMALL
+        and all(Piece(0, order=_order(p)).of(p).is_contiguous() for p in binding.params)
+        and all(state.stride() == param.stride() for param, state in states)
+    )
+
+
+def _order(param: Tensor) -> tuple[int, ...]:
+    """The dimensions from the slowest to the fastest; () where that is their own order."""
+    if param.is_contiguous():
+        return ()
+    return tuple(sorted(range(param.dim()), key=param.stride, reverse=True))
 
 
 def grouped(params: Sequence[Tensor], room: int) -> list[Group]:
@@ -68,14 +85,16 @@ def grouped(params: Sequence[Tensor], room: int) -> list[Group]:
 
 def _pieces(params: Sequence[Tensor], room: int) -> Iterator[tuple[Piece, int]]:
     for i, param in enumerate(params):
-        if param.numel() <= room or param.dim() == 0:
-            yield Piece(i), param.numel()
+        order, count = _order(param), param.numel()
+        if count <= room or param.dim() == 0:
+            yield Piece(i, order=order), count
             continue
-        row = param.numel() // param.shape[0]
+        total = Piece(i, order=order).of(param).shape[0]
+        row = count // total
         rows = max(1, room // row)
-        for start in range(0, param.shape[0], rows):
-            length = min(rows, param.shape[0] - start)
-            yield Piece(i, start, length, start + length == param.shape[0]), length * row
+        for start in range(0, total, rows):
+            length = min(rows, total - start)
+            yield Piece(i, start, length, start + length == total, order), length * row
 
 
 def alike(tensors: Sequence[Tensor]) -> list[list[int]]:

@@ -16,9 +16,6 @@ from mpcompile.training.graphs import inputs_of, outputs_of, values_of
 from mpcompile.training.joint import Joint, fresh_tracing
 from mpcompile.training.update import InPlace
 
-# Keep no pointwise chain (a GELU, a normalization's output) that a matmul of the backward reads: it is made again.
-RECOMPUTE_CHEAP = True
-
 Run = Callable[[list[Any]], Sequence[Any]]
 
 aten = torch.ops.aten
@@ -36,14 +33,17 @@ def decompositions(backend: str) -> dict[Any, Callable[..., Any]] | None:
     return select_decomp_table()
 
 
-def run_joint(joint: Joint, backend: str) -> tuple[Run, list[Tensor]]:
+def run_joint(joint: Joint, backend: str, *, remake: bool) -> tuple[Run, list[Tensor]]:
     """A function of (*inputs, seed) that gives (*mutated, loss, *grads), and fakes of what it keeps for the backward.
 
     Run op by op, a joint graph keeps what its next nodes read: no list of it exists.
+
+    Args:
+      remake: keep no pointwise chain (a GELU, a normalization's output) that a matmul of the backward reads.
     """
     if backend == "eager":
         return _eager(joint.module), []
-    return _in_two(joint)
+    return _in_two(joint, remake)
 
 
 def run_update(update: InPlace, backend: str) -> Run:
@@ -61,14 +61,14 @@ def _eager(module: fx.GraphModule) -> Run:
     return run
 
 
-def _in_two(joint: Joint) -> tuple[Run, list[Tensor]]:
+def _in_two(joint: Joint, remake: bool) -> tuple[Run, list[Tensor]]:
     from torch._inductor.compile_fx import compile_fx_inner, partition_fn
     from torch._inductor.virtualized import V
 
     mode = joint.forward.fakes[0].fake_mode  # type: ignore[attr-defined]
     fixed = [i for i, one in enumerate(joint.forward.inputs) if one.kind != "arg"]
     with fresh_tracing(mode), V.set_fake_mode(mode):
-        with torch._functorch.config.patch(ban_recompute_materialized_backward=not RECOMPUTE_CHEAP):
+        with torch._functorch.config.patch(ban_recompute_materialized_backward=not remake):
             first, second = partition_fn(joint.module, joint.fakes, num_fwd_outputs=joint.outputs_of_forward)
         # Compiling rewrites a graph in place: what is saved has the backward's names before it only.
         kept = joint.outputs_of_forward

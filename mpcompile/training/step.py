@@ -66,6 +66,8 @@ class TrainStep:
       backend: "inductor" or "eager"; the module's own by default.
       cuda_graph: "auto" captures the step in a CUDA graph where shapes are static.
       chunk_loss: take the loss of a large vocabulary in chunks of rows, so that its logits are never held whole.
+      remake: make cheap chains (an activation, a normalization's output) again in the backward instead of keeping them:
+        less memory, and on CUDA a longer step. "auto" does so on a CPU alone, where it costs nothing (decision 0014).
 
     Raises:
       TrainingError: MP5xx.
@@ -84,6 +86,7 @@ class TrainStep:
         backend: str | None = None,
         cuda_graph: Literal["auto"] | bool = "auto",
         chunk_loss: bool = True,
+        remake: Literal["auto"] | bool = "auto",
     ) -> None:
         self.model, self.optimizer, self.policy = owner.model, optimizer, owner.settings.policy
         self.device = next(p.device for p in self.model.parameters())
@@ -124,6 +127,7 @@ class TrainStep:
             shadows,
             seed,
             chunk_loss,
+            self.device.type == "cpu" if remake == "auto" else remake,
             self._on_new,
             self.plan.split.joined if self.plan.split is not None else contextlib.nullcontext,
         )

@@ -146,17 +146,28 @@ def test_a_fused_update_follows_other_numbers_and_gives_way_when_they_keep_movin
     assert not isinstance(next(iter(step._updaters.values())), fused.FusedUpdate)
 
 
-def test_channels_last_weights_are_not_given_to_the_fused_kernel(monkeypatch):
+@pytest.mark.parametrize("room", [1 << 20, 100])
+def test_channels_last_weights_reach_the_fused_kernel_as_they_lie(room, monkeypatch):
+    """The kernel goes by address: whole, and in pieces of the slowest dimension in memory."""
     monkeypatch.setattr(fused, "SMALL", 1)
-    model = nn.Sequential(nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(16, 1)).to(memory_format=torch.channels_last)
+    monkeypatch.setattr(fused, "ROOM", {"cpu": room})
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(24, 1)).to(memory_format=torch.channels_last)
+    assert not model[0].weight.is_contiguous()
     twin = copy.deepcopy(model)
     own, other = optim.AdamW(model.parameters()), optim.AdamW(twin.parameters(), foreach=False)
     step = mpcompile(model, "fp32", backend="eager").train_step(own, lambda m, x: m(x).square().mean())
-    x = torch.randn(2, 4, 4, 4)
-    step(x)
-    twin(x).square().mean().backward()
-    other.step()
-    torch.testing.assert_close(model[0].weight, twin[0].weight)
+    for turn in range(3):
+        torch.manual_seed(turn)
+        x = torch.randn(2, 4, 4, 4)
+        step(x)
+        twin(x).square().mean().backward()
+        other.step()
+        other.zero_grad()
+    assert isinstance(next(iter(step._updaters.values())), fused.FusedUpdate)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+    assert model[0].weight.stride() == twin[0].weight.stride()
 
 
 @pytest.mark.parametrize("policy", ["bf16", "fp16", "fp32"])
