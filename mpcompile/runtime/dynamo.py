@@ -167,7 +167,7 @@ class Compiler:
         if not compiled:
             eager = run_eagerly(written.module, fp32_matmul=plan.policy.fp32_matmul)
             return CompiledGraph(eager, shadows, self.parameters, differentiable_twice=True)
-        align_linears(written.module, plan.graph, plan.device)
+        align_linears(written.module, plan.capture, plan.graph, plan.device)
         lifted = _lift_large(written.module, [fakes[i] for i, _ in shadows])
         extended = [*fakes, *(_fake_shadow(fakes[i], dtype, n in lifted) for n, (i, dtype) in enumerate(shadows))]
         rounding = has_user_low_cast(plan.graph)

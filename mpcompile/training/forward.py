@@ -21,6 +21,7 @@ from mpcompile.frontends.capture import export
 from mpcompile.frontends.exported import inline_regions
 from mpcompile.frontends.facts import TORCH_DTYPES, source_line
 from mpcompile.frontends.fx_write import read_shadows, write
+from mpcompile.frontends.logits import values_of_written
 from mpcompile.runtime.device import emulated_kinds
 from mpcompile.runtime.dynamo import Plan, Settings, decide
 from mpcompile.training import checkpoints, custom_functions, loss_region
@@ -163,7 +164,7 @@ def capture(
     if chunk_loss:
         _chunk_losses(written.module, plan)
     if compiled:
-        align_linears(written.module, plan.graph, plan.device)
+        align_linears(written.module, plan.capture, plan.graph, plan.device)
     written.module.recompile()
     constants = {_settled(name): value for name, value in program.constants.items()}
     parameters = owned(model, loss_fn)[0]
@@ -171,13 +172,7 @@ def capture(
 
 
 def _chunk_losses(module: fx.GraphModule, plan: Plan) -> None:
-    traced = {n.name: n for n in plan.capture.module.graph.nodes}
-
-    def value_of(node: fx.Node) -> Tensor:
-        """The fake value of a written node; a cast's shape is its operand's."""
-        before = traced.get(node.meta.get("mp_node", node.name))
-        return before.meta["val"] if before is not None else value_of(node.args[0])  # type: ignore[arg-type]
-
+    value_of = values_of_written(plan.capture)
     regions = loss_region.find(module, value_of)
     if regions:
         with module.graph.inserting_after(inputs_of(module)[-1]):

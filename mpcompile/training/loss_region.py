@@ -9,35 +9,23 @@ plan says; the parts for `w` are summed in FP32.
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from mpcompile.frontends.align import padded
+from mpcompile.frontends.align import closed, padded
+from mpcompile.frontends.logits import Region, ValueOf, argument, region_of, replay
 
 aten = torch.ops.aten
 # Chunk when the FP32 logits would take more; in at most so many chunks, each of which is compiled.
 WORTH_BYTES, MOST = 16 << 20, 16
-_ROW_OPS = (aten.view.default, aten.reshape.default, aten.flatten.using_ints, aten.contiguous.default,
-            aten.clone.default, aten.slice.Tensor, aten._unsafe_view.default)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Region:
-    """One found region: the loss node, its linear, and what stands between (in order)."""
-
-    loss: fx.Node
-    linear: fx.Node
-    between: tuple[fx.Node, ...]
-
-    @property
-    def casts(self) -> tuple[torch.dtype, ...]:
-        return tuple(n.args[1] for n in self.between if n.target is aten.to.dtype)  # type: ignore[misc]
+# Rows of a chunk on a GPU are a multiple: what a tile of its products takes.
+TILE = 128
 
 
 class ChunkedLoss(torch.autograd.Function):
@@ -50,19 +38,19 @@ class ChunkedLoss(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, seed: Tensor,
                 options: tuple[Any, ...]) -> Tensor:  # fmt: skip
         chunks, extra, casts, ignore, smoothing = options
-        classes, wide = weight.shape[0], (padded(weight, extra), None if bias is None else padded(bias, extra))
+        wide = padded(weight, extra), closed(weight, bias, extra), bias is not None
         count: Tensor = (target != ignore).sum().float()
         unit = seed / count
         total: Tensor | None = None
-        rows, hiddens = hidden.shape[0], list[Tensor]()
+        hiddens = list[Tensor]()
         sums: list[Any] = [None, None]
-        for number in range(chunks):
-            first, last = rows * number // chunks, rows * (number + 1) // chunks
-            part = _chunk(hidden[first:last], *wide, classes, target[first:last], unit, casts, ignore, smoothing)
+        ends = bounds(hidden.shape[0], chunks, hidden.device.type)
+        for first, last in itertools.pairwise(ends):
+            part = _chunk(hidden[first:last], *wide, target[first:last], unit, casts, ignore, smoothing)
             total = part[0] if total is None else total + part[0]
             hiddens.append(part[1])
             sums = [g if s is None else (s if g is None else s + g) for s, g in zip(sums, part[2:], strict=True)]
-        sums = [None if s is None else s[:classes] for s in sums]
+        sums = [None if s is None else s[: weight.shape[0]] for s in sums]
         kept = [torch.cat(hiddens), sums[0].to(weight.dtype), None if bias is None else sums[1].to(bias.dtype)]
         ctx.save_for_backward(seed, *kept)
         assert total is not None
@@ -78,23 +66,22 @@ class ChunkedLoss(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
-def _chunk(hidden: Tensor, weight: Tensor, bias: Tensor | None, classes: int, target: Tensor, unit: Tensor,
+def _chunk(hidden: Tensor, weight: Tensor, bias: Tensor | None, biased: bool, target: Tensor, unit: Tensor,
            casts: Sequence[torch.dtype], ignore: int, smoothing: float) -> tuple[Any, ...]:  # fmt: skip
     """(sum of losses, gradient for the rows, FP32 gradients for weight and bias) of one chunk.
 
-    Rows of `weight` beyond the `classes` are padding.
+    `biased` says whether the bias is the model's, and wants a gradient.
     """
     with torch.enable_grad():
-        leaves = [t.detach().requires_grad_() if t is not None else None for t in (hidden, weight, bias)]
-        logits = torch.nn.functional.linear(leaves[0], leaves[1], leaves[2])[:, :classes]  # type: ignore[arg-type]
+        leaves = [t.detach().requires_grad_() for t in (hidden, weight, *((bias,) if biased else ()))]
+        logits = torch.nn.functional.linear(leaves[0], leaves[1], leaves[2] if biased else bias)
         for dtype in casts:
             logits = logits.to(dtype)
         loss = torch.nn.functional.cross_entropy(
             logits, target, ignore_index=ignore, reduction="sum", label_smoothing=smoothing
         )
-        wanted = [t for t in leaves if t is not None]
-        grads = list(torch.autograd.grad(loss, wanted, unit.to(loss.dtype)))
-    return loss.detach(), grads[0], grads[1].float(), grads[2].float() if bias is not None else None
+        grads = list(torch.autograd.grad(loss, leaves, unit.to(loss.dtype)))
+    return loss.detach(), grads[0], grads[1].float(), grads[2].float() if biased else None
 
 
 def chunked_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, seed: Tensor,
@@ -103,11 +90,11 @@ def chunked_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Te
     return ChunkedLoss.apply(hidden, weight, bias, target, seed, options)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def find(module: fx.GraphModule, value_of: Callable[[Any], Tensor]) -> list[Region]:
-    """The regions worth chunking: logits read by the loss alone, class indices as targets, no class weights."""
+def find(module: fx.GraphModule, value_of: ValueOf) -> list[Region]:
+    """The regions worth chunking: large logits, and the mean of their losses."""
     found = []
     for loss in module.graph.find_nodes(op="call_function", target=aten.cross_entropy_loss.default):
-        region = _region(loss)
+        region = region_of(loss, value_of) if argument(loss, 3, "reduction", 1) == 1 else None
         if region is None:
             continue
         logits = value_of(loss.args[0])
@@ -120,7 +107,7 @@ def rewrite(
     module: fx.GraphModule,
     regions: Sequence[Region],
     seed: fx.Node,
-    value_of: Callable[[Any], Tensor],
+    value_of: ValueOf,
     extra_of: Callable[[fx.Node], int] = lambda linear: 0,
 ) -> None:
     """Replace each region by `chunked_loss`.
@@ -137,12 +124,10 @@ def rewrite(
         with module.graph.inserting_before(region.loss):
             rows = hidden
             for node in region.between:
-                rows = _replay(module.graph, node, rows, width)
-            ignore, smoothing = (
-                _argument(region.loss, 4, "ignore_index", -100),
-                _argument(region.loss, 5, "label_smoothing", 0.0),
-            )
-            options = (chunks, extra_of(region.linear), region.casts, ignore, smoothing)
+                rows = rows if node.target is aten.to.dtype else replay(module.graph, node, rows, width)
+            # Padding is closed by a bias, which label smoothing would count.
+            extra = 0 if region.smoothing else extra_of(region.linear)
+            options = (chunks, extra, region.casts, region.ignore, region.smoothing)
             bias = rest[0] if rest else None
             new = module.graph.call_function(chunked_loss, (rows, weight, bias, region.loss.args[1], seed, options))
         new.meta.update({k: region.loss.meta[k] for k in region.loss.meta if k != "val"})
@@ -153,6 +138,19 @@ def rewrite(
     module.recompile()
 
 
+def bounds(rows: Any, chunks: int, device: str) -> list[Any]:
+    """Where the chunks begin, and `rows`.
+
+    On a GPU no two chunks have as many rows: Inductor takes the losses of chunks of one size in a single kernel, and so
+    holds all their logits at once.
+    """
+    unit = TILE if device == "cuda" and isinstance(rows, int) and rows >= TILE * chunks * chunks else 0
+    if not unit:
+        return [rows * number // chunks for number in range(chunks + 1)]
+    sizes = [(rows // unit // chunks + number - chunks // 2) * unit for number in range(chunks - 1)]
+    return [0, *itertools.accumulate(sizes), rows]
+
+
 def chunk_count(rows: int, width: int) -> int:
     """The number of chunks that holds the fewest bytes.
 
@@ -161,34 +159,6 @@ def chunk_count(rows: int, width: int) -> int:
     is least at n = sqrt(2 rows / width).
     """
     return max(2, min(MOST, round(math.sqrt(2 * rows / width))))
-
-
-def _region(loss: fx.Node) -> Region | None:
-    mean = _argument(loss, 3, "reduction", 1) == 1
-    if not mean or _argument(loss, 2, "weight", None) is not None:
-        return None
-    between, node = list[fx.Node](), loss.args[0]
-    while isinstance(node, fx.Node) and len(node.users) == 1 and node.target in (*_ROW_OPS, aten.to.dtype):
-        between.insert(0, node)
-        node = node.args[0]
-    if not isinstance(node, fx.Node) or node.target is not aten.linear.default or len(node.users) != 1:
-        return None
-    return Region(loss, node, tuple(between))
-
-
-def _replay(graph: fx.Graph, node: fx.Node, rows: Any, width: Any) -> Any:
-    """What `node` does to the rows of the logits, done to the rows of the hidden states."""
-    if node.target is aten.to.dtype:
-        return rows
-    if node.target in (aten.view.default, aten.reshape.default, aten._unsafe_view.default):
-        shape = node.args[1]
-        assert isinstance(shape, (list, tuple))
-        return graph.call_function(aten.reshape.default, (rows, [*shape[:-1], width]))
-    return graph.call_function(node.target, (rows, *node.args[1:]), dict(node.kwargs))  # type: ignore[arg-type]
-
-
-def _argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
-    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
 
 
 def _hint(size: Any) -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -60,6 +63,74 @@ def test_a_padded_forward_and_backward_are_the_plain_ones(monkeypatch: pytest.Mo
     for mine, theirs in zip(padded.parameters(), model.parameters(), strict=True):
         assert mine.grad.shape == mine.shape
         torch.testing.assert_close(mine.grad, theirs.grad, rtol=0.05, atol=1e-3)
+
+
+class Head(nn.Module):
+    """The classifier of a body, with what may follow it."""
+
+    def __init__(self, bias: bool, after: Callable[[torch.Tensor], torch.Tensor], smoothing: float = 0.0) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(16, 16), nn.Linear(16, CLASSES, bias=bias)
+        self.after, self.smoothing = after, smoothing
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        logits = self.after(self.head(F.gelu(self.body(x))))
+        return F.cross_entropy(logits.flatten(0, 1), y[:, : logits.shape[1]].flatten(), label_smoothing=self.smoothing)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize(
+    ("model", "pieces"),
+    [
+        (Head(True, lambda t: t.float()), "closed"),
+        (Head(False, lambda t: t[:, :-1].contiguous().float().view(4, -1, CLASSES)), "closed"),
+        (Head(False, lambda t: t, smoothing=0.1), "slice"),
+        (Head(True, lambda t: t[..., :-5]), "slice"),
+        (Head(True, lambda t: torch.tanh(t)), "slice"),
+    ],
+)
+def test_readers_see_the_columns_that_there_were(model: Head, pieces: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss that alone reads the logits sees the others too, at the lowest number, and gives the same gradients."""
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 9, 16), torch.randint(0, CLASSES - 5, (4, 9))
+    written: list[str] = []
+
+    def seen(module: torch.fx.GraphModule, *rest: Any) -> int:
+        done = align.align_linears(module, *rest)
+        written.extend(node.name for node in module.graph.nodes)
+        return done
+
+    monkeypatch.setattr("mpcompile.runtime.dynamo.align_linears", seen)
+    monkeypatch.setattr("mpcompile.runtime.dynamo.compile_inductor", lambda module, *_, **__: module)
+    twin = copy.deepcopy(model)
+    mpcompile(model, "bf16", low=["*"])(x, y).backward()
+    assert ("closed" in written) == (pieces == "closed")
+    assert "padded" in written
+    monkeypatch.setattr(align, "DEVICES", set())
+    mpcompile(twin, "bf16", low=["*"])(x, y).backward()
+    for mine, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=0.02, atol=1e-3)
+
+
+def test_a_loss_of_some_of_the_classes_is_not_taken_for_one_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taken in chunks, the slice of the classes was lost, and the loss was one over all of them."""
+    monkeypatch.setattr(loss_region, "WORTH_BYTES", 1)
+    torch.manual_seed(0)
+    model = Head(True, lambda t: t[..., :-5])
+    x, y = torch.randn(4, 9, 16), torch.randint(0, CLASSES - 5, (4, 9))
+    expected = model(x, y).item()
+    step = mpcompile(model, "fp32", backend="eager").train_step(torch.optim.SGD(model.parameters(), lr=0.1))
+    assert step(x, y).loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_chunks_on_a_gpu_differ_in_size() -> None:
+    """Inductor joins the losses of chunks of one size in one kernel, and so holds all their logits at once."""
+    for rows, chunks in ((16384, 7), (8192, 3), (16383, 4), (65536, 16)):
+        ends = loss_region.bounds(rows, chunks, "cuda")
+        sizes = [b - a for a, b in itertools.pairwise(ends)]
+        assert (ends[0], ends[-1], len(set(sizes)), min(sizes) > 0) == (0, rows, chunks, True)
+        assert max(sizes) < 2 * rows / chunks
+    assert loss_region.bounds(100, 3, "cuda") == loss_region.bounds(100, 3, "cpu") == [0, 33, 66, 100]
 
 
 @pytest.mark.usefixtures("on_cpu")

@@ -1,0 +1,92 @@
+"""Where the product of a linear layer is read by a loss alone, row by row: its logits may be laid out, or cut, at will."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mpcompile.frontends.fx import FxCapture
+
+aten = torch.ops.aten
+_VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+_ROW_OPS = (*_VIEWS, aten.flatten.using_ints, aten.contiguous.default, aten.clone.default, aten.slice.Tensor)
+
+ValueOf = Callable[[Any], Tensor]
+
+
+@dataclass(frozen=True)
+class Region:
+    """A cross-entropy loss of class indices, without class weights, the linear that makes its logits, and what stands
+    between them (in order): casts, and operations on whole rows.
+    """
+
+    loss: fx.Node
+    linear: fx.Node
+    between: tuple[fx.Node, ...]
+
+    @property
+    def casts(self) -> tuple[torch.dtype, ...]:
+        return tuple(n.args[1] for n in self.between if n.target is aten.to.dtype)  # type: ignore[misc]
+
+    @property
+    def ignore(self) -> int:
+        """The target that counts nothing."""
+        return argument(self.loss, 4, "ignore_index", -100)  # type: ignore[no-any-return]
+
+    @property
+    def smoothing(self) -> float:
+        return argument(self.loss, 5, "label_smoothing", 0.0)  # type: ignore[no-any-return]
+
+
+def region_of(loss: fx.Node, value_of: ValueOf) -> Region | None:
+    """The region that ends in `loss`, where there is one.
+
+    Args:
+      value_of: the fake value of a node.
+    """
+    if argument(loss, 2, "weight", None) is not None or value_of(loss.args[1]).is_floating_point():
+        return None
+    between, node = list[fx.Node](), loss.args[0]
+    while isinstance(node, fx.Node) and len(node.users) == 1 and node.target in (*_ROW_OPS, aten.to.dtype):
+        between.insert(0, node)
+        node = node.args[0]
+    if not isinstance(node, fx.Node) or node.target is not aten.linear.default or len(node.users) != 1:
+        return None
+    # A slice or a view of the classes themselves changes which classes there are.
+    classes = value_of(node).shape[-1]
+    whole = all(_keeps_classes(one, value_of(one), classes) for one in between)
+    return Region(loss, node, tuple(between)) if whole else None
+
+
+def replay(graph: fx.Graph, node: fx.Node, rows: Any, width: Any) -> Any:
+    """What `node`, of a region's, does to the rows of the logits, done to other rows, of `width` columns."""
+    if node.target in _VIEWS:
+        shape = node.args[1]
+        assert isinstance(shape, (list, tuple))
+        return graph.call_function(aten.reshape.default, (rows, [*shape[:-1], width]))
+    return graph.call_function(node.target, (rows, *node.args[1:]), dict(node.kwargs))  # type: ignore[arg-type]
+
+
+def values_of_written(capture: FxCapture) -> ValueOf:
+    """Reads the traced fake value of a written node (its dtype is the original's); a cast's is its operand's."""
+    traced = {n.name: n for n in capture.module.graph.nodes}
+
+    def value_of(node: fx.Node) -> Tensor:
+        before = traced.get(node.meta.get("mp_node", node.name))
+        return before.meta["val"] if before is not None else value_of(node.args[0])  # type: ignore[arg-type]
+
+    return value_of
+
+
+def argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
+
+
+def _keeps_classes(node: fx.Node, value: Tensor, classes: Any) -> bool:
+    if value.dim() < 2 or value.shape[-1] != classes:
+        return False
+    return node.target is not aten.slice.Tensor or int(argument(node, 1, "dim", 0)) % value.dim() != value.dim() - 1
