@@ -1,9 +1,10 @@
 """Replay a whole step as one CUDA graph: forward, backward and update in one launch.
 
-A step is recorded once its signature has run `WARM` times (kernels are tuned by then), over copies of the batch at
-fixed addresses.  What a schedule changes (learning rates) lies in device tensors, which `Updater.holds` refreshes before
-the replay; the loss scale grows and backs off inside the graph, branch-free.  A parameter that moved, another
-signature or another updater asks for another recording.
+With a window of several batches there are three: the first batch's, which replaces the sums, a later batch's, which adds
+to them, and the update's.  A run is recorded once its signature has run `WARM` times (kernels are tuned by then), over
+copies of the batch at fixed addresses.  What a schedule changes (learning rates) lies in device tensors, which
+`Updater.holds` refreshes before the replay; the loss scale grows and backs off inside the graph, branch-free.  A
+parameter that moved, another signature or another updater asks for another recording.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ WARM = 3
 page(
     "MP543",
     "A step that cannot be captured in a CUDA graph",
-    "cuda_graph=True was asked for, and the step runs on another device, in windows, or does something that a CUDA graph "
-    "cannot hold (a host copy, a kernel on another stream).",
+    "cuda_graph=True was asked for, and the step runs on another device, or does something that a CUDA graph cannot hold "
+    "(a host copy, a kernel on another stream).",
     "cuda_graph='auto' captures where it can; torch's own message says what stood in the way.",
 )
 
@@ -41,13 +42,19 @@ Run = Callable[[Sequence[Tensor]], tuple[Tensor, ...]]
 Record = Callable[[Callable[[], tuple[Tensor, ...]]], tuple[Recording, tuple[Tensor, ...]]]
 
 
-def record_cuda(run: Callable[[], tuple[Tensor, ...]]) -> tuple[Recording, tuple[Tensor, ...]]:
-    """Record `run` in a CUDA graph; gives the graph, and the tensors that hold its results after each replay."""
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        results = run()
-    return graph, results
+class CudaRecorder:
+    """Records in CUDA graphs that share their memory: what one of them leaves behind is copied before another runs."""
+
+    def __init__(self) -> None:
+        self.pool: Any = torch.cuda.graph_pool_handle()
+
+    def __call__(self, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Recording, tuple[Tensor, ...]]:
+        """The graph of `run`, and the tensors that hold its results after each replay."""
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, pool=self.pool):
+            results = run()
+        return graph, results
 
 
 @dataclass
@@ -73,12 +80,12 @@ class Replays:
     Args:
       wanted: "auto", True (an error where it cannot be), or False.
       device: where the model lives.
-      record: how a run is recorded.
+      record: how a run is recorded; None for a CUDA graph.
     """
 
-    def __init__(self, wanted: Literal["auto"] | bool, device: torch.device, record: Record = record_cuda) -> None:
-        self.wanted, self.device, self.record = wanted, device, record
-        self.on = wanted is not False and (device.type == "cuda" or record is not record_cuda)
+    def __init__(self, wanted: Literal["auto"] | bool, device: torch.device, record: Record | None = None) -> None:
+        self.wanted, self.device, self._given, self._record = wanted, device, record, record
+        self.on = wanted is not False and (device.type == "cuda" or record is not None)
         if wanted is True and not self.on:
             raise TrainingError("MP543", f"cuda_graph=True, and the model is on {device.type}")
         self._runs: dict[Any, int] = {}
@@ -88,13 +95,15 @@ class Replays:
         """What was recorded is void; keys may come again for other work."""
         self._runs.clear()
         self._steps.clear()
+        # With the recordings their memory goes; the next ones share another.
+        self._record = self._given
 
     def find(self, key: Any, run: Run, tensors: Sequence[Tensor], fixed: Callable[[], Sequence[Tensor]]) -> Run:
         """What to call with the batch: `run` itself, or its replay.
 
         Args:
           key: the step's signature: the same key, the same work on tensors of the same sizes.
-          run: (loss, finite, norm, scale) of a batch, everything else in place.
+          run: the results of a batch, everything else in place.
           tensors: the batch.
           fixed: gives the tensors that `run` reads and writes besides, whose addresses a recording holds.
         """
@@ -112,8 +121,9 @@ class Replays:
         self, key: Any, run: Run, tensors: Sequence[Tensor], fixed: Callable[[], Sequence[Tensor]]
     ) -> _Step | None:
         batch = [t.clone() for t in tensors]
+        self._record = self._record or CudaRecorder()
         try:
-            recording, results = self.record(lambda: run(batch))
+            recording, results = self._record(lambda: run(batch))
         except RuntimeError as error:
             if self.wanted is True:
                 raise TrainingError("MP543", "the step cannot be captured", why=str(error).splitlines()[0]) from error

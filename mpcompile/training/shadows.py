@@ -26,8 +26,25 @@ _SAMPLE = 64
 _VERSION, _GRAD = operator.attrgetter("_version"), operator.attrgetter("grad")
 
 
+class UseShadow(torch.autograd.Function):
+    """Reads the shadow in place of its master; the gradient goes to the master, in FP32."""
+
+    @staticmethod
+    def forward(ctx: Any, master: torch.Tensor, shadow: torch.Tensor) -> torch.Tensor:
+        return shadow.view_as(shadow)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0].to(torch.float32), None
+
+
+def use_shadow(master: torch.Tensor, shadow: torch.Tensor) -> torch.Tensor:
+    """The shadow, as a function of its master: for graphs, where a compiler fuses the gradient's cast."""
+    return UseShadow.apply(master, shadow)  # type: ignore[no-any-return,no-untyped-call]
+
+
 class UseShadows(torch.autograd.Function):
-    """Reads shadows in place of their masters; the gradients go to the masters, in FP32."""
+    """Reads several shadows in place of their masters; the gradients are cast by one call."""
 
     @staticmethod
     def forward(ctx: Any, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -36,23 +53,15 @@ class UseShadows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        nothing = (None,) * len(grads)
-        if len(grads) == 1:
-            return (None if grads[0] is None else grads[0].to(torch.float32), *nothing)
         low = [grad for grad in grads if grad is not None]
         single = [torch.empty_like(grad, dtype=torch.float32) for grad in low]
         torch._foreach_copy_(single, low)
         made = iter(single)
-        return (*(None if grad is None else next(made) for grad in grads), *nothing)
-
-
-def use_shadow(master: torch.Tensor, shadow: torch.Tensor) -> torch.Tensor:
-    """The shadow, as a function of its master."""
-    return use_shadows([master], [shadow])[0]
+        return (*(None if grad is None else next(made) for grad in grads), *(None,) * len(grads))
 
 
 def use_shadows(masters: Sequence[torch.Tensor], shadows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """The shadows, as one function of their masters."""
+    """The shadows, as one function of their masters: for calls op by op."""
     return UseShadows.apply(*masters, *shadows)  # type: ignore[no-any-return,no-untyped-call]
 
 

@@ -19,11 +19,12 @@ from mpcompile.frontends.capture import autocast_off
 from mpcompile.runtime.device import settle_policy
 from mpcompile.training.artefact import Artefact, Artefacts, compiling
 from mpcompile.training.batch import Batch
-from mpcompile.training.cuda_graph import Replays
+from mpcompile.training.cuda_graph import Replays, Run
 from mpcompile.training.emit import Emitted, emit, origins, precision_graph
 from mpcompile.training.floor import FloorWatch
 from mpcompile.training.fused import FusedUpdate
 from mpcompile.training.joint import Joint
+from mpcompile.training.options import check_options
 from mpcompile.training.overflow import Overflow, explain
 from mpcompile.training.result import StepResult
 from mpcompile.training.scaler import LossScale, ScaleState, from_dict, to_dict
@@ -32,14 +33,6 @@ from mpcompile.training.split import SplitMasters
 from mpcompile.training.updater import Plan, Updater
 from mpcompile.training.watch import OptimizerWatch
 from mpcompile.training.window import Layout, Window
-
-page(
-    "MP541",
-    "A training step option that does not exist",
-    "An argument of `train_step` has a value that it cannot take.",
-    "accumulate is 1 or more, masters 'full' or 'split', backend 'inductor' or 'eager', cuda_graph 'auto' or a bool.",
-)
-
 
 page(
     "MP542",
@@ -92,7 +85,7 @@ class TrainStep:
         self.device = next(p.device for p in self.model.parameters())
         self.backend = backend or owner.backend
         self.policy = settle_policy(owner.settings.policy, self.device.type)
-        _check_options(self.backend, accumulate, masters, self.policy.low)
+        check_options(self.backend, accumulate, masters, self.policy.low)
         if not self._trained() & {id(p) for p in self.model.parameters()}:
             raise TrainingError(
                 "MP522",
@@ -169,18 +162,35 @@ class TrainStep:
         return result
 
     def _in_window(self, artefact: Artefact, batch: Batch) -> StepResult:
-        loss, grads = artefact(batch.tensors, self.plan.seed)
         if artefact.layout not in self._window:
             self._window.prepare(artefact.layout, self.artefacts.named, self._order())
             self._forget_updates()
-        self._window.add(artefact.layout, grads)
+
+        def run(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            loss, grads = artefact(tensors, self.plan.seed)
+            self._window.add(artefact.layout, grads)
+            return (loss,)
+
+        sums = list(self._window.sums.values())
+        key = id(artefact), self._window.count == 0, batch.shapes()
+        call = self._replayed(artefact, key, run, batch.tensors, sums)
+        (loss,) = call(batch.tensors)
+        self._window.count += 1
         if not self._window.full:
             return StepResult(loss, self._no, self._yes, self.state.scale.clone(), self._nan)
         self._window.count = 0
-        layout, sums = self._window.layout(), list(self._window.sums.values())
-        self._last = artefact, layout, lambda: list(self._window.sums.values())
-        updater = self._updater(layout, None, lambda: sums)
-        return self._updated(updater, lambda: (loss, *updater(sums)))
+        self._last = artefact, self._window.layout(), lambda: list(self._window.sums.values())
+        updater = self._updater(self._window.layout(), None, lambda: sums)
+        update = self._replayed(artefact, id(updater), lambda _: tuple(updater(sums)), [], sums)
+        return self._updated(updater, lambda: (loss, *update([])))
+
+    def _replayed(
+        self, artefact: Artefact, key: Any, run: Run, tensors: Sequence[Tensor], sums: Sequence[Tensor]
+    ) -> Run:
+        """`run`, or its replay. A recording reads a copy of the batch: what the model writes to it would be lost."""
+        if artefact.writes:
+            return run
+        return self._replays.find(key, run, tensors, lambda: [*artefact.tensors(), *sums])
 
     def _whole(self, artefact: Artefact, batch: Batch) -> StepResult:
         """Forward, backward and update of a batch, as a replayed CUDA graph where there is one."""
@@ -195,9 +205,7 @@ class TrainStep:
             loss, grads = artefact(tensors, self.plan.seed)
             return loss, *updater(grads)
 
-        key = id(artefact), id(updater), batch.shapes()
-        # A recording reads a copy of the batch, so what the model writes to its input would not reach the caller.
-        call = run if artefact.writes else self._replays.find(key, run, batch.tensors, artefact.tensors)
+        call = self._replayed(artefact, (id(artefact), id(updater), batch.shapes()), run, batch.tensors, [])
         return self._updated(updater, lambda: call(batch.tensors))
 
     def _updater(self, layout: Layout, strides: Any, like: Like) -> Updater | FusedUpdate:
@@ -376,22 +384,3 @@ class TrainStep:
     def _order(self) -> list[int]:
         """Ids of the parameters, as the optimizer lists them."""
         return [id(p) for group in self.optimizer.param_groups for p in group["params"]]
-
-
-def _check_options(backend: str, accumulate: int, masters: str, low: str) -> None:
-    wrong = {
-        "backend": backend not in ("inductor", "eager"),
-        "accumulate": accumulate < 1,
-        "masters": masters not in ("full", "split"),
-    }
-    for name, bad in wrong.items():
-        if bad:
-            given = {"backend": backend, "accumulate": accumulate, "masters": masters}[name]
-            raise TrainingError("MP541", f"train_step({name}={given!r}) is not possible")
-    if masters == "split" and low != "bf16":
-        raise TrainingError(
-            "MP541",
-            f"train_step(masters='split') is not possible with low={low}",
-            why="BF16 is the upper half of FP32; FP16 and the lower half do not make the FP32 weight",
-            try_='the policy "bf16", or masters="full"',
-        )

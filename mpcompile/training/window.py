@@ -94,7 +94,7 @@ class Window:
         return _Way(rows, tuple((rank, *ways) for (rank, _), ways in ordered), absent)
 
     def add(self, layout: Layout, grads: Sequence[Tensor]) -> None:
-        """Add one microbatch; the first of a window takes the place of what the last one left."""
+        """Add one microbatch, and let `count` rise next; the first of a window takes the place of what the last left."""
         way = self._ways[layout]
         pieces = way.pieces(grads)
         for rank, targets, numbers in way.ranks:
@@ -105,7 +105,6 @@ class Window:
                 torch._foreach_add_(targets, given)
         if self.count == 0 and way.absent:
             torch._foreach_zero_(way.absent)
-        self.count += 1
 
     @property
     def full(self) -> bool:

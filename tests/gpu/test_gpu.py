@@ -129,17 +129,18 @@ def _step(policy: str, **options: Any) -> tuple[Any, dict[str, torch.Tensor], nn
     return mpcompile(model, policy).train_step(optimizer, **options), batch, model
 
 
+@pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("policy", ["bf16", "fp16"])
-def test_steady_state_never_syncs(policy: str) -> None:
-    step, batch, _ = _step(policy)
-    for _ in range(4):
+def test_steady_state_never_syncs(policy: str, accumulate: int) -> None:
+    step, batch, _ = _step(policy, accumulate=accumulate)
+    for _ in range(4 * accumulate):
         step(**batch)
     torch.cuda.synchronize()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls its own mode a prototype
         try:
             torch.cuda.set_sync_debug_mode("error")
-            for _ in range(3):
+            for _ in range(4):
                 step(**batch)
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -158,19 +159,20 @@ def test_a_forced_overflow_changes_no_weight_and_backs_off() -> None:
     assert any(b > a for a, b in itertools.pairwise(scales)), "the scale must grow again"
 
 
+@pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("policy", ["bf16", "fp16"])
-def test_a_replayed_step_is_the_step(policy: str) -> None:
+def test_a_replayed_step_is_the_step(policy: str, accumulate: int) -> None:
     """Overflow, backoff and growth happen inside the graph; a learning rate changes outside."""
     curves = {}
     for graphs in (False, True):
         scale = LossScale.dynamic(init=2.0**22, interval=3) if policy == "fp16" else "auto"
-        step, batch, _ = _step(policy, scale=scale, cuda_graph=graphs)
+        step, batch, _ = _step(policy, scale=scale, cuda_graph=graphs, accumulate=accumulate)
         schedule = torch.optim.lr_scheduler.LambdaLR(step.optimizer, lambda i: 1 / (1 + i))
         results = []
         for _ in range(16):
-            results.append(step(**batch))
+            results += [step(**batch) for _ in range(accumulate)]
             schedule.step()
-        assert bool(step._replays._steps) == graphs
+        assert len(step._replays._steps) == graphs * (1 if accumulate == 1 else 3)
         curves[graphs] = [(r.loss.item(), r.scale.item(), r.stepped.item()) for r in results]
     for (loss, scale, stepped), (other, scale_too, stepped_too) in zip(curves[True], curves[False], strict=True):
         assert (scale, stepped) == (scale_too, stepped_too)

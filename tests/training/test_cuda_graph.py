@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mpcompile import LossScale, mpcompile
 from mpcompile.errors import TrainingError
 from mpcompile.training.cuda_graph import WARM, Replays
 
@@ -88,7 +90,7 @@ def test_what_cannot_be_recorded_runs_all_the_same() -> None:
     def refuse(run: object) -> object:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    bench.replays.record = refuse  # type: ignore[assignment]
+    bench.replays._record = refuse  # type: ignore[assignment]
     for _ in range(WARM + 3):
         bench.step(torch.ones(3))
     assert bench.direct == WARM + 3
@@ -100,3 +102,56 @@ def test_asked_for_and_impossible_is_an_error() -> None:
         Replays(True, CPU)
     assert not Replays("auto", CPU).on
     assert not Replays(False, CPU).on
+
+
+def model() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.GELU(), nn.Linear(16, 3))
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_replayed_windows_are_the_step_bit_for_bit(accumulate: int) -> None:
+    """First batch, later batch and update are recorded once each; a skipped update and a schedule happen outside."""
+    curves, recorded = [], []
+    for replayed in (False, True):
+        module = model()
+        optimizer = torch.optim.AdamW(module.parameters(), lr=0.05)
+        step = mpcompile(module, "bf16", low=["*"], backend="eager").train_step(
+            optimizer,
+            lambda m, x: m(x).square().mean(),
+            accumulate=accumulate,
+            scale=LossScale.dynamic(8.0, interval=3),
+        )
+
+        def everything(step: Any = step, optimizer: Any = optimizer, module: nn.Module = module) -> list[Tensor]:
+            states = [t for state in optimizer.state.values() for t in state.values()]
+            held = [*module.parameters(), *states, *step._window.sums.values(), *step.plan.shadows.shadows]
+            counts = [t for one in step.plan.counters._classes for pair in one.states.values() for t in pair]
+            return [*held, *step.state, step.plan.seed, *counts]
+
+        def record(run: Any, everything: Any = everything) -> tuple[Remembered, tuple[Tensor, ...]]:
+            """A recording runs nothing: what the run did is undone."""
+            tensors = everything()
+            before = [t.detach().clone() for t in tensors]
+            results = run()
+            recorded.append(len(results))
+            with torch.no_grad():
+                for tensor, was in zip(tensors, before, strict=True):
+                    tensor.copy_(was)
+            return Remembered(run, results), results
+
+        step._replays = Replays("auto" if replayed else False, CPU, record)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 / (1 + i))
+        curve = []
+        for turn in range(accumulate * (WARM + 4)):
+            torch.manual_seed(turn)
+            x = torch.randn(4, 6)
+            result = step(x * float("inf") if turn == accumulate * (WARM + 2) else x)
+            curve.append((result.loss.item(), result.scale.item(), bool(result.stepped)))
+            if turn % accumulate == accumulate - 1:
+                schedule.step()
+        curves.append((repr(curve), [p.detach().clone() for p in module.parameters()]))
+    # Results: (loss, finite, norm, scale) of a whole step; (loss) of a batch and (finite, norm, scale) of an update.
+    assert sorted(recorded) == ([4] if accumulate == 1 else [1, 1, 3])
+    assert curves[0][0] == curves[1][0]
+    torch.testing.assert_close(curves[0][1], curves[1][1], rtol=0, atol=0)
