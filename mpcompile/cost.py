@@ -65,15 +65,15 @@ class CostModel:
     device: Device
     low: str
     fused: bool = True
-    uses: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._kinds = load_kinds()
-        self.uses = self.uses or self.graph.uses()
+        # Who reads each value, once per operand.
+        self.readers = self.graph.readers()
         self.outputs = frozenset(self.graph.outputs)
         self._base: dict[str, str] = {}
         self._far: dict[str, bool] = {}
-        self._materialised: dict[str, bool] = {}
+        self._traffic: dict[str, float] = {}
         # Elements of a kernel's operands that it alone reads.
         self._private: dict[str, int] = {}
         self._kernels = frozenset(
@@ -97,12 +97,13 @@ class CostModel:
     def base(self, name: str) -> str:
         """The value that a chain of views shows."""
         seen: list[str] = []
+        nodes, values, views = self.graph.nodes, self.graph.values, self._views
         while (known := self._base.get(name)) is None:
-            seen.append(name)
-            producer = self.graph.producer(name)
-            if producer is None or not self.is_view(producer) or not producer.inputs:
+            producer = nodes.get(values[name].producer)
+            if producer is None or producer.kind not in views or not producer.inputs:
                 known = name
                 break
+            seen.append(name)
             name = producer.inputs[0]
         for shown in seen:
             self._base[shown] = known
@@ -111,60 +112,63 @@ class CostModel:
     def stands_alone(self, name: str) -> bool:
         """True when a cast of the value cannot join the kernel that makes it."""
         producer = self.graph.producer(self.base(name))
-        return producer is None or self.is_kernel(producer)
+        return producer is None or producer.kind in self._kernels
 
     def materialised(self, value: Value) -> bool:
         """True when the value's bytes are written, whatever reads it."""
-        known = self._materialised.get(value.name)
-        if known is None:
-            known = self._materialised[value.name] = self._is_materialised(value)
-        return known
-
-    def _is_materialised(self, value: Value) -> bool:
-        producer = self.graph.nodes.get(value.producer)
-        if producer is None or self.is_view(producer):
-            return False
-        readers = self.uses[value.name]
-        return self.is_kernel(producer) or len(readers) > 1 or value.name in self.outputs or self.saved(value, producer)
-
-    def saved(self, value: Value, producer: Node) -> bool:
-        """True when autograd keeps the value for the backward."""
-        if producer.kind in self._keeps["output"]:
-            return True
-        nodes, keeps = self.graph.nodes, self._keeps["inputs"]
-        return not keeps.isdisjoint([nodes[reader].kind for reader, _ in self.uses[value.name]])
+        return self.traffic(value) > 0
 
     def store(self, value: Value, precision: str) -> float:
         """Seconds to keep a materialised value: written once, read by each reader, and once more by the backward."""
         return value.bytes_at(precision) * self.traffic(value)
 
     def traffic(self, value: Value) -> float:
-        """Seconds per byte of a materialised value."""
-        nodes, near = self.graph.nodes, 0
-        for reader, _ in self.uses[value.name]:
-            near += nodes[reader].kind not in self._kernels
-        return (1 + near + 2 * self.saved(value, nodes[value.producer])) / self.device.bandwidth
+        """Seconds per byte of a materialised value; 0.0 for one that is not."""
+        known = self._traffic.get(value.name)
+        if known is None:
+            maker = self.graph.nodes.get(value.producer)
+            known = self._traffic[value.name] = 0.0 if maker is None else self._traffic_of(value, maker)
+        return known
+
+    def _traffic_of(self, value: Value, maker: Node) -> float:
+        if maker.kind in self._views:
+            return 0.0
+        kinds = [reader.kind for reader in self.readers[value.name]]
+        # Whether autograd keeps the value for the backward.
+        saved = maker.kind in self._keeps["output"] or not self._keeps["inputs"].isdisjoint(kinds)
+        if not (saved or maker.kind in self._kernels or len(kinds) > 1 or value.name in self.outputs):
+            return 0.0
+        near = sum([kind not in self._kernels for kind in kinds])
+        return (1 + near + 2 * saved) / self.device.bandwidth
 
     def work(self, node: Node, precision: str) -> float:
         """Seconds of matrix work and its call, and of the operands that this kernel alone makes someone write."""
+        private = self.private(node)
+        if not node.flops and not private:
+            return 0.0
         seconds = node.flops / self.device.rate(precision, node.kind)
         seconds += self.device.low_call.get(precision, 0.0) if node.flops else 0.0
-        if not self.is_kernel(node):
-            return seconds
-        private = self._private.get(node.id)
-        if private is None:
-            values = (self.graph.values[name] for name in node.inputs)
-            private = self._private[node.id] = sum(v.numel for v in values if v.castable and not self._shared(v))
         return seconds + 2 * private * ITEMSIZE[precision] / self.device.bandwidth
+
+    def private(self, node: Node) -> int:
+        """Elements of the operands that this kernel alone makes someone write."""
+        if node.kind not in self._kernels:
+            return 0
+        known = self._private.get(node.id)
+        if known is None:
+            values = [self.graph.values[name] for name in node.inputs]
+            known = sum([v.numel for v in values if v.producer and v.castable and not self._shared(v)])
+            self._private[node.id] = known
+        return known
 
     def _shared(self, value: Value) -> bool:
         root = self.graph.values[self.base(value.name)]
-        return not root.producer or self.materialised(root)
+        return not root.producer or self.traffic(root) > 0
 
     def is_far(self, reader: Node) -> bool:
         """True for readers that read memory and cannot take a cast in: kernels, and views that a kernel looks through."""
-        if not self.is_view(reader):
-            return self.is_kernel(reader)
+        if reader.kind not in self._views:
+            return reader.kind in self._kernels
         # Depth first, without Python's stack: a program may hold thousands of views of views.
         stack = [reader]
         while stack:
@@ -172,7 +176,7 @@ class CostModel:
             if node.id in self._far:
                 stack.pop()
                 continue
-            readers = [self.graph.nodes[r] for name in node.outputs for r, _ in self.uses[name]]
+            readers = [r for name in node.outputs for r in self.readers[name]]
             unknown = [r for r in readers if self.is_view(r) and r.id not in self._far]
             if unknown:
                 stack.extend(unknown)
