@@ -72,7 +72,7 @@ def told(node: Node) -> bool:
     return node.op == CAST_OP or (bool(node.out_dtype) and (node.kind in ("cast", "factory") or not node.inputs))
 
 
-_FIXED = (SOURCE, SINK)
+_FIXED = frozenset({SOURCE, SINK})
 
 
 @dataclass
@@ -170,8 +170,10 @@ class _Plan:
                 for name in node.inputs:
                     if sides.get(name, at) != at:
                         self.apart[name].append((at, is_far(node)))
-        wanted = {"fp32": SINK, "low": SOURCE}.get(self.output)
-        for name in self.cost.outputs if wanted is not None else ():
+        if self.output == "keep":
+            return
+        wanted = SINK if self.output == "fp32" else SOURCE
+        for name in self.cost.outputs:
             if sides.get(name, wanted) != wanted:
                 self.apart[name].append((wanted, True))
 
@@ -185,7 +187,7 @@ class _Plan:
 
     def _casts(self, value: Value, side: int, readers: list[tuple[int, bool]]) -> None:
         """At most one copy per direction and distance: a low one for low readers, an FP32 one for FP32 readers."""
-        if side in _FIXED and all([at in _FIXED for at, _ in readers]):
+        if side in _FIXED and _FIXED.issuperset([at for at, _ in readers]):
             return  # paid in every plan, or in none
         if len(readers) == 1:
             at, far = readers[0]

@@ -8,6 +8,8 @@ nodes, and both compilers behind us merge equal casts anyway.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from itertools import chain
 from typing import ClassVar
 
 from mpcompile.graph import ITEMSIZE, Node, PrecisionGraph, Value
@@ -23,6 +25,8 @@ class SimplifyCasts:
     name: ClassVar[str] = "simplify-casts"
 
     def apply(self, graph: PrecisionGraph) -> PassResult:
+        if not _worth_a_look(graph):
+            return PassResult(False)
         before, casts = cast_bytes(graph), len(graph.casts())
         editor = _Editor(graph)
         while editor.round():
@@ -32,6 +36,29 @@ class SimplifyCasts:
         editor.finish()
         saved = f"{casts} casts became {len(graph.casts())}, {before - cast_bytes(graph)} bytes less to cast"
         return PassResult(True, (saved,))
+
+
+def _worth_a_look(graph: PrecisionGraph) -> bool:
+    """False when no cast is one that a rewrite starts from: most plans are as small as they can be."""
+    values, nodes, casts = graph.values, graph.nodes, graph.casts()
+    given = {cast.outputs[0] for cast in casts}
+    views = {node.id for node in nodes.values() if node.kind in _views()}
+    read = {*graph.outputs, *chain.from_iterable([node.inputs for node in nodes.values()])}
+    shown = [name for view in views for name in nodes[view].inputs]
+    if not given <= read or not given.isdisjoint(shown):
+        return True  # one that nobody reads, or that may sink
+    seen = set()
+    for cast in casts:
+        source, to = values[cast.inputs[0]], cast.attrs["to"]
+        if source.name in given or source.dtype == to or source.producer in views or (source.name, to) in seen:
+            return True
+        seen.add((source.name, to))
+    return False
+
+
+@cache
+def _views() -> frozenset[str]:
+    return frozenset(name for name, kind in load_kinds().items() if kind.fusion == "view")
 
 
 def cast_bytes(graph: PrecisionGraph) -> int:
@@ -49,7 +76,7 @@ class _Editor:
 
     def __init__(self, graph: PrecisionGraph) -> None:
         self.graph, self.changed = graph, False
-        self.views = {name for name, kind in load_kinds().items() if kind.fusion == "view"}
+        self.views = _views()
         self.readers: dict[str, list[Node]] = {name: [] for name in graph.values}
         for node in graph.nodes.values():
             for name in node.inputs:
