@@ -8,7 +8,7 @@ decided, casts, and nodes that are told their dtype.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from mpcompile.graph import Node, PrecisionGraph
 from mpcompile.passes.base import PassResult
@@ -18,8 +18,7 @@ from mpcompile.rules.hazards import HAZARDS, Facts, Hazard, base
 NEVER_RAISED = frozenset({"attention", "convolution", "control", "random", "integer"})
 
 
-@dataclass(frozen=True)
-class Trail:
+class Trail(NamedTuple):
     """A hazard on its way: the nodes that it came through, newest first, and where and why it started."""
 
     node: str
@@ -62,19 +61,20 @@ class _Sweep:
 
     def visit(self, node: Node) -> None:
         """Carry and end the hazards that `node` is given; start those that begin here."""
-        name = base(node.op)
         if not self.facts.graph.has_floats(node):
             return  # integers have no such trouble
+        name = base(node.op)
         came: dict[Hazard, Trail] = {}
-        for given in reversed(node.inputs):
+        for given in reversed(node.inputs) if self.carried else ():
             if given in self.carried:
                 came |= self.carried[given]
         for row, trail in came.items():
-            if name in row.carries | row.ends and self.joins(row, node):
-                self.go_on(row, Trail(node.id, trail.reason, trail.numel, trail), node, ends=name in row.ends)
+            ends = name in row.ends
+            if (ends or name in row.carries) and self.joins(row, node):
+                self.go_on(row, Trail(node.id, trail.reason, trail.numel, trail), node, ends=ends)
         for row in self.starts.get(name, ()):
             if row not in came and (reason := row.starts(self.facts, node)):
-                size = sum(self.values[out].numel for out in node.outputs)
+                size = sum([self.values[out].numel for out in node.outputs])
                 self.go_on(row, Trail(node.id, reason, size), node)
         if self.fixed.issuperset(node.inputs) and node.kind != "random":
             self.fixed.update(node.outputs)

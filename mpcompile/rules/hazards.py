@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 
 from mpcompile.graph import Node, PrecisionGraph, Value
@@ -83,18 +83,25 @@ def base(op: str) -> str:
     return (parts[1] if len(parts) > 1 else op).strip("_").lower()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Facts:
     """What the tests may ask of the graph."""
 
     graph: PrecisionGraph
     low: str
+    # The node whose numbers were asked for last, and they: each row that may start at a node asks.
+    _asked: tuple[Node | None, list[float]] = field(default=(None, []))
 
     def values(self, node: Node) -> list[Value]:
         return [self.graph.values[name] for name in node.inputs]
 
-    def numbers(self, node: Node) -> Iterator[float]:
+    def numbers(self, node: Node) -> list[float]:
         """Scalar arguments of `node`, and the ends of the ranges of its constant operands."""
+        if self._asked[0] is not node:
+            self._asked = node, list(self._numbers(node))
+        return self._asked[1]
+
+    def _numbers(self, node: Node) -> Iterator[float]:
         for key, item in node.attrs.items():
             if key in ("dim", "alpha", "dtype", "axis", "keepdim", "to"):
                 continue
@@ -172,7 +179,12 @@ def grows(facts: Facts, node: Node) -> str:
         powers = set(facts.numbers(node))
         if powers and all(abs(power) <= 1 for power in powers):
             return ""
-    return f"the result of {name} may be beyond {facts.low}'s largest number, {LARGEST[facts.low]:.6g}"
+    return _may_overflow(name, facts.low)
+
+
+@cache
+def _may_overflow(name: str, low: str) -> str:
+    return f"the result of {name} may be beyond {low}'s largest number, {LARGEST[low]:.6g}"
 
 
 def rounds_to_one(facts: Facts, node: Node) -> str:
@@ -218,7 +230,7 @@ def float_index(facts: Facts, node: Node) -> str:
 # --------------------------------------------------------------------------------------------------------- the rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Hazard:
     """One row.
 
