@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 
-from mpcompile.graph import ITEMSIZE, LOW, Node, PrecisionGraph, Value
+from mpcompile.graph import CASTABLE, ITEMSIZE, LOW, Node, PrecisionGraph, Value
 from mpcompile.rules.table import Kind, load_kinds
 
 # A fused cast costs an instruction: enough to prefer fewer of them, too little to outweigh a byte moved.
@@ -79,10 +79,8 @@ class CostModel:
         self._kernels = frozenset(
             name for name, kind in self._kinds.items() if kind.fusion == "kernel" or not self.fused
         )
-        self._keeps = {
-            what: frozenset(name for name, kind in self._kinds.items() if kind.saves == what)
-            for what in ("inputs", "output")
-        }
+        self._keep_inputs = frozenset(name for name, kind in self._kinds.items() if kind.saves == "inputs")
+        self._keep_output = frozenset(name for name, kind in self._kinds.items() if kind.saves == "output")
         self._views = frozenset(name for name, kind in self._kinds.items() if kind.fusion == "view")
 
     def kind(self, node: Node) -> Kind | None:
@@ -133,13 +131,15 @@ class CostModel:
     def _traffic_of(self, value: Value, maker: Node) -> float:
         if maker.kind in self._views:
             return 0.0
-        kinds = [reader.kind for reader in self.readers[value.name]]
-        # Whether autograd keeps the value for the backward.
-        saved = maker.kind in self._keeps["output"] or not self._keeps["inputs"].isdisjoint(kinds)
-        if not (saved or maker.kind in self._kernels or len(kinds) > 1 or value.name in self.outputs):
-            return 0.0
-        near = sum([kind not in self._kernels for kind in kinds])
-        return (1 + near + 2 * saved) / self.device.bandwidth
+        # Whether autograd keeps the value for the backward, and how many fused readers it has.
+        saved, near = maker.kind in self._keep_output, 0
+        readers = self.readers[value.name]
+        for reader in readers:
+            near += reader.kind not in self._kernels
+            saved = saved or reader.kind in self._keep_inputs
+        if saved or maker.kind in self._kernels or len(readers) > 1 or value.name in self.outputs:
+            return (1 + near + 2 * saved) / self.device.bandwidth
+        return 0.0
 
     def work(self, node: Node, precision: str) -> float:
         """Seconds of matrix work and its call, and of the operands that this kernel alone makes someone write."""
@@ -156,14 +156,25 @@ class CostModel:
             return 0
         known = self._private.get(node.id)
         if known is None:
-            values = [self.graph.values[name] for name in node.inputs]
-            known = sum([v.numel for v in values if v.producer and v.castable and not self._shared(v)])
+            known, values = 0, self.graph.values
+            for name in node.inputs:
+                value = values[name]
+                if value.producer and value.dtype in CASTABLE and not self._shared(value):
+                    known += value.numel
             self._private[node.id] = known
         return known
 
     def _shared(self, value: Value) -> bool:
-        root = self.graph.values[self.base(value.name)]
+        maker = self.graph.nodes.get(value.producer)
+        if maker is not None and maker.kind in self._kernels and maker.kind not in self._views:
+            return True
+        root = self._root(value)
         return not root.producer or self.traffic(root) > 0
+
+    def _root(self, value: Value) -> Value:
+        """What a chain of views shows; `value` itself when no view makes it."""
+        maker = self.graph.nodes.get(value.producer)
+        return value if maker is None or maker.kind not in self._views else self.graph.values[self.base(value.name)]
 
     def is_far(self, reader: Node) -> bool:
         """True for readers that read memory and cannot take a cast in: kernels, and views that a kernel looks through."""
@@ -189,11 +200,11 @@ class CostModel:
 
     def cast(self, value: Value, target: str, *, far: bool) -> float:
         """Seconds of one cast of `value` to `target`, shared by the readers that are (not) far."""
-        if self.graph.values[self.base(value.name)].role == "parameter" and target in LOW:
+        if target in LOW and self._root(value).role == "parameter":
             return SHADOW_CAST
         if not far:
             return FUSED_CAST
-        written = 2 * value.bytes_at(target)
+        written = 2 * value.numel * ITEMSIZE[target]
         if self.fused and not self.stands_alone(value.name):
             return written / self.device.bandwidth
         # By the target, not by the value's dtype: a second run, which finds the plan's dtypes, must find these prices.

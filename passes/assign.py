@@ -140,6 +140,8 @@ class _Plan:
         at = self.vertex[node.id]
         if at == SOURCE or (at == SINK and node.verdict != "low"):
             return
+        if not node.flops and not self.cost.private(node):
+            return
         low, fp32 = self.cost.work(node, self.low), self.cost.work(node, "fp32")
         if low != fp32:
             self.saving[node.id] = fp32 - low
