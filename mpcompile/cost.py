@@ -8,12 +8,14 @@ cast that stands alone (of a kernel's result or a graph input, in front of a ker
 from __future__ import annotations
 
 import tomllib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from importlib import resources
+from itertools import chain
 
-from mpcompile.graph import CASTABLE, ITEMSIZE, LOW, Node, PrecisionGraph, Value
+from mpcompile.graph import ITEMSIZE, LOW, Node, PrecisionGraph, Value
 from mpcompile.rules.table import Kind, load_kinds
 
 # A fused cast costs an instruction: enough to prefer fewer of them, too little to outweigh a byte moved.
@@ -68,20 +70,35 @@ class CostModel:
 
     def __post_init__(self) -> None:
         self._kinds = load_kinds()
-        # Who reads each value, once per operand.
-        self.readers = self.graph.readers()
         self.outputs = frozenset(self.graph.outputs)
         self._base: dict[str, str] = {}
         self._far: dict[str, bool] = {}
-        self._traffic: dict[str, float] = {}
-        # Elements of a kernel's operands that it alone reads.
-        self._private: dict[str, int] = {}
         self._kernels = frozenset(
             name for name, kind in self._kinds.items() if kind.fusion == "kernel" or not self.fused
         )
         self._keep_inputs = frozenset(name for name, kind in self._kinds.items() if kind.saves == "inputs")
         self._keep_output = frozenset(name for name, kind in self._kinds.items() if kind.saves == "output")
         self._views = frozenset(name for name, kind in self._kinds.items() if kind.fusion == "view")
+        nodes = self.graph.nodes.values()
+        # Values that a reader saves for the backward.
+        self._saved = {name for node in nodes if node.kind in self._keep_inputs for name in node.inputs}
+        # How many fused readers a value has.
+        self._near = Counter(chain.from_iterable([n.inputs for n in nodes if n.kind not in self._kernels]))
+        # Results that may be written for the sake of one reader; elements that a kernel has written for it alone.
+        kernels = self._kernels - self._views
+        self._loose = {name for node in nodes if node.kind not in kernels for name in node.outputs}
+        self._private: dict[str, int] = {}
+
+    @cached_property
+    def readers(self) -> dict[str, list[Node]]:
+        """Who reads each value, once per operand."""
+        return self.graph.readers()
+
+    @cached_property
+    def _several(self) -> set[str]:
+        """Values that are read more than once."""
+        times = Counter(chain.from_iterable([node.inputs for node in self.graph.nodes.values()]))
+        return {name for name, count in times.items() if count > 1}
 
     def kind(self, node: Node) -> Kind | None:
         return self._kinds.get(node.kind)
@@ -122,22 +139,17 @@ class CostModel:
 
     def traffic(self, value: Value) -> float:
         """Seconds per byte of a materialised value; 0.0 for one that is not."""
-        known = self._traffic.get(value.name)
-        if known is None:
-            maker = self.graph.nodes.get(value.producer)
-            known = self._traffic[value.name] = 0.0 if maker is None else self._traffic_of(value, maker)
-        return known
+        maker = self.graph.nodes.get(value.producer)
+        return 0.0 if maker is None else self.traffic_of(value.name, maker)
 
-    def _traffic_of(self, value: Value, maker: Node) -> float:
+    def traffic_of(self, name: str, maker: Node) -> float:
+        """The same, for a value whose maker is known."""
         if maker.kind in self._views:
             return 0.0
         # Whether autograd keeps the value for the backward, and how many fused readers it has.
-        saved, near = maker.kind in self._keep_output, 0
-        readers = self.readers[value.name]
-        for reader in readers:
-            near += reader.kind not in self._kernels
-            saved = saved or reader.kind in self._keep_inputs
-        if saved or maker.kind in self._kernels or len(readers) > 1 or value.name in self.outputs:
+        saved = maker.kind in self._keep_output or name in self._saved
+        near = self._near.get(name, 0)
+        if saved or maker.kind in self._kernels or name in self.outputs or name in self._several:
             return (1 + near + 2 * saved) / self.device.bandwidth
         return 0.0
 
@@ -152,22 +164,16 @@ class CostModel:
 
     def private(self, node: Node) -> int:
         """Elements of the operands that this kernel alone makes someone write."""
-        if node.kind not in self._kernels:
+        if node.kind not in self._kernels or self._loose.isdisjoint(node.inputs):
             return 0
         known = self._private.get(node.id)
         if known is None:
-            known, values = 0, self.graph.values
-            for name in node.inputs:
-                value = values[name]
-                if value.producer and value.dtype in CASTABLE and not self._shared(value):
-                    known += value.numel
+            values = [self.graph.values[name] for name in node.inputs if name in self._loose]
+            known = sum([value.numel for value in values if value.castable and not self._shared(value)])
             self._private[node.id] = known
         return known
 
     def _shared(self, value: Value) -> bool:
-        maker = self.graph.nodes.get(value.producer)
-        if maker is not None and maker.kind in self._kernels and maker.kind not in self._views:
-            return True
         root = self._root(value)
         return not root.producer or self.traffic(root) > 0
 

@@ -23,6 +23,7 @@ optima the one with the most low nodes is taken; it is unique, so the plan does 
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -62,8 +63,6 @@ class Assign:
             _Plan(
                 graph, CostModel(graph, device(self.device), self.low, self.fused), self.low, self.output, self.bind
             ).run()
-        for node in graph.nodes.values():
-            _fix_values(graph, node)
         return PassResult(before != [node.precision for node in graph])
 
 
@@ -83,11 +82,12 @@ class _Plan:
     output: str
     bind: bool = False
     problem: CutProblem = field(default_factory=CutProblem)
-    vertex: dict[str, int] = field(default_factory=dict)
     saving: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.classes = _Classes(self.graph)
+        # For each node, in order: the vertex whose side is its precision; None where there is no question.
+        self.places: list[int | None] = []
         # Castable value -> the vertex whose side says how it is stored.
         self.sides: dict[str, int] = {}
         # Value -> (vertex whose side says how it is read, whether a cast would stand alone), for those not at its side.
@@ -96,37 +96,31 @@ class _Plan:
         self._reasons: dict[tuple[str, bool, int], str] = {}
 
     def run(self) -> None:
-        self._vertices()
-        for node in self.graph:
-            if node.id in self.vertex:
-                self._node(node)
-        for value in self.graph.values.values():
-            if value.dtype in CASTABLE:
-                self._value(value)
+        self.vertices()
+        self._stored()
         self._readers()
         for name, readers in self.apart.items():
             self._casts(self.graph.values[name], self.sides[name], readers)
-        low_side = self.problem.solve().tolist()
-        for node in self.graph:
-            at = self.vertex.get(node.id)
-            self._settle(node, at is not None and low_side[at])
+        self.settle(self.problem.solve().tolist())
 
-    def _vertices(self) -> None:
+    def vertices(self) -> None:
         """A vertex per free node or class of nodes; fixed ones are the source or the sink itself."""
         classes, has_floats = self.classes, self.graph.has_floats
-        places = {root: SOURCE if dtype == self.low else SINK for root, dtype in classes.tied.items()}
-        nodes = [(n, classes.root(n.id)) for n in self.graph if not told(n) and has_floats(n)]
-        for node, root in nodes:
-            side = self._fixed_side(node)
-            if side == SINK and root not in classes.tied:
-                places[root] = SINK
-            elif side == SOURCE:
-                places.setdefault(root, SOURCE)
-        for node, root in nodes:
-            at = places.get(root)
-            if at is None:
-                at = places[root] = self.problem.vertex()
-            self.vertex[node.id] = at
+        known = {root: SOURCE if dtype == self.low else SINK for root, dtype in classes.tied.items()}
+        roots = [None if told(n) or not has_floats(n) else classes.root(n.id) for n in self.graph]
+        for node, root in zip(self.graph, roots, strict=True):
+            side = None if root is None else self._fixed_side(node)
+            if root is None or side is None:
+                continue
+            if side == SOURCE:
+                known.setdefault(root, SOURCE)
+            elif root not in classes.tied:
+                known[root] = SINK
+        for root in roots:
+            at = None if root is None else known.get(root)
+            if at is None and root is not None:
+                at = known[root] = self.problem.vertex()
+            self.places.append(at)
 
     def _fixed_side(self, node: Node) -> int | None:
         if node.verdict == "fp32":
@@ -135,9 +129,34 @@ class _Plan:
             return SOURCE
         return None
 
-    def _node(self, node: Node) -> None:
+    def _stored(self) -> None:
+        """The vertex whose side says how each value is stored, and the prices of work and of storing."""
+        values, sides = self.graph.values, self.sides
+        for name, value in values.items():
+            if not value.producer and value.dtype in CASTABLE:
+                sides[name] = SOURCE if value.dtype == self.low else SINK
+        saved = ITEMSIZE["fp32"] - ITEMSIZE[self.low]
+        for node, at in zip(self.graph, self.places, strict=True):
+            if at is not None:
+                self._work(node, at)
+            plain = None if node.out_dtype or node.results else at
+            for index, name in enumerate(node.outputs):
+                value = values[name]
+                if value.dtype not in CASTABLE:
+                    continue
+                side = sides[name] = self._stated(node, index, value, at) if plain is None else plain
+                if side not in _FIXED and (traffic := self.cost.traffic_of(name, node)):
+                    self.problem.edge(SOURCE, side, value.numel * saved * traffic)
+
+    def _stated(self, node: Node, index: int, value: Value, at: int | None) -> int:
+        """The side of a value whose maker is no question, or is told what it gives."""
+        stated = "" if at is None else node.out_dtype or node.results.get(index, "")
+        if at is not None and not stated:
+            return at
+        return SOURCE if (stated or value.dtype) == self.low else SINK
+
+    def _work(self, node: Node, at: int) -> None:
         """The price of doing the node's work in either precision, where that is a question or a reason to give."""
-        at = self.vertex[node.id]
         if at == SOURCE or (at == SINK and node.verdict != "low"):
             return
         if not node.flops and not self.cost.private(node):
@@ -148,24 +167,10 @@ class _Plan:
             self.problem.edge(SOURCE, at, max(fp32 - low, 0.0))
             self.problem.edge(at, SINK, max(low - fp32, 0.0))
 
-    def _value(self, value: Value) -> None:
-        """The vertex whose side says how the value is stored, and the price of storing it."""
-        maker = self.graph.nodes.get(value.producer)
-        side = self.vertex.get(value.producer)
-        if maker is None or side is None:
-            side = SOURCE if value.dtype == self.low else SINK
-        elif maker.out_dtype or maker.results:
-            stated = maker.out_dtype or maker.results.get(maker.outputs.index(value.name), "")
-            side = side if not stated else SOURCE if stated == self.low else SINK
-        self.sides[value.name] = side
-        if side not in _FIXED and (traffic := self.cost.traffic(value)):
-            self.problem.edge(SOURCE, side, value.numel * (ITEMSIZE["fp32"] - ITEMSIZE[self.low]) * traffic)
-
     def _readers(self) -> None:
         """Fill `apart`."""
         sides, is_far = self.sides, self.cost.is_far
-        for node in self.graph:
-            at = self.vertex.get(node.id)
+        for node, at in zip(self.graph, self.places, strict=True):
             if node.operands:
                 self._pinned(node, at)
             elif at is not None:
@@ -218,8 +223,14 @@ class _Plan:
                 self.problem.edge(copy if up else reader, reader if up else copy, INFINITE)
         self.problem.edge(side if up else copy, copy if up else side, price)
 
-    def _settle(self, node: Node, low: bool) -> None:
-        if node.id not in self.vertex:
+    def settle(self, low_side: Sequence[bool]) -> None:
+        """Write each node's precision and the dtypes of its results; `low_side` tells the side of each vertex."""
+        for node, at in zip(self.graph, self.places, strict=True):
+            self._settle(node, at, at is not None and low_side[at])
+            _fix_values(self.graph, node)
+
+    def _settle(self, node: Node, at: int | None, low: bool) -> None:
+        if at is None:
             node.precision = node.out_dtype if told(node) and node.out_dtype in CASTABLE else "keep"  # type: ignore[assignment]
             return
         node.precision = self.low if low else "fp32"  # type: ignore[assignment]
