@@ -148,25 +148,6 @@ def never_cast(graph: PrecisionGraph) -> Iterator[Breach]:
             yield Breach("MP402", f"cast {cast.id!r} turns {source.name!r} from {source.dtype} into {to}", cast.id)
 
 
-def one_cast(graph: PrecisionGraph) -> Iterator[Breach]:
-    """Law 3: one cast per value and target; storage that is written in between counts as a new value."""
-    seen: dict[tuple[str, str, str, int], str] = {}
-    written: dict[str, int] = {}
-    writing = writers(graph)
-    for node in graph.nodes.values() if writing else graph.casts():
-        for alias in writing.get(node.id, ()) if writing else ():
-            written[alias] = written.get(alias, 0) + 1
-        if node.op != CAST_OP:
-            continue
-        source, to = graph.values[node.inputs[0]], str(node.attrs["to"])
-        times = written.get(source.alias, 0) if written else 0
-        first = seen.setdefault((source.name, to, node.scope, times), node.id)
-        if first != node.id:
-            yield Breach("MP403", f"casts {first!r} and {node.id!r} both turn {source.name!r} into {to}", node.id)
-        if source.dtype == to:
-            yield Breach("MP403", f"cast {node.id!r} turns {to} into {to}", node.id)
-
-
 def fresh(graph: PrecisionGraph) -> Iterator[Breach]:
     """Law 3: nobody reads a cast of storage that has been written since."""
     written: dict[str, int] = {}
@@ -183,12 +164,29 @@ def fresh(graph: PrecisionGraph) -> Iterator[Breach]:
             written[alias] = written.get(alias, 0) + 1
 
 
-def no_pairs(graph: PrecisionGraph) -> Iterator[Breach]:
-    """Law 4: a cast of ours never reads a cast of ours."""
-    for cast in graph.casts():
-        before = graph.producer(cast.inputs[0])
+def few_casts(graph: PrecisionGraph) -> Iterator[Breach]:
+    """Law 3: one cast per value and target; storage that is written in between counts as a new value.
+
+    Law 4: a cast of ours never reads a cast of ours.
+    """
+    seen: dict[tuple[str, str, str, int], str] = {}
+    written: dict[str, int] = {}
+    writing = writers(graph)
+    for node in graph.nodes.values() if writing else graph.casts():
+        for alias in writing.get(node.id, ()) if writing else ():
+            written[alias] = written.get(alias, 0) + 1
+        if node.op != CAST_OP:
+            continue
+        source, to = graph.values[node.inputs[0]], str(node.attrs["to"])
+        before = graph.nodes.get(source.producer)
         if before is not None and before.is_cast:
-            yield Breach("MP404", f"cast {cast.id!r} reads the cast {before.id!r}", cast.id)
+            yield Breach("MP404", f"cast {node.id!r} reads the cast {before.id!r}", node.id)
+        times = written.get(source.alias, 0) if written else 0
+        first = seen.setdefault((source.name, to, node.scope, times), node.id)
+        if first != node.id:
+            yield Breach("MP403", f"casts {first!r} and {node.id!r} both turn {source.name!r} into {to}", node.id)
+        if source.dtype == to:
+            yield Breach("MP403", f"cast {node.id!r} turns {to} into {to}", node.id)
 
 
 def kept_casts(graph: PrecisionGraph, original: PrecisionGraph) -> Iterator[Breach]:
@@ -262,7 +260,7 @@ STAGES: dict[str, tuple[Callable[[PrecisionGraph], Iterator[Breach]], ...]] = {
     "structure": (structure,),
     "assigned": (fp32_arithmetic, one_precision),
     "cast": (precision, never_cast, fresh),
-    "simplified": (no_pairs, one_cast),
+    "simplified": (few_casts,),
 }
 
 

@@ -88,6 +88,8 @@ class _Plan:
         self.classes = _Classes(self.graph)
         # For each node, in order: the vertex whose side is its precision; None where there is no question.
         self.places: list[int | None] = []
+        # For each node, in order: its results. Looked up once: in a large graph a look-up by name is a wait for memory.
+        self.made = made(self.graph)
         # Castable value -> the vertex whose side says how it is stored.
         self.sides: dict[str, int] = {}
         # Value -> (vertex whose side says how it is read, whether a cast would stand alone), for those not at its side.
@@ -105,9 +107,10 @@ class _Plan:
 
     def vertices(self) -> None:
         """A vertex per free node or class of nodes; fixed ones are the source or the sink itself."""
-        classes, has_floats = self.classes, self.graph.has_floats
+        classes, graph = self.classes, self.graph
         known = {root: SOURCE if dtype == self.low else SINK for root, dtype in classes.tied.items()}
-        roots = [None if told(n) or not has_floats(n) else classes.root(n.id) for n in self.graph]
+        roots = [classes.root(node.id) if not told(node) and (any_float(values) or graph.has_floats(node)) else None
+                 for node, values in zip(graph, self.made, strict=True)]  # fmt: skip
         for node, root in zip(self.graph, roots, strict=True):
             side = None if root is None else self._fixed_side(node)
             if root is None or side is None:
@@ -131,21 +134,20 @@ class _Plan:
 
     def _stored(self) -> None:
         """The vertex whose side says how each value is stored, and the prices of work and of storing."""
-        values, sides = self.graph.values, self.sides
-        for name, value in values.items():
+        sides = self.sides
+        for name, value in self.graph.values.items():
             if not value.producer and value.dtype in CASTABLE:
                 sides[name] = SOURCE if value.dtype == self.low else SINK
         saved = ITEMSIZE["fp32"] - ITEMSIZE[self.low]
-        for node, at in zip(self.graph, self.places, strict=True):
+        for node, at, results in zip(self.graph, self.places, self.made, strict=True):
             if at is not None:
                 self._work(node, at)
             plain = None if node.out_dtype or node.results else at
-            for index, name in enumerate(node.outputs):
-                value = values[name]
+            for index, value in enumerate(results):
                 if value.dtype not in CASTABLE:
                     continue
-                side = sides[name] = self._stated(node, index, value, at) if plain is None else plain
-                if side not in _FIXED and (traffic := self.cost.traffic_of(name, node)):
+                side = sides[value.name] = self._stated(node, index, value, at) if plain is None else plain
+                if side not in _FIXED and (traffic := self.cost.traffic_of(value.name, node)):
                     self.problem.edge(SOURCE, side, value.numel * saved * traffic)
 
     def _stated(self, node: Node, index: int, value: Value, at: int | None) -> int:
@@ -225,11 +227,11 @@ class _Plan:
 
     def settle(self, low_side: Sequence[bool]) -> None:
         """Write each node's precision and the dtypes of its results; `low_side` tells the side of each vertex."""
-        for node, at in zip(self.graph, self.places, strict=True):
-            self._settle(node, at, at is not None and low_side[at])
-            _fix_values(self.graph, node)
+        for node, at, results in zip(self.graph, self.places, self.made, strict=True):
+            self._settle(node, results, at, at is not None and low_side[at])
+            _fix_values(node, results)
 
-    def _settle(self, node: Node, at: int | None, low: bool) -> None:
+    def _settle(self, node: Node, results: list[Value], at: int | None, low: bool) -> None:
         if at is None:
             node.precision = node.out_dtype if told(node) and node.out_dtype in CASTABLE else "keep"  # type: ignore[assignment]
             return
@@ -246,7 +248,7 @@ class _Plan:
             node.reason = self._why_not(node)
         elif node.verdict == "propagate":
             node.decided_by = "cost"
-            node.reason = self._why(node, low)
+            node.reason = self._why(node, results, low)
 
     def _why_not(self, node: Node) -> str:
         gain = self.saving.get(node.id, 0.0) * 1e6
@@ -258,18 +260,26 @@ class _Plan:
             return f"too small: a {self.low} call takes {call:.3g} us more on this device than its work saves"
         return f"{node.kind} kernels for {self.low} are no faster than for FP32 on this device"
 
-    def _why(self, node: Node, low: bool) -> str:
-        made = -1
+    def _why(self, node: Node, results: list[Value], low: bool) -> str:
+        size = -1
         if low and not self.cost.is_view(node):
-            found = [self.graph.values[name] for name in node.outputs]
-            made = sum([value.numel for value in found if value.dtype in CASTABLE]) * ITEMSIZE[self.low]
-        key = node.reason, low, made
+            size = sum([value.numel for value in results if value.dtype in CASTABLE]) * ITEMSIZE[self.low]
+        key = node.reason, low, size
         known = self._reasons.get(key)
         if known is None:
             side = "low, as its neighbours are" if low else "FP32, as its neighbours are"
-            fewer = f": {made:,} bytes fewer than in FP32" if made >= 0 else ""
+            fewer = f": {size:,} bytes fewer than in FP32" if size >= 0 else ""
             known = self._reasons[key] = f"{node.reason}; {side}{fewer}"
         return known
+
+
+def made(graph: PrecisionGraph) -> list[list[Value]]:
+    """The results of each node, in order."""
+    return [[*map(graph.values.__getitem__, node.outputs)] for node in graph]
+
+
+def any_float(values: list[Value]) -> bool:
+    return bool(values) and (values[0].dtype in CASTABLE or any(value.dtype in CASTABLE for value in values))
 
 
 class _Classes:
@@ -316,11 +326,10 @@ class _Classes:
             self._parent[max(a, b)] = min(a, b)
 
 
-def _fix_values(graph: PrecisionGraph, node: Node) -> None:
+def _fix_values(node: Node, results: list[Value]) -> None:
     """The plan's dtype of each castable output."""
     plain = "" if node.out_dtype or node.results or node.op == CAST_OP else node.precision or "keep"
-    for index, name in enumerate(node.outputs):
-        value = graph.values[name]
+    for index, value in enumerate(results):
         if value.dtype not in CASTABLE:
             continue
         given = plain or node.gives_at(index)
@@ -330,7 +339,7 @@ def _fix_values(graph: PrecisionGraph, node: Node) -> None:
 
 def _follow_autocast(graph: PrecisionGraph, low: str) -> None:
     """torch.autocast on CUDA, op by op: its lists cast, and anything else takes the widest of what it reads."""
-    for node in graph:
+    for node, results in zip(graph, made(graph), strict=True):
         if told(node) or not graph.has_floats(node):
             node.precision = node.out_dtype if told(node) and node.out_dtype in CASTABLE else "keep"  # type: ignore[assignment]
         elif node.verdict == "low":
@@ -346,7 +355,7 @@ def _follow_autocast(graph: PrecisionGraph, low: str) -> None:
                 "rule",
                 f"{node.reason}; on no autocast list: {node.precision} as its operands",
             )
-        _fix_values(graph, node)
+        _fix_values(node, results)
 
 
 def _widest(values: list[Value], low: str) -> str:

@@ -61,22 +61,25 @@ class _Sweep:
 
     def visit(self, node: Node) -> None:
         """Carry and end the hazards that `node` is given; start those that begin here."""
-        if not self.facts.graph.has_floats(node):
-            return  # integers have no such trouble
         name = base(node.op)
+        starts = self.starts.get(name, ())
         came: dict[Hazard, Trail] = {}
         for given in reversed(node.inputs) if self.carried else ():
             if given in self.carried:
                 came |= self.carried[given]
+        fixed = node.kind != "random" and self.fixed.issuperset(node.inputs)
+        # Asked last: mostly there is nothing to do.  Integers have no such trouble.
+        if not (came or starts or fixed) or not self.facts.graph.has_floats(node):
+            return
         for row, trail in came.items():
             ends = name in row.ends
             if (ends or name in row.carries) and self.joins(row, node):
                 self.go_on(row, Trail(node.id, trail.reason, trail.numel, trail), node, ends=ends)
-        for row in self.starts.get(name, ()):
+        for row in starts:
             if row not in came and (reason := row.starts(self.facts, node)):
                 size = sum([self.values[out].numel for out in node.outputs])
                 self.go_on(row, Trail(node.id, reason, size), node)
-        if self.fixed.issuperset(node.inputs) and node.kind != "random":
+        if fixed:
             self.fixed.update(node.outputs)
 
     def joins(self, row: Hazard, node: Node) -> bool:

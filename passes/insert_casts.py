@@ -44,11 +44,11 @@ class InsertCasts:
 
 @dataclass
 class _Writer:
-    """The casts made so far, by (value, target, how often its storage was written)."""
+    """The casts made so far, by target and value (and how often its storage was written), and in order, with their source."""
 
     graph: PrecisionGraph
-    casts: dict[tuple[str, str, int], Node] = field(default_factory=dict)
-    made: list[Node] = field(default_factory=list)
+    casts: defaultdict[str, dict[str | tuple[str, int], Node]] = field(default_factory=lambda: defaultdict(dict))
+    made: list[tuple[Value, Node]] = field(default_factory=list)
     # Reader -> the casts that must stand right before it, because of writes to storage.
     before: dict[str, list[Node]] = field(default_factory=dict)
     written: dict[str, int] = field(default_factory=dict)
@@ -58,7 +58,7 @@ class _Writer:
         # A graph that has casts already shares them.
         for cast in self.graph.casts():
             if not self.graph.values[cast.inputs[0]].alias:
-                self.casts[cast.inputs[0], str(cast.attrs["to"]), 0] = cast
+                self.casts[str(cast.attrs["to"])][cast.inputs[0]] = cast
 
     def redirect(self, node: Node) -> None:
         """Let `node` read each operand in the precision that it wants."""
@@ -84,11 +84,11 @@ class _Writer:
     def cast(self, name: str, to: str, reader: str) -> str:
         """The name of `name` cast `to`, for `reader` ("" for the end of the graph)."""
         source = self.graph.values[name]
-        key = (name, to, self.written.get(source.alias, 0) if source.alias else 0)
-        made = self.casts.get(key)
+        key = name if not source.alias else (name, self.written.get(source.alias, 0))
+        made = self.casts[to].get(key)
         if made is None:
-            self.casts[key] = made = make_cast(self.graph, source, to)
-            self.made.append(made)
+            self.casts[to][key] = made = make_cast(self.graph, source, to)
+            self.made.append((source, made))
             if source.alias:
                 self.before.setdefault(reader, []).append(made)
         return made.outputs[0]
@@ -100,9 +100,9 @@ class _Writer:
             order = [each for node in order for each in (*self.before.get(node.id, ()), node)]
             order += self.before.get("", ())
             placed = {cast.id for casts in self.before.values() for cast in casts}
-            loose = [cast for cast in self.made if cast.id not in placed]
+            loose = [(source, cast) for source, cast in self.made if cast.id not in placed]
         place(self.graph, order, loose)
-        return self.made
+        return [cast for _, cast in self.made]
 
 
 def make_cast(graph: PrecisionGraph, source: Value, to: str) -> Node:
@@ -122,15 +122,14 @@ def _reason(dtype: str, to: str) -> str:
     return f"{dtype} is needed as {to}"
 
 
-def place(graph: PrecisionGraph, order: list[Node], casts: list[Node]) -> None:
-    """Rebuild the node table: `order`, with each of `casts` right after its source is made.
+def place(graph: PrecisionGraph, order: list[Node], casts: list[tuple[Value, Node]]) -> None:
+    """Rebuild the node table: `order`, with each of `casts` (source, cast) right after its source is made.
 
     Casts of graph inputs stand at the beginning; those of the inputs of an inner region before their first reader.
     """
     after: defaultdict[str, list[Node]] = defaultdict(list)
     waiting: dict[str, Node] = {}
-    for cast in casts:
-        source = graph.values[cast.inputs[0]]
+    for source, cast in casts:
         if source.scope and not source.producer:
             waiting[cast.outputs[0]] = cast
         else:

@@ -98,7 +98,8 @@ class _Editor:
         """Put every cast right after its source; those of written storage stay where they are."""
         values, nodes = self.graph.values, self.graph.nodes.values()
         loose = {node.id for node in nodes if node.is_cast and not values[node.inputs[0]].alias}
-        place(self.graph, [n for n in nodes if n.id not in loose], [n for n in nodes if n.id in loose])
+        casts = [(values[n.inputs[0]], n) for n in nodes if n.id in loose]
+        place(self.graph, [n for n in nodes if n.id not in loose], casts)
 
     # Each of the next five is one rewrite.
 

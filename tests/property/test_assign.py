@@ -16,7 +16,7 @@ from synthetic import layered
 from mpcompile.cost import CostModel, device, plan_cost
 from mpcompile.cut import SINK, SOURCE, CutProblem
 from mpcompile.graph import Node, PrecisionGraph, Value
-from mpcompile.passes.assign import Assign, _Plan
+from mpcompile.passes.assign import Assign, _Plan, made
 from mpcompile.passes.classify import Classify
 from mpcompile.passes.normalize import Normalize
 
@@ -40,6 +40,7 @@ def brute_force(graph: PrecisionGraph, assign: Assign) -> float:
     for choice in itertools.product((False, True), repeat=len(free)):
         # Vertices of nodes come first, so that places in `free` are those of the vertices.
         problem.graph = plan = graph.copy()
+        problem.made = made(plan)
         problem.settle([True, False, *choice])
         best = min(best, cost_of_plan(graph, plan, assign))
     return best
