@@ -66,10 +66,9 @@ class CutProblem:
         graph.sum_duplicates()
         # Repeated infinite edges add up; any of them alone is infinite.
         graph.data = np.minimum(graph.data, _TOTAL + 1).astype(np.int32)
-        flow = maximum_flow(graph.astype(np.int32), SOURCE, SINK).flow
-        residual = (graph.astype(np.int64) - flow.astype(np.int64)).T.tocsr()
-        residual.data = np.where(residual.data > 0, 1, 0)
-        residual.eliminate_zeros()
+        flow = maximum_flow(graph, SOURCE, SINK).flow
+        # Compared, not subtracted: a difference may leave 32 bits.
+        residual = (graph > flow).T.tocsr()
         reaches_sink = breadth_first_order(residual, SINK, return_predecessors=False)
         side = np.ones(self.size, dtype=np.bool_)
         side[reaches_sink] = False
