@@ -38,7 +38,7 @@ class CutProblem:
 
     def edge(self, start: int, end: int, capacity: float) -> None:
         """Pay `capacity` when `start` is on the source's side and `end` on the sink's."""
-        if capacity <= 0 or start == end or start == SINK or end == SOURCE:
+        if capacity <= 0 or start in (end, SINK) or end == SOURCE:
             return
         if start != SOURCE or end != SINK:  # that one is paid in every cut: it would only cost digits
             self.heads.append(start)
