@@ -68,7 +68,7 @@ class CutProblem:
         graph.data = np.minimum(graph.data, _TOTAL + 1).astype(np.int32)
         flow = maximum_flow(graph, SOURCE, SINK).flow
         # Compared, not subtracted: a difference may leave 32 bits.
-        residual = (graph > flow).T.tocsr()
+        residual = (graph > flow).astype(np.int32).T.tocsr()
         reaches_sink = breadth_first_order(residual, SINK, return_predecessors=False)
         side = np.ones(self.size, dtype=np.bool_)
         side[reaches_sink] = False

@@ -94,7 +94,8 @@ class _Sweep:
         """Raise `node` (and all it came through, where only an end counts), and hand the hazard to its results."""
         step: Trail | None = trail
         while step is not None and (ends or not row.only_if_ended):
-            self.raised.setdefault(step.node, f"{row.name}: {trail.reason}")
+            if step.node not in self.raised:
+                self.raised[step.node] = f"{row.name}: {trail.reason}"
             step = step.before if row.only_if_ended else None
         for out in node.outputs if not ends else ():
             value = self.values[out]

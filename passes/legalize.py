@@ -75,8 +75,9 @@ class Legalize:
     def apply(self, graph: PrecisionGraph) -> PassResult:
         changed = False
         seen: dict[tuple[object, ...], bool] = {}
+        large = {name for name, value in graph.values.items() if value.range is not None and self._is_large(value)}
         for node in graph.nodes.values():
-            if not self._is_plain(graph, node, seen):
+            if not self._is_plain(graph, node, seen) or not large.isdisjoint(node.inputs):
                 before = _state(node)
                 self._types(graph, node)
                 changed |= before != _state(node)
@@ -84,19 +85,25 @@ class Legalize:
             changed |= _force(node, reason)
         return PassResult(changed)
 
+    def _is_large(self, value: Value) -> bool:
+        limit = _overflow(self.low)
+        return value.range is not None and any(abs(end) >= limit for end in value.range)
+
     def _is_plain(self, graph: PrecisionGraph, node: Node, seen: dict[tuple[object, ...], bool]) -> bool:
-        """True for a node that `_types` would leave alone: most are alike, and `seen` holds the answer for each sort."""
+        """True for a node that `_types` would leave alone but for what its constants are.
+
+        Most nodes are alike: `seen` holds the answer for each sort.
+        """
         if node.operands or node.results or node.out_dtype or node.kind == "cast" or node.op == CAST_OP:
             return False
         signature, values = self.signatures.get(node.id, UNKNOWN), graph.values
-        given = [values[name] for name in node.inputs]
-        made = [values[name].dtype for name in node.outputs]
         # By identity: a signature has no hash, and the nodes of one operation share it.
-        key = id(signature), *node.slots, None, *[value.dtype for value in given], None, *made
+        key = id(signature), *node.slots, *[values[name].dtype for name in (*node.inputs, *node.outputs)]
         plain = seen.get(key)
         if plain is None:
-            plain = seen[key] = self._has_one_type(signature, node.slots, [value.dtype for value in given], made)
-        return plain and not self._too_large(node, given)
+            given, made = [[values[name].dtype for name in names] for names in (node.inputs, node.outputs)]
+            plain = seen[key] = self._has_one_type(signature, node.slots, given, made)
+        return plain
 
     def _has_one_type(self, signature: Signature, slots: list[int], given: list[str], made: list[str]) -> bool:
         """True when all floats of such a node are of one type variable, which may be low; or when it has none."""
@@ -128,19 +135,17 @@ class Legalize:
             _force(node, "the type of one of its operands is not known, and the others share it")
         if node.verdict != "fp32" and self.low not in signature.allowed.get(main, FP32_ONLY):
             _force(node, signature.why or f"its type may not be {self.low}")
-        elif node.decided_by != "override" and (size := self._too_large(node, [values[name] for name in node.inputs])):
+        elif node.decided_by != "override" and (size := self._too_large(graph, node)):
             _force(node, f"a constant of {size:.4g} is beyond {self.low}'s largest number, {LARGEST[self.low]:.6g}")
             node.decided_by = "hazard"
         self._pins(node, signature, main, reads, gives)
 
-    def _too_large(self, node: Node, given: list[Value]) -> float:
+    def _too_large(self, graph: PrecisionGraph, node: Node) -> float:
         """The largest finite constant operand, when the low type cannot hold it; FLT_MAX as a bound means no bound."""
         limit = _overflow(self.low)
-        for value in given:
+        for name in node.inputs:
+            value = graph.values[name]
             if value.range is None or value.dtype != "fp32":
-                continue
-            least, most = value.range
-            if -limit < least and most < limit:
                 continue
             for end in map(abs, value.range):
                 if limit <= end < (NO_BOUND if base(node.op) in BOUNDS else math.inf):

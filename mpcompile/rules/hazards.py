@@ -12,7 +12,7 @@ Operations are compared by base name, so that one row serves every front end: "a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -74,6 +74,14 @@ PRODUCTS = frozenset({"matmul", "mm", "bmm", "einsum", "outer", "ger"})
 ROUNDINGS = frozenset({"floor", "ceil", "round", "trunc", "sin", "cos"})
 
 
+# Arguments whose numbers are none that the operation computes with.
+NO_NUMBERS = frozenset({"dim", "alpha", "dtype", "axis", "keepdim", "to"})
+
+
+def _is_number(item: object) -> bool:
+    return isinstance(item, (int, float)) and not isinstance(item, bool)
+
+
 @cache
 def base(op: str) -> str:
     """The name of an operation without front end, overload and decoration."""
@@ -98,18 +106,12 @@ class Facts:
     def numbers(self, node: Node) -> list[float]:
         """Scalar arguments of `node`, and the ends of the ranges of its constant operands."""
         if self._asked[0] is not node:
-            self._asked = node, list(self._numbers(node))
+            found = [float(item) for key, item in node.attrs.items() if key not in NO_NUMBERS and _is_number(item)]
+            for value in self.values(node):
+                if value.range is not None and value.castable:
+                    found += value.range
+            self._asked = node, found
         return self._asked[1]
-
-    def _numbers(self, node: Node) -> Iterator[float]:
-        for key, item in node.attrs.items():
-            if key in ("dim", "alpha", "dtype", "axis", "keepdim", "to"):
-                continue
-            if isinstance(item, (int, float)) and not isinstance(item, bool):
-                yield float(item)
-        for value in self.values(node):
-            if value.range is not None and value.castable:
-                yield from value.range
 
     def behind(self, name: str) -> Node | None:
         """The node that computes `name`, looking through views and casts."""
