@@ -113,6 +113,18 @@ class Node:
         if len(self.slots) != len(self.inputs):
             self.slots = list(range(len(self.inputs)))
 
+    def copy(self) -> Node:
+        """A twin, field by field: a third of the time that the constructor takes, and a large graph is mostly copying."""
+        twin = Node.__new__(Node)
+        twin.id, twin.op, twin.module, twin.source = self.id, self.op, self.module, self.source
+        twin.inputs, twin.outputs, twin.slots = self.inputs.copy(), self.outputs.copy(), self.slots.copy()
+        twin.attrs, twin.operands, twin.results = self.attrs.copy(), self.operands.copy(), self.results.copy()
+        twin.phase, twin.scope, twin.group, twin.flops = self.phase, self.scope, self.group, self.flops
+        twin.region, twin.autocast, twin.out_dtype = self.region, self.autocast, self.out_dtype
+        twin.kind, twin.verdict, twin.precision = self.kind, self.verdict, self.precision
+        twin.reason, twin.decided_by, twin.origin = self.reason, self.decided_by, self.origin
+        return twin
+
     @property
     def is_cast(self) -> bool:
         return self.op == CAST_OP
@@ -202,7 +214,7 @@ class PrecisionGraph:
     def copy(self) -> PrecisionGraph:
         """A graph that shares nothing mutable with this one."""
         return PrecisionGraph(
-            {k: _copy_node(n) for k, n in self.nodes.items()},
+            {k: n.copy() for k, n in self.nodes.items()},
             {k: _copy_value(v) for k, v in self.values.items()},
             list(self.inputs),
             list(self.outputs),
@@ -256,19 +268,6 @@ def joined(parts: Mapping[str, PrecisionGraph]) -> PrecisionGraph:
         whole.outputs += [f"{prefix}/{name}" for name in twin.outputs]
         whole.header = whole.header or twin.header
     return whole
-
-
-def _copy_node(node: Node) -> Node:
-    """A twin, field by field: a third of the time that the constructor takes, and a large graph is mostly copying."""
-    twin = Node.__new__(Node)
-    twin.id, twin.op, twin.module, twin.source = node.id, node.op, node.module, node.source
-    twin.inputs, twin.outputs, twin.slots = node.inputs.copy(), node.outputs.copy(), node.slots.copy()
-    twin.attrs, twin.operands, twin.results = node.attrs.copy(), node.operands.copy(), node.results.copy()
-    twin.phase, twin.scope, twin.group, twin.flops = node.phase, node.scope, node.group, node.flops
-    twin.region, twin.autocast, twin.out_dtype = node.region, node.autocast, node.out_dtype
-    twin.kind, twin.verdict, twin.precision = node.kind, node.verdict, node.precision
-    twin.reason, twin.decided_by, twin.origin = node.reason, node.decided_by, node.origin
-    return twin
 
 
 def _copy_value(value: Value) -> Value:

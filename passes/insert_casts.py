@@ -15,7 +15,7 @@ from functools import cache
 from typing import ClassVar
 
 from mpcompile import laws
-from mpcompile.graph import CAST_OP, CASTABLE, CastOrigin, Node, PrecisionGraph, Value
+from mpcompile.graph import CAST_OP, CASTABLE, Node, PrecisionGraph, Value
 from mpcompile.passes.base import PassResult
 
 
@@ -108,18 +108,20 @@ class _Writer:
 def make_cast(graph: PrecisionGraph, source: Value, to: str) -> Node:
     """A new cast of `source`, with its value, that stands nowhere yet."""
     name = graph.fresh_name(f"{source.name}_{to}")
-    origin: CastOrigin = "shadow" if source.role == "parameter" else "inserted"
-    cast = Node(name, CAST_OP, [source.name], [name], [0], {"to": to}, kind="cast", origin=origin, scope=source.scope,
-                verdict="propagate", precision=to, reason=_reason(source.dtype, to))  # type: ignore[arg-type]  # fmt: skip
+    cast = _blank(source.dtype, to).copy()
+    cast.id, cast.inputs, cast.outputs, cast.scope = name, [source.name], [name], source.scope
+    cast.origin = "shadow" if source.role == "parameter" else "inserted"
     if (maker := graph.nodes.get(source.producer)) is not None:
         cast.phase, cast.module, cast.source = maker.phase, maker.module, maker.source
-    graph.values[name] = Value(name, to, source.shape, source.numel, name, scope=source.scope)
+    graph.values[name] = Value(name, to, source.shape, source.numel, name, "activation", None, "", source.scope)
     return cast
 
 
 @cache
-def _reason(dtype: str, to: str) -> str:
-    return f"{dtype} is needed as {to}"
+def _blank(dtype: str, to: str) -> Node:
+    """What all casts from `dtype` to `to` have in common."""
+    return Node("", CAST_OP, [""], slots=[0], attrs={"to": to}, kind="cast", verdict="propagate",
+                precision=to, reason=f"{dtype} is needed as {to}")  # type: ignore[arg-type]  # fmt: skip
 
 
 def place(graph: PrecisionGraph, order: list[Node], casts: list[tuple[Value, Node]]) -> None:
