@@ -39,21 +39,24 @@ class SimplifyCasts:
 
 
 def _worth_a_look(graph: PrecisionGraph) -> bool:
-    """False when no cast is one that a rewrite starts from: many plans are as small as they can be."""
-    values, nodes, casts = graph.values, graph.nodes, graph.casts()
-    given = {cast.outputs[0] for cast in casts}
-    views = {node.id for node in nodes.values() if node.kind in _views()}
-    read = {*graph.outputs, *chain.from_iterable([node.inputs for node in nodes.values()])}
-    shown = [name for view in views for name in nodes[view].inputs]
-    if not given <= read or not given.isdisjoint(shown):
-        return True  # one that nobody reads, or that may sink
+    """False when no cast is one that a rewrite starts from: many plans are as small as they can be.
+
+    What is found first costs least: a graph that is worth it shows so early.
+    """
+    nodes, views, casts = graph.nodes, _views(), graph.casts()
     seen = set()
     for cast in casts:
-        source, to = values[cast.inputs[0]], cast.attrs["to"]
-        if source.name in given or source.dtype == to or source.producer in views or (source.name, to) in seen:
+        source, to = graph.values[cast.inputs[0]], cast.attrs["to"]
+        maker = nodes.get(source.producer)
+        if source.dtype == to or (source.name, to) in seen:
+            return True
+        if maker is not None and (maker.kind in views or maker.op == CAST_OP):
             return True
         seen.add((source.name, to))
-    return False
+    given = {cast.outputs[0] for cast in casts}
+    if any(node.kind in views and not given.isdisjoint(node.inputs) for node in nodes.values()):
+        return True  # one that may sink
+    return not given <= {*graph.outputs, *chain.from_iterable([node.inputs for node in nodes.values()])}
 
 
 @cache
