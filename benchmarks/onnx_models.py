@@ -24,7 +24,8 @@ import onnx
 from onnx import helper, numpy_helper
 
 from mpcompile.frontends.onnx import read
-from mpcompile.onnx_api import Options, convert, frontend_policy, no_garbage_collection, plan
+from mpcompile.garbage import no_garbage_collection
+from mpcompile.onnx_api import Options, convert, frontend_policy, plan
 from mpcompile.runtime.ort import run, session
 
 MATMUL_KINDS = ("matmul", "convolution", "attention")

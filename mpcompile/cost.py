@@ -8,10 +8,12 @@ cast that stands alone (of a kernel's result or a graph input, in front of a ker
 from __future__ import annotations
 
 import tomllib
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from importlib import resources
+from itertools import chain
 
 from mpcompile.graph import ITEMSIZE, LOW, Node, PrecisionGraph, Value
 from mpcompile.rules.table import Kind, load_kinds
@@ -65,25 +67,38 @@ class CostModel:
     device: Device
     low: str
     fused: bool = True
-    uses: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._kinds = load_kinds()
-        self.uses = self.uses or self.graph.uses()
         self.outputs = frozenset(self.graph.outputs)
         self._base: dict[str, str] = {}
         self._far: dict[str, bool] = {}
-        self._materialised: dict[str, bool] = {}
-        # Elements of a kernel's operands that it alone reads.
-        self._private: dict[str, int] = {}
         self._kernels = frozenset(
             name for name, kind in self._kinds.items() if kind.fusion == "kernel" or not self.fused
         )
-        self._keeps = {
-            what: frozenset(name for name, kind in self._kinds.items() if kind.saves == what)
-            for what in ("inputs", "output")
-        }
+        self._keep_inputs = frozenset(name for name, kind in self._kinds.items() if kind.saves == "inputs")
+        self._keep_output = frozenset(name for name, kind in self._kinds.items() if kind.saves == "output")
         self._views = frozenset(name for name, kind in self._kinds.items() if kind.fusion == "view")
+        nodes = self.graph.nodes.values()
+        # Values that a reader saves for the backward.
+        self._saved = {name for node in nodes if node.kind in self._keep_inputs for name in node.inputs}
+        # How many fused readers a value has.
+        self._near = Counter(chain.from_iterable([n.inputs for n in nodes if n.kind not in self._kernels]))
+        # Results that may be written for the sake of one reader; elements that a kernel has written for it alone.
+        kernels = self._kernels - self._views
+        self._loose = {name for node in nodes if node.kind not in kernels for name in node.outputs}
+        self._private: dict[str, int] = {}
+
+    @cached_property
+    def readers(self) -> dict[str, list[Node]]:
+        """Who reads each value, once per operand."""
+        return self.graph.readers()
+
+    @cached_property
+    def _several(self) -> set[str]:
+        """Values that are read more than once."""
+        times = Counter(chain.from_iterable([node.inputs for node in self.graph.nodes.values()]))
+        return {name for name, count in times.items() if count > 1}
 
     def kind(self, node: Node) -> Kind | None:
         return self._kinds.get(node.kind)
@@ -97,12 +112,13 @@ class CostModel:
     def base(self, name: str) -> str:
         """The value that a chain of views shows."""
         seen: list[str] = []
+        nodes, values, views = self.graph.nodes, self.graph.values, self._views
         while (known := self._base.get(name)) is None:
-            seen.append(name)
-            producer = self.graph.producer(name)
-            if producer is None or not self.is_view(producer) or not producer.inputs:
+            producer = nodes.get(values[name].producer)
+            if producer is None or producer.kind not in views or not producer.inputs:
                 known = name
                 break
+            seen.append(name)
             name = producer.inputs[0]
         for shown in seen:
             self._base[shown] = known
@@ -111,60 +127,65 @@ class CostModel:
     def stands_alone(self, name: str) -> bool:
         """True when a cast of the value cannot join the kernel that makes it."""
         producer = self.graph.producer(self.base(name))
-        return producer is None or self.is_kernel(producer)
+        return producer is None or producer.kind in self._kernels
 
     def materialised(self, value: Value) -> bool:
         """True when the value's bytes are written, whatever reads it."""
-        known = self._materialised.get(value.name)
-        if known is None:
-            known = self._materialised[value.name] = self._is_materialised(value)
-        return known
-
-    def _is_materialised(self, value: Value) -> bool:
-        producer = self.graph.nodes.get(value.producer)
-        if producer is None or self.is_view(producer):
-            return False
-        readers = self.uses[value.name]
-        return self.is_kernel(producer) or len(readers) > 1 or value.name in self.outputs or self.saved(value, producer)
-
-    def saved(self, value: Value, producer: Node) -> bool:
-        """True when autograd keeps the value for the backward."""
-        if producer.kind in self._keeps["output"]:
-            return True
-        nodes, keeps = self.graph.nodes, self._keeps["inputs"]
-        return not keeps.isdisjoint([nodes[reader].kind for reader, _ in self.uses[value.name]])
+        return self.traffic(value) > 0
 
     def store(self, value: Value, precision: str) -> float:
         """Seconds to keep a materialised value: written once, read by each reader, and once more by the backward."""
         return value.bytes_at(precision) * self.traffic(value)
 
     def traffic(self, value: Value) -> float:
-        """Seconds per byte of a materialised value."""
-        nodes, near = self.graph.nodes, 0
-        for reader, _ in self.uses[value.name]:
-            near += nodes[reader].kind not in self._kernels
-        return (1 + near + 2 * self.saved(value, nodes[value.producer])) / self.device.bandwidth
+        """Seconds per byte of a materialised value; 0.0 for one that is not."""
+        maker = self.graph.nodes.get(value.producer)
+        return 0.0 if maker is None else self.traffic_of(value.name, maker)
+
+    def traffic_of(self, name: str, maker: Node) -> float:
+        """The same, for a value whose maker is known."""
+        if maker.kind in self._views:
+            return 0.0
+        # Whether autograd keeps the value for the backward, and how many fused readers it has.
+        saved = maker.kind in self._keep_output or name in self._saved
+        near = self._near.get(name, 0)
+        if saved or maker.kind in self._kernels or name in self.outputs or name in self._several:
+            return (1 + near + 2 * saved) / self.device.bandwidth
+        return 0.0
 
     def work(self, node: Node, precision: str) -> float:
         """Seconds of matrix work and its call, and of the operands that this kernel alone makes someone write."""
+        private = self.private(node)
+        if not node.flops and not private:
+            return 0.0
         seconds = node.flops / self.device.rate(precision, node.kind)
         seconds += self.device.low_call.get(precision, 0.0) if node.flops else 0.0
-        if not self.is_kernel(node):
-            return seconds
-        private = self._private.get(node.id)
-        if private is None:
-            values = (self.graph.values[name] for name in node.inputs)
-            private = self._private[node.id] = sum(v.numel for v in values if v.castable and not self._shared(v))
         return seconds + 2 * private * ITEMSIZE[precision] / self.device.bandwidth
 
+    def private(self, node: Node) -> int:
+        """Elements of the operands that this kernel alone makes someone write."""
+        if node.kind not in self._kernels or self._loose.isdisjoint(node.inputs):
+            return 0
+        known = self._private.get(node.id)
+        if known is None:
+            values = [self.graph.values[name] for name in node.inputs if name in self._loose]
+            known = sum([value.numel for value in values if value.castable and not self._shared(value)])
+            self._private[node.id] = known
+        return known
+
     def _shared(self, value: Value) -> bool:
-        root = self.graph.values[self.base(value.name)]
-        return not root.producer or self.materialised(root)
+        root = self._root(value)
+        return not root.producer or self.traffic(root) > 0
+
+    def _root(self, value: Value) -> Value:
+        """What a chain of views shows; `value` itself when no view makes it."""
+        maker = self.graph.nodes.get(value.producer)
+        return value if maker is None or maker.kind not in self._views else self.graph.values[self.base(value.name)]
 
     def is_far(self, reader: Node) -> bool:
         """True for readers that read memory and cannot take a cast in: kernels, and views that a kernel looks through."""
-        if not self.is_view(reader):
-            return self.is_kernel(reader)
+        if reader.kind not in self._views:
+            return reader.kind in self._kernels
         # Depth first, without Python's stack: a program may hold thousands of views of views.
         stack = [reader]
         while stack:
@@ -172,7 +193,7 @@ class CostModel:
             if node.id in self._far:
                 stack.pop()
                 continue
-            readers = [self.graph.nodes[r] for name in node.outputs for r, _ in self.uses[name]]
+            readers = [r for name in node.outputs for r in self.readers[name]]
             unknown = [r for r in readers if self.is_view(r) and r.id not in self._far]
             if unknown:
                 stack.extend(unknown)
@@ -185,11 +206,11 @@ class CostModel:
 
     def cast(self, value: Value, target: str, *, far: bool) -> float:
         """Seconds of one cast of `value` to `target`, shared by the readers that are (not) far."""
-        if self.graph.values[self.base(value.name)].role == "parameter" and target in LOW:
+        if target in LOW and self._root(value).role == "parameter":
             return SHADOW_CAST
         if not far:
             return FUSED_CAST
-        written = 2 * value.bytes_at(target)
+        written = 2 * value.numel * ITEMSIZE[target]
         if self.fused and not self.stands_alone(value.name):
             return written / self.device.bandwidth
         # By the target, not by the value's dtype: a second run, which finds the plan's dtypes, must find these prices.

@@ -8,6 +8,7 @@ on the order of vertices or edges.
 from __future__ import annotations
 
 import math
+from array import array
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,9 +27,10 @@ class CutProblem:
     """Vertices are ints from 2 on (0 is the source, 1 the sink); edges may repeat, their capacities add up."""
 
     size: int = 2
-    heads: list[int] = field(default_factory=list)
-    tails: list[int] = field(default_factory=list)
-    capacities: list[float] = field(default_factory=list)
+    # Arrays, not lists: numpy reads them as they are.
+    heads: array[int] = field(default_factory=lambda: array("i"))
+    tails: array[int] = field(default_factory=lambda: array("i"))
+    capacities: array[float] = field(default_factory=lambda: array("d"))
 
     def vertex(self) -> int:
         self.size += 1
@@ -36,7 +38,7 @@ class CutProblem:
 
     def edge(self, start: int, end: int, capacity: float) -> None:
         """Pay `capacity` when `start` is on the source's side and `end` on the sink's."""
-        if start in (end, SINK) or capacity <= 0 or end == SOURCE:
+        if capacity <= 0 or start in (end, SINK) or end == SOURCE:
             return
         if start != SOURCE or end != SINK:  # that one is paid in every cut: it would only cost digits
             self.heads.append(start)
@@ -64,10 +66,9 @@ class CutProblem:
         graph.sum_duplicates()
         # Repeated infinite edges add up; any of them alone is infinite.
         graph.data = np.minimum(graph.data, _TOTAL + 1).astype(np.int32)
-        flow = maximum_flow(graph.astype(np.int32), SOURCE, SINK).flow
-        residual = (graph.astype(np.int64) - flow.astype(np.int64)).T.tocsr()
-        residual.data = np.where(residual.data > 0, 1, 0)
-        residual.eliminate_zeros()
+        flow = maximum_flow(graph, SOURCE, SINK).flow
+        # Compared, not subtracted: a difference may leave 32 bits.
+        residual = (graph > flow).astype(np.int32).T.tocsr()
         reaches_sink = breadth_first_order(residual, SINK, return_predecessors=False)
         side = np.ones(self.size, dtype=np.bool_)
         side[reaches_sink] = False

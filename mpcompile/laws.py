@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 
 from mpcompile.errors import LawError, page
-from mpcompile.graph import CASTABLE, LOW, Node, PrecisionGraph
+from mpcompile.graph import CAST_OP, CASTABLE, LOW, Node, PrecisionGraph
 from mpcompile.text import print_node
 
 for _code, _title, _cause, _remedy in (
@@ -77,11 +78,12 @@ def writes(graph: PrecisionGraph, node: Node) -> set[str]:
 
 def writers(graph: PrecisionGraph) -> dict[str, set[str]]:
     """Node id -> the alias groups it writes to, for the nodes that write to any."""
-    if not any(value.alias for value in graph.values.values()):
+    if not any(map(_ALIAS, graph.values.values())):
         return {}
     return {node.id: found for node in graph.nodes.values() if (found := writes(graph, node))}
 
 
+_ALIAS = attrgetter("alias")
 # Custom operations may write to whatever they are given; ONNX and prims never do.
 _IN_PLACE = re.compile(r"_$|_\.|[._]out\b|batch_norm|instance_norm|rrelu_with_noise")
 _PURE = ("aten.", "prims.", "onnx::")
@@ -93,51 +95,49 @@ def structure(graph: PrecisionGraph) -> Iterator[Breach]:
     for name in graph.inputs:
         if name not in made:
             yield Breach("MP410", f"graph input {name!r} is no value, or has a producer")
+    get = graph.values.get
     for key, node in graph.nodes.items():
         if key != node.id or len(node.slots) != len(node.inputs):
             yield Breach("MP410", f"node {node.id!r} is filed under {key!r}, or lacks slots of its operands", node.id)
-        yield from _in_order(graph, node, made)
-    for name in [*graph.outputs, *graph.values]:
-        if name not in made:
-            yield Breach("MP410", f"nothing makes the value {name!r}")
+        if not made.issuperset(node.inputs):
+            yield from _unmade(node, made)
+        for name in node.outputs:
+            value = get(name)
+            if name in made or value is None or value.producer != node.id:
+                yield Breach("MP410", f"{name!r} of node {node.id!r} is missing, made twice, or not its own", node.id)
+            made.add(name)
+    if not made.issuperset(graph.outputs) or not made.issuperset(graph.values):
+        missing = [name for name in [*graph.outputs, *graph.values] if name not in made]
+        yield from (Breach("MP410", f"nothing makes the value {name!r}") for name in missing)
 
 
-def _in_order(graph: PrecisionGraph, node: Node, made: set[str]) -> Iterator[Breach]:
+def _unmade(node: Node, made: set[str]) -> Iterator[Breach]:
     for name in node.inputs:
         if name not in made:
             yield Breach("MP410", f"node {node.id!r} reads {name!r} before it is made", node.id)
-    for name in node.outputs:
-        if name in made or name not in graph.values or graph.values[name].producer != node.id:
-            yield Breach("MP410", f"{name!r} of node {node.id!r} is missing, made twice, or not its own", node.id)
-        made.add(name)
 
 
 def precision(graph: PrecisionGraph) -> Iterator[Breach]:
     """Law 1: what a node reads and gives is in the precision that it was given."""
     values = graph.values
     for node in graph.nodes.values():
-        if node.precision not in _PRECISIONS and not node.is_cast:
-            what = f"node {node.id!r} has no precision, but {node.precision!r}"
+        own, is_cast = node.precision, node.op == CAST_OP
+        if own not in _PRECISIONS and not is_cast:
+            what = f"node {node.id!r} has no precision, but {own!r}"
             yield Breach("MP401", what, node.id, "run assign first")
             continue
-        for operand, name in enumerate(node.inputs):
+        for operand, name in enumerate(node.inputs if not is_cast or node.operands else ()):
             dtype = values[name].dtype
-            want = node.reads_at(operand) if dtype in CASTABLE and dtype != node.precision else "any"
-            if want not in ("any", dtype):
+            if dtype != own and dtype in CASTABLE and (want := node.reads_at(operand)) not in ("any", dtype):
                 yield Breach("MP401", f"node {node.id!r} reads {name!r} as {dtype}, but needs {want}", node.id)
+        told = is_cast or node.out_dtype or node.results
         for output, name in enumerate(node.outputs):
             dtype = values[name].dtype
-            gives = node.gives_at(output) if dtype in CASTABLE else "keep"
-            if gives not in ("keep", dtype):
+            if (told or dtype != own) and dtype in CASTABLE and (gives := node.gives_at(output)) not in ("keep", dtype):
                 yield Breach("MP401", f"node {node.id!r} gives {name!r} as {dtype}, but should give {gives}", node.id)
 
 
 _PRECISIONS = frozenset({"fp32", "keep", "fp16", "bf16"})
-
-
-def reads(node: Node, operand: int) -> str:
-    """`Node.reads_at`, and "any" for the user's own casts: a cast reads what there is."""
-    return node.reads_at(operand)
 
 
 def never_cast(graph: PrecisionGraph) -> Iterator[Breach]:
@@ -146,24 +146,6 @@ def never_cast(graph: PrecisionGraph) -> Iterator[Breach]:
         source, to = graph.values[cast.inputs[0]], cast.attrs.get("to")
         if not source.castable or to not in CASTABLE:
             yield Breach("MP402", f"cast {cast.id!r} turns {source.name!r} from {source.dtype} into {to}", cast.id)
-
-
-def one_cast(graph: PrecisionGraph) -> Iterator[Breach]:
-    """Law 3: one cast per value and target; storage that is written in between counts as a new value."""
-    seen: dict[tuple[str, str, str, int], str] = {}
-    written: dict[str, int] = {}
-    writing = writers(graph)
-    for node in graph.nodes.values() if writing else graph.casts():
-        for alias in writing.get(node.id, ()):
-            written[alias] = written.get(alias, 0) + 1
-        if not node.is_cast:
-            continue
-        source, to = graph.values[node.inputs[0]], str(node.attrs["to"])
-        first = seen.setdefault((source.name, to, node.scope, written.get(source.alias, 0)), node.id)
-        if first != node.id:
-            yield Breach("MP403", f"casts {first!r} and {node.id!r} both turn {source.name!r} into {to}", node.id)
-        if source.dtype == to:
-            yield Breach("MP403", f"cast {node.id!r} turns {to} into {to}", node.id)
 
 
 def fresh(graph: PrecisionGraph) -> Iterator[Breach]:
@@ -182,12 +164,29 @@ def fresh(graph: PrecisionGraph) -> Iterator[Breach]:
             written[alias] = written.get(alias, 0) + 1
 
 
-def no_pairs(graph: PrecisionGraph) -> Iterator[Breach]:
-    """Law 4: a cast of ours never reads a cast of ours."""
-    for cast in graph.casts():
-        before = graph.producer(cast.inputs[0])
+def few_casts(graph: PrecisionGraph) -> Iterator[Breach]:
+    """Law 3: one cast per value and target; storage that is written in between counts as a new value.
+
+    Law 4: a cast of ours never reads a cast of ours.
+    """
+    seen: dict[tuple[str, str, str, int], str] = {}
+    written: dict[str, int] = {}
+    writing = writers(graph)
+    for node in graph.nodes.values() if writing else graph.casts():
+        for alias in writing.get(node.id, ()) if writing else ():
+            written[alias] = written.get(alias, 0) + 1
+        if node.op != CAST_OP:
+            continue
+        source, to = graph.values[node.inputs[0]], str(node.attrs["to"])
+        before = graph.nodes.get(source.producer)
         if before is not None and before.is_cast:
-            yield Breach("MP404", f"cast {cast.id!r} reads the cast {before.id!r}", cast.id)
+            yield Breach("MP404", f"cast {node.id!r} reads the cast {before.id!r}", node.id)
+        times = written.get(source.alias, 0) if written else 0
+        first = seen.setdefault((source.name, to, node.scope, times), node.id)
+        if first != node.id:
+            yield Breach("MP403", f"casts {first!r} and {node.id!r} both turn {source.name!r} into {to}", node.id)
+        if source.dtype == to:
+            yield Breach("MP403", f"cast {node.id!r} turns {to} into {to}", node.id)
 
 
 def kept_casts(graph: PrecisionGraph, original: PrecisionGraph) -> Iterator[Breach]:
@@ -225,10 +224,11 @@ def fp32_arithmetic(graph: PrecisionGraph) -> Iterator[Breach]:
     unless an override said otherwise.
     """
     for node in graph.nodes.values():
-        low = node.precision in LOW and not node.is_cast
-        if low and node.phase == "optimizer" and node.decided_by != "user-cast":
+        if node.precision not in LOW or node.op == CAST_OP:
+            continue
+        if node.phase == "optimizer" and node.decided_by != "user-cast":
             yield Breach("MP406", f"optimizer node {node.id!r} runs in {node.precision}", node.id)
-        if low and node.kind == "loss" and node.decided_by != "override":
+        if node.kind == "loss" and node.decided_by != "override":
             yield Breach("MP406", f"loss {node.id!r} runs in {node.precision}", node.id)
 
 
@@ -260,7 +260,7 @@ STAGES: dict[str, tuple[Callable[[PrecisionGraph], Iterator[Breach]], ...]] = {
     "structure": (structure,),
     "assigned": (fp32_arithmetic, one_precision),
     "cast": (precision, never_cast, fresh),
-    "simplified": (no_pairs, one_cast),
+    "simplified": (few_casts,),
 }
 
 

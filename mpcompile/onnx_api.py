@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +16,7 @@ from mpcompile.errors import OnnxError, page
 from mpcompile.frontends import onnx as frontend
 from mpcompile.frontends import onnx_check, onnx_write
 from mpcompile.frontends.onnx_emit import Written
+from mpcompile.garbage import no_garbage_collection
 from mpcompile.graph import LOW, Node, PrecisionGraph
 from mpcompile.onnx_tune import sensitivities, smallest
 from mpcompile.passes.assign import Assign
@@ -342,18 +341,6 @@ def passes_for(policy: Policy, options: Options, capture: frontend.OnnxCapture,
     after = next(i for i, one in enumerate(passes) if one.name == "classify") + 1
     measured: list[Pass] = [MeasuredHazards(policy.low, ranges)] if ranges else []
     return [*passes[:after], Legalize(policy.low, capture.signatures), *measured, *passes[after:]]
-
-
-@contextmanager
-def no_garbage_collection() -> Iterator[None]:
-    """Millions of small objects that all stay: looking for garbage among them takes as long as making them."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 def _several(overrides: Any) -> tuple[Any, ...]:

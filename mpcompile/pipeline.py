@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from mpcompile import laws
+from mpcompile.garbage import no_garbage_collection
 from mpcompile.graph import PrecisionGraph
 from mpcompile.passes.base import Pass, PassResult
 from mpcompile.policy import Policy
@@ -43,7 +42,7 @@ def run(graph: PrecisionGraph, passes: Iterable[Pass],
     Raises:
       Exception: what a pass or the observer raised, with a note that names the pass and those before it.
     """
-    with _no_collection():
+    with no_garbage_collection():
         return _run(graph.copy(), passes, observer)
 
 
@@ -63,18 +62,6 @@ def _run(graph: PrecisionGraph, passes: Iterable[Pass],
             )
             raise
     return graph, records
-
-
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """Hold Python's cycle collector back: passes make many objects and no cycles; it would take a third of the time."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 def keep_text(names: Sequence[str] = (), **options: Any) -> Observer:

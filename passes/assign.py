@@ -22,12 +22,14 @@ optima the one with the most low nodes is taken; it is unique, so the plan does 
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
 from mpcompile.cost import CostModel, device
 from mpcompile.cut import INFINITE, SINK, SOURCE, CutProblem
-from mpcompile.graph import CASTABLE, LOW, Node, PrecisionGraph, Value
+from mpcompile.graph import CAST_OP, CASTABLE, ITEMSIZE, LOW, Node, PrecisionGraph, Value
 from mpcompile.passes.base import PassResult
 
 
@@ -54,25 +56,22 @@ class Assign:
     name: ClassVar[str] = "assign"
 
     def apply(self, graph: PrecisionGraph) -> PassResult:
-        before = {node.id: node.precision for node in graph}
+        before = [node.precision for node in graph]
         if self.plan == "autocast":
             _follow_autocast(graph, self.low)
         else:
             _Plan(
                 graph, CostModel(graph, device(self.device), self.low, self.fused), self.low, self.output, self.bind
             ).run()
-        for node in graph.nodes.values():
-            _fix_values(graph, node)
-        changed = any(before[node.id] != node.precision for node in graph)
-        return PassResult(changed)
+        return PassResult(before != [node.precision for node in graph])
 
 
 def told(node: Node) -> bool:
     """The node's own precision is not a question: the program's cast, or a tensor made with a named dtype."""
-    return node.is_cast or (bool(node.out_dtype) and (node.kind in ("cast", "factory") or not node.inputs))
+    return node.op == CAST_OP or (bool(node.out_dtype) and (node.kind in ("cast", "factory") or not node.inputs))
 
 
-_FIXED = (SOURCE, SINK)
+_FIXED = frozenset({SOURCE, SINK})
 
 
 @dataclass
@@ -83,42 +82,48 @@ class _Plan:
     output: str
     bind: bool = False
     problem: CutProblem = field(default_factory=CutProblem)
-    vertex: dict[str, int] = field(default_factory=dict)
     saving: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.classes = _Classes(self.graph)
+        # For each node, in order: the vertex whose side is its precision; None where there is no question.
+        self.places: list[int | None] = []
+        # For each node, in order: its results. Looked up once: in a large graph a look-up by name is a wait for memory.
+        self.made = made(self.graph)
+        # Castable value -> the vertex whose side says how it is stored.
+        self.sides: dict[str, int] = {}
+        # Value -> (vertex whose side says how it is read, whether a cast would stand alone), for those not at its side.
+        self.apart: defaultdict[str, list[tuple[int, bool]]] = defaultdict(list)
+        # A model has few reasons and many nodes: each text is made once.
+        self._reasons: dict[tuple[str, bool, int], str] = {}
 
     def run(self) -> None:
-        self._vertices()
-        for node in self.graph:
-            if node.id in self.vertex:
-                self._node(node)
-        for value in self.graph.values.values():
-            if value.castable:
-                self._value(value)
-        low_side = self.problem.solve()
-        for node in self.graph:
-            self._settle(node, node.id in self.vertex and bool(low_side[self.vertex[node.id]]))
+        self.vertices()
+        self._stored()
+        self._readers()
+        for name, readers in self.apart.items():
+            self._casts(self.graph.values[name], self.sides[name], readers)
+        self.settle(self.problem.solve().tolist())
 
-    def _vertices(self) -> None:
+    def vertices(self) -> None:
         """A vertex per free node or class of nodes; fixed ones are the source or the sink itself."""
-        classes = self.classes
-        fixed = {root: SOURCE if dtype == self.low else SINK for root, dtype in classes.tied.items()}
-        nodes = [n for n in self.graph if not told(n) and self.graph.has_floats(n)]
-        for node in nodes:
-            side = self._fixed_side(node)
-            root = classes.root(node.id)
-            if side == SINK and root not in classes.tied:
-                fixed[root] = SINK
-            elif side == SOURCE:
-                fixed.setdefault(root, SOURCE)
-        made: dict[str, int] = {}
-        for node in nodes:
-            root = classes.root(node.id)
-            if root not in fixed and root not in made:
-                made[root] = self.problem.vertex()
-            self.vertex[node.id] = fixed[root] if root in fixed else made[root]
+        classes, graph = self.classes, self.graph
+        known = {root: SOURCE if dtype == self.low else SINK for root, dtype in classes.tied.items()}
+        roots = [classes.root(node.id) if not told(node) and (any_float(values) or graph.has_floats(node)) else None
+                 for node, values in zip(graph, self.made, strict=True)]  # fmt: skip
+        for node, root in zip(self.graph, roots, strict=True):
+            side = None if root is None else self._fixed_side(node)
+            if root is None or side is None:
+                continue
+            if side == SOURCE:
+                known.setdefault(root, SOURCE)
+            elif root not in classes.tied:
+                known[root] = SINK
+        for root in roots:
+            at = None if root is None else known.get(root)
+            if at is None and root is not None:
+                at = known[root] = self.problem.vertex()
+            self.places.append(at)
 
     def _fixed_side(self, node: Node) -> int | None:
         if node.verdict == "fp32":
@@ -127,38 +132,71 @@ class _Plan:
             return SOURCE
         return None
 
-    def _node(self, node: Node) -> None:
+    def _stored(self) -> None:
+        """The vertex whose side says how each value is stored, and the prices of work and of storing."""
+        sides = self.sides
+        for name, value in self.graph.values.items():
+            if not value.producer and value.dtype in CASTABLE:
+                sides[name] = SOURCE if value.dtype == self.low else SINK
+        saved = ITEMSIZE["fp32"] - ITEMSIZE[self.low]
+        for node, at, results in zip(self.graph, self.places, self.made, strict=True):
+            if at is not None:
+                self._work(node, at)
+            plain = None if node.out_dtype or node.results else at
+            for index, value in enumerate(results):
+                if value.dtype not in CASTABLE:
+                    continue
+                side = sides[value.name] = self._stated(node, index, value, at) if plain is None else plain
+                if side not in _FIXED and (traffic := self.cost.traffic_of(value.name, node)):
+                    self.problem.edge(SOURCE, side, value.numel * saved * traffic)
+
+    def _stated(self, node: Node, index: int, value: Value, at: int | None) -> int:
+        """The side of a value whose maker is no question, or is told what it gives."""
+        stated = "" if at is None else node.out_dtype or node.results.get(index, "")
+        if at is not None and not stated:
+            return at
+        return SOURCE if (stated or value.dtype) == self.low else SINK
+
+    def _work(self, node: Node, at: int) -> None:
         """The price of doing the node's work in either precision, where that is a question or a reason to give."""
-        at = self.vertex[node.id]
         if at == SOURCE or (at == SINK and node.verdict != "low"):
             return
+        if not node.flops and not self.cost.private(node):
+            return
         low, fp32 = self.cost.work(node, self.low), self.cost.work(node, "fp32")
-        self.saving[node.id] = fp32 - low
-        self.problem.edge(SOURCE, self.vertex[node.id], max(fp32 - low, 0.0))
-        self.problem.edge(self.vertex[node.id], SINK, max(low - fp32, 0.0))
+        if low != fp32:
+            self.saving[node.id] = fp32 - low
+            self.problem.edge(SOURCE, at, max(fp32 - low, 0.0))
+            self.problem.edge(at, SINK, max(low - fp32, 0.0))
 
-    def _value(self, value: Value) -> None:
-        side = self._side_of(value)
-        if side not in _FIXED and self.cost.materialised(value):
-            saved = value.bytes_at("fp32") - value.bytes_at(self.low)
-            self.problem.edge(SOURCE, side, saved * self.cost.traffic(value))
-        self._casts(value, side)
+    def _readers(self) -> None:
+        """Fill `apart`."""
+        sides, is_far = self.sides, self.cost.is_far
+        for node, at in zip(self.graph, self.places, strict=True):
+            if node.operands:
+                self._pinned(node, at)
+            elif at is not None:
+                for name in node.inputs:
+                    if sides.get(name, at) != at:
+                        self.apart[name].append((at, is_far(node)))
+        if self.output == "keep":
+            return
+        wanted = SINK if self.output == "fp32" else SOURCE
+        for name in self.cost.outputs:
+            if sides.get(name, wanted) != wanted:
+                self.apart[name].append((wanted, True))
 
-    def _side_of(self, value: Value) -> int:
-        """The vertex whose side says how the value is stored."""
-        producer = self.graph.nodes.get(value.producer)
-        if producer is None or producer.id not in self.vertex:
-            return SOURCE if value.dtype == self.low else SINK
-        index = producer.outputs.index(value.name)
-        stated = producer.out_dtype or producer.results.get(index, "")
-        if stated:
-            return SOURCE if stated == self.low else SINK
-        return self.vertex[producer.id]
+    def _pinned(self, node: Node, at: int | None) -> None:
+        """Readers with operands of their own: "fp32", or "any", which is at the value's side whatever that is."""
+        for slot, name in zip(node.slots, node.inputs, strict=True):
+            pinned = node.operands.get(slot)
+            here = SINK if pinned == "fp32" else None if pinned == "any" else at
+            if here is not None and self.sides.get(name, here) != here:
+                self.apart[name].append((here, self.cost.is_far(node)))
 
-    def _casts(self, value: Value, side: int) -> None:
+    def _casts(self, value: Value, side: int, readers: list[tuple[int, bool]]) -> None:
         """At most one copy per direction and distance: a low one for low readers, an FP32 one for FP32 readers."""
-        readers = self._readers(value, side)
-        if side in _FIXED and all(at in _FIXED for at, _ in readers):
+        if side in _FIXED and _FIXED.issuperset([at for at, _ in readers]):
             return  # paid in every plan, or in none
         if len(readers) == 1:
             at, far = readers[0]
@@ -187,39 +225,30 @@ class _Plan:
                 self.problem.edge(copy if up else reader, reader if up else copy, INFINITE)
         self.problem.edge(side if up else copy, copy if up else side, price)
 
-    def _readers(self, value: Value, side: int) -> list[tuple[int, bool]]:
-        """(vertex whose side says how the value is read, whether a cast would stand alone) for those not at `side`."""
-        found = []
-        nodes, vertex, is_far = self.graph.nodes, self.vertex, self.cost.is_far
-        for reader, operand in self.cost.uses[value.name]:
-            node = nodes[reader]
-            pinned = node.operands.get(node.slots[operand]) if node.operands else None
-            at = SINK if pinned == "fp32" else side if pinned == "any" else vertex.get(reader, side)
-            if at != side:
-                found.append((at, is_far(node)))
-        wanted = {"fp32": SINK, "low": SOURCE}.get(self.output)
-        if wanted not in (None, side) and value.name in self.cost.outputs:
-            found.append((wanted, True))
-        return found
+    def settle(self, low_side: Sequence[bool]) -> None:
+        """Write each node's precision and the dtypes of its results; `low_side` tells the side of each vertex."""
+        for node, at, results in zip(self.graph, self.places, self.made, strict=True):
+            self._settle(node, results, at, at is not None and low_side[at])
+            _fix_values(node, results)
 
-    def _settle(self, node: Node, low: bool) -> None:
-        if node.id not in self.vertex:
+    def _settle(self, node: Node, results: list[Value], at: int | None, low: bool) -> None:
+        if at is None:
             node.precision = node.out_dtype if told(node) and node.out_dtype in CASTABLE else "keep"  # type: ignore[assignment]
             return
         node.precision = self.low if low else "fp32"  # type: ignore[assignment]
-        tied = self.classes.tied.get(self.classes.root(node.id), "fp32")
+        tied = self.classes.tied_to(node.id)
         if tied in LOW:
             node.precision, node.verdict, node.decided_by = tied, "propagate", "user-cast"  # type: ignore[assignment]
             node.reason = f"writes into storage that the program made {tied}"
             return
-        if node.decided_by in ("override", "hazard", "autocast-region", "unknown") or node.verdict == "fp32":
+        if node.verdict == "fp32" or node.decided_by in ("override", "hazard", "autocast-region", "unknown"):
             return
         if node.verdict == "low" and not low:
             node.decided_by = "cost"
             node.reason = self._why_not(node)
         elif node.verdict == "propagate":
             node.decided_by = "cost"
-            node.reason = f"{node.reason}; {self._why(node, low)}"
+            node.reason = self._why(node, results, low)
 
     def _why_not(self, node: Node) -> str:
         gain = self.saving.get(node.id, 0.0) * 1e6
@@ -231,16 +260,26 @@ class _Plan:
             return f"too small: a {self.low} call takes {call:.3g} us more on this device than its work saves"
         return f"{node.kind} kernels for {self.low} are no faster than for FP32 on this device"
 
-    def _why(self, node: Node, low: bool) -> str:
-        if not low:
-            return "FP32, as its neighbours are"
-        if self.cost.is_view(node):
-            return "low, as its neighbours are"
-        made = 0
-        for name in node.outputs:
-            value = self.graph.values[name]
-            made += value.bytes_at(self.low) if value.castable else 0
-        return f"low, as its neighbours are: {made:,} bytes fewer than in FP32"
+    def _why(self, node: Node, results: list[Value], low: bool) -> str:
+        size = -1
+        if low and not self.cost.is_view(node):
+            size = sum([value.numel for value in results if value.dtype in CASTABLE]) * ITEMSIZE[self.low]
+        key = node.reason, low, size
+        known = self._reasons.get(key)
+        if known is None:
+            side = "low, as its neighbours are" if low else "FP32, as its neighbours are"
+            fewer = f": {size:,} bytes fewer than in FP32" if size >= 0 else ""
+            known = self._reasons[key] = f"{node.reason}; {side}{fewer}"
+        return known
+
+
+def made(graph: PrecisionGraph) -> list[list[Value]]:
+    """The results of each node, in order."""
+    return [[*map(graph.values.__getitem__, node.outputs)] for node in graph]
+
+
+def any_float(values: list[Value]) -> bool:
+    return bool(values) and (values[0].dtype in CASTABLE or any(value.dtype in CASTABLE for value in values))
 
 
 class _Classes:
@@ -250,11 +289,18 @@ class _Classes:
         self._parent: dict[str, str] = {}
         self.tied: dict[str, str] = {}
         first: dict[str, str] = {}
+        aliases = {name: value.alias for name, value in graph.values.items() if value.alias}
         for node in graph:
+            if not node.group and not aliases:
+                continue
             keys = [f"group {node.group}"] if node.group else []
-            keys += [f"alias {graph.values[v].alias}" for v in node.outputs if graph.values[v].alias]
+            keys += [f"alias {aliases[name]}" for name in node.outputs if name in aliases]
             for key in keys:
                 self._join(node.id, first.setdefault(key, node.id))
+        if aliases:
+            self._tie(graph, first)
+
+    def _tie(self, graph: PrecisionGraph, first: dict[str, str]) -> None:
         named = [graph.values[name] for name in graph.inputs]
         named += [graph.values[name] for node in graph if told(node) for name in node.outputs]
         for value in named:
@@ -263,6 +309,10 @@ class _Classes:
                 made = graph.nodes.get(value.producer)
                 dtype = made.out_dtype if made else value.dtype
                 self.tied[root] = "fp32" if "fp32" in (dtype, self.tied.get(root)) else dtype
+
+    def tied_to(self, node: str) -> str:
+        """The dtype of the storage that the program made and `node` writes to, if any."""
+        return self.tied.get(self.root(node), "") if self.tied else ""
 
     def root(self, node: str) -> str:
         while (parent := self._parent.get(node, node)) != node:
@@ -276,20 +326,20 @@ class _Classes:
             self._parent[max(a, b)] = min(a, b)
 
 
-def _fix_values(graph: PrecisionGraph, node: Node) -> None:
+def _fix_values(node: Node, results: list[Value]) -> None:
     """The plan's dtype of each castable output."""
-    for index, name in enumerate(node.outputs):
-        value = graph.values[name]
+    plain = "" if node.out_dtype or node.results or node.op == CAST_OP else node.precision or "keep"
+    for index, value in enumerate(results):
         if value.dtype not in CASTABLE:
             continue
-        given = node.gives_at(index)
+        given = plain or node.gives_at(index)
         if given != "keep":
             value.dtype = given
 
 
 def _follow_autocast(graph: PrecisionGraph, low: str) -> None:
     """torch.autocast on CUDA, op by op: its lists cast, and anything else takes the widest of what it reads."""
-    for node in graph:
+    for node, results in zip(graph, made(graph), strict=True):
         if told(node) or not graph.has_floats(node):
             node.precision = node.out_dtype if told(node) and node.out_dtype in CASTABLE else "keep"  # type: ignore[assignment]
         elif node.verdict == "low":
@@ -305,7 +355,7 @@ def _follow_autocast(graph: PrecisionGraph, low: str) -> None:
                 "rule",
                 f"{node.reason}; on no autocast list: {node.precision} as its operands",
             )
-        _fix_values(graph, node)
+        _fix_values(node, results)
 
 
 def _widest(values: list[Value], low: str) -> str:

@@ -12,10 +12,11 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from operator import attrgetter
 from typing import Any, ClassVar
 
 from mpcompile.errors import RuleError, page, suggest
-from mpcompile.graph import LOW, Node, PrecisionGraph
+from mpcompile.graph import CAST_OP, LOW, Node, PrecisionGraph
 from mpcompile.passes.base import PassResult
 from mpcompile.rules.table import Rule, Rules, rules_for
 
@@ -67,8 +68,9 @@ class Classify:
         rules, names = rules_for(self.source), _Names(graph)
         if not self.partial:
             for option, globs in (("low", self.force_low), ("keep_fp32", self.keep_fp32)):
-                refuse_unmatched(names.unmatched(globs), option, names.found)
-        before = [_decision(node) for node in graph]
+                if globs:
+                    refuse_unmatched(names.unmatched(globs), option, names.found)
+        before = [*map(_DECISION, graph)]
         wide = {name for name, value in graph.values.items() if value.dtype in _WIDE}
         for node in graph:
             self._decide(graph, node, rules, wide)
@@ -77,10 +79,10 @@ class Classify:
         wanted |= {id_: ("fp32", f"keep_fp32={text!r}") for id_, text in names.matches(self.keep_fp32).items()}
         for id_, (verdict, reason) in wanted.items():
             _override(graph.nodes[id_], verdict, reason)
-        return PassResult(before != [_decision(node) for node in graph])
+        return PassResult(before != [*map(_DECISION, graph)])
 
     def _decide(self, graph: PrecisionGraph, node: Node, rules: Rules, wide: set[str]) -> None:
-        if node.is_cast:
+        if node.op == CAST_OP:
             node.kind, node.verdict = "cast", "propagate"
             return
         rule = rules.get(node.op)
@@ -136,10 +138,9 @@ def _attributes(node: Node, rule: Rule) -> None:
 
 
 def _operands(node: Node, rule: Rule) -> None:
-    node.operands, node.results = {}, {}
-    if rule.any_operands or rule.fp32_operands:
+    if node.operands or rule.any_operands or rule.fp32_operands:
         node.operands = dict.fromkeys(rule.any_operands, "any") | dict.fromkeys(rule.fp32_operands, "fp32")
-    if rule.fp32_results:
+    if node.results or rule.fp32_results:
         node.results = dict.fromkeys(rule.fp32_results, "fp32")
 
 
@@ -157,8 +158,7 @@ def _override(node: Node, verdict: str, reason: str) -> None:
     node.verdict, node.reason, node.decided_by = verdict, reason, "override"  # type: ignore[assignment]
 
 
-def _decision(node: Node) -> tuple[str, ...]:
-    return node.kind, node.verdict, node.reason, node.decided_by
+_DECISION = attrgetter("kind", "verdict", "reason", "decided_by")
 
 
 class _Names:

@@ -8,7 +8,7 @@ decided, casts, and nodes that are told their dtype.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from mpcompile.graph import Node, PrecisionGraph
 from mpcompile.passes.base import PassResult
@@ -18,8 +18,7 @@ from mpcompile.rules.hazards import HAZARDS, Facts, Hazard, base
 NEVER_RAISED = frozenset({"attention", "convolution", "control", "random", "integer"})
 
 
-@dataclass(frozen=True)
-class Trail:
+class Trail(NamedTuple):
     """A hazard on its way: the nodes that it came through, newest first, and where and why it started."""
 
     node: str
@@ -63,20 +62,24 @@ class _Sweep:
     def visit(self, node: Node) -> None:
         """Carry and end the hazards that `node` is given; start those that begin here."""
         name = base(node.op)
-        if not self.facts.graph.has_floats(node):
-            return  # integers have no such trouble
+        starts = self.starts.get(name, ())
         came: dict[Hazard, Trail] = {}
-        for given in reversed(node.inputs):
+        for given in reversed(node.inputs) if self.carried else ():
             if given in self.carried:
                 came |= self.carried[given]
+        fixed = node.kind != "random" and self.fixed.issuperset(node.inputs)
+        # Asked last: mostly there is nothing to do.  Integers have no such trouble.
+        if not (came or starts or fixed) or not self.facts.graph.has_floats(node):
+            return
         for row, trail in came.items():
-            if name in row.carries | row.ends and self.joins(row, node):
-                self.go_on(row, Trail(node.id, trail.reason, trail.numel, trail), node, ends=name in row.ends)
-        for row in self.starts.get(name, ()):
+            ends = name in row.ends
+            if (ends or name in row.carries) and self.joins(row, node):
+                self.go_on(row, Trail(node.id, trail.reason, trail.numel, trail), node, ends=ends)
+        for row in starts:
             if row not in came and (reason := row.starts(self.facts, node)):
-                size = sum(self.values[out].numel for out in node.outputs)
+                size = sum([self.values[out].numel for out in node.outputs])
                 self.go_on(row, Trail(node.id, reason, size), node)
-        if self.fixed.issuperset(node.inputs) and node.kind != "random":
+        if fixed:
             self.fixed.update(node.outputs)
 
     def joins(self, row: Hazard, node: Node) -> bool:
@@ -91,7 +94,8 @@ class _Sweep:
         """Raise `node` (and all it came through, where only an end counts), and hand the hazard to its results."""
         step: Trail | None = trail
         while step is not None and (ends or not row.only_if_ended):
-            self.raised.setdefault(step.node, f"{row.name}: {trail.reason}")
+            if step.node not in self.raised:
+                self.raised[step.node] = f"{row.name}: {trail.reason}"
             step = step.before if row.only_if_ended else None
         for out in node.outputs if not ends else ():
             value = self.values[out]

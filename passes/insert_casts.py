@@ -9,11 +9,13 @@ different numbers, so a cast of such a value stands in front of its first reader
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass, field
+from functools import cache
 from typing import ClassVar
 
 from mpcompile import laws
-from mpcompile.graph import CAST_OP, CASTABLE, CastOrigin, Node, PrecisionGraph, Value
+from mpcompile.graph import CAST_OP, CASTABLE, Node, PrecisionGraph, Value
 from mpcompile.passes.base import PassResult
 
 
@@ -42,11 +44,11 @@ class InsertCasts:
 
 @dataclass
 class _Writer:
-    """The casts made so far, by (value, target, how often its storage was written)."""
+    """The casts made so far, by target and value (and how often its storage was written), and in order, with their source."""
 
     graph: PrecisionGraph
-    casts: dict[tuple[str, str, int], Node] = field(default_factory=dict)
-    made: list[Node] = field(default_factory=list)
+    casts: defaultdict[str, dict[str | tuple[str, int], Node]] = field(default_factory=lambda: defaultdict(dict))
+    made: list[tuple[Value, Node]] = field(default_factory=list)
     # Reader -> the casts that must stand right before it, because of writes to storage.
     before: dict[str, list[Node]] = field(default_factory=dict)
     written: dict[str, int] = field(default_factory=dict)
@@ -56,15 +58,15 @@ class _Writer:
         # A graph that has casts already shares them.
         for cast in self.graph.casts():
             if not self.graph.values[cast.inputs[0]].alias:
-                self.casts[cast.inputs[0], str(cast.attrs["to"]), 0] = cast
+                self.casts[str(cast.attrs["to"])][cast.inputs[0]] = cast
 
     def redirect(self, node: Node) -> None:
         """Let `node` read each operand in the precision that it wants."""
-        values = self.graph.values
-        for operand, name in enumerate(node.inputs):
+        values, own, usual = self.graph.values, node.operands, node.reads()
+        for operand, name in enumerate(node.inputs if own or usual != "any" else ()):
             dtype = values[name].dtype
-            want = laws.reads(node, operand) if dtype in CASTABLE else "any"
-            if want != dtype and want in CASTABLE:
+            want = own.get(node.slots[operand], usual) if own else usual
+            if want != dtype and dtype in CASTABLE and want in CASTABLE:
                 node.inputs[operand] = self.cast(name, want, node.id)
         # Asked again, since a node does not write to what it now reads through a cast.
         for alias in laws.writes(self.graph, node) if node.id in self.writers else ():
@@ -82,52 +84,63 @@ class _Writer:
     def cast(self, name: str, to: str, reader: str) -> str:
         """The name of `name` cast `to`, for `reader` ("" for the end of the graph)."""
         source = self.graph.values[name]
-        key = (name, to, self.written.get(source.alias, 0))
-        if key not in self.casts:
-            self.casts[key] = made = make_cast(self.graph, source, to)
-            self.made.append(made)
+        key = name if not source.alias else (name, self.written.get(source.alias, 0))
+        made = self.casts[to].get(key)
+        if made is None:
+            self.casts[to][key] = made = make_cast(self.graph, source, to)
+            self.made.append((source, made))
             if source.alias:
                 self.before.setdefault(reader, []).append(made)
-        return self.casts[key].outputs[0]
+        return made.outputs[0]
 
     def finish(self) -> list[Node]:
         """Put the casts in place; the casts that were made."""
-        order: list[Node] = []
-        for node in self.graph.nodes.values():
-            order += [*self.before.get(node.id, ()), node]
-        order += self.before.get("", ())
-        placed = {cast.id for casts in self.before.values() for cast in casts}
-        place(self.graph, order, [cast for cast in self.made if cast.id not in placed])
-        return self.made
+        order, loose = [*self.graph.nodes.values()], self.made
+        if self.before:
+            order = [each for node in order for each in (*self.before.get(node.id, ()), node)]
+            order += self.before.get("", ())
+            placed = {cast.id for casts in self.before.values() for cast in casts}
+            loose = [(source, cast) for source, cast in self.made if cast.id not in placed]
+        place(self.graph, order, loose)
+        return [cast for _, cast in self.made]
 
 
 def make_cast(graph: PrecisionGraph, source: Value, to: str) -> Node:
     """A new cast of `source`, with its value, that stands nowhere yet."""
     name = graph.fresh_name(f"{source.name}_{to}")
-    maker = graph.nodes.get(source.producer) or Node("", "")
-    origin: CastOrigin = "shadow" if source.role == "parameter" else "inserted"
-    cast = Node(name, CAST_OP, [source.name], [name], attrs={"to": to}, kind="cast", origin=origin, scope=source.scope,
-                phase=maker.phase, module=maker.module, source=maker.source, verdict="propagate",
-                precision=to, reason=f"{source.dtype} is needed as {to}")  # type: ignore[arg-type]  # fmt: skip
-    graph.values[name] = Value(name, to, source.shape, source.numel, name, scope=source.scope)
+    cast = _blank(source.dtype, to).copy()
+    cast.id, cast.inputs, cast.outputs, cast.scope = name, [source.name], [name], source.scope
+    cast.origin = "shadow" if source.role == "parameter" else "inserted"
+    if (maker := graph.nodes.get(source.producer)) is not None:
+        cast.phase, cast.module, cast.source = maker.phase, maker.module, maker.source
+    graph.values[name] = Value(name, to, source.shape, source.numel, name, "activation", None, "", source.scope)
     return cast
 
 
-def place(graph: PrecisionGraph, order: list[Node], casts: list[Node]) -> None:
-    """Rebuild the node table: `order`, with each of `casts` right after its source is made.
+@cache
+def _blank(dtype: str, to: str) -> Node:
+    """What all casts from `dtype` to `to` have in common."""
+    return Node("", CAST_OP, [""], slots=[0], attrs={"to": to}, kind="cast", verdict="propagate",
+                precision=to, reason=f"{dtype} is needed as {to}")  # type: ignore[arg-type]  # fmt: skip
+
+
+def place(graph: PrecisionGraph, order: list[Node], casts: list[tuple[Value, Node]]) -> None:
+    """Rebuild the node table: `order`, with each of `casts` (source, cast) right after its source is made.
 
     Casts of graph inputs stand at the beginning; those of the inputs of an inner region before their first reader.
     """
-    after: dict[str, list[Node]] = {}
+    after: defaultdict[str, list[Node]] = defaultdict(list)
     waiting: dict[str, Node] = {}
-    for cast in casts:
-        source = graph.values[cast.inputs[0]]
+    for source, cast in casts:
         if source.scope and not source.producer:
             waiting[cast.outputs[0]] = cast
         else:
-            after.setdefault(source.producer, []).append(cast)
-    placed = list(after.get("", ()))
+            after[source.producer].append(cast)
+    placed = after.pop("", [])
     for node in order:
-        placed += [waiting.pop(name) for name in node.inputs if name in waiting]
-        placed += [node, *after.get(node.id, ())]
+        if waiting:
+            placed += [waiting.pop(name) for name in node.inputs if name in waiting]
+        placed.append(node)
+        if node.id in after:
+            placed += after[node.id]
     graph.rebuild_order([*placed, *waiting.values()])

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import ClassVar
 
-from mpcompile.graph import CASTABLE, LOW, Node, PrecisionGraph
+from mpcompile.graph import CAST_OP, CASTABLE, LOW, Node, PrecisionGraph, Value
 from mpcompile.passes.base import PassResult
 from mpcompile.rules.hazards import BOUNDS, LARGEST, NO_BOUND, SIGNIFICAND_BITS, base
 
@@ -73,13 +73,48 @@ class Legalize:
     name: ClassVar[str] = "legalize"
 
     def apply(self, graph: PrecisionGraph) -> PassResult:
-        before = [(n.verdict, n.reason, n.operands.copy(), n.results.copy(), n.out_dtype) for n in graph]
+        changed = False
+        seen: dict[tuple[object, ...], bool] = {}
+        large = {name for name, value in graph.values.items() if value.range is not None and self._is_large(value)}
         for node in graph.nodes.values():
-            self._types(graph, node)
+            if not self._is_plain(graph, node, seen) or not large.isdisjoint(node.inputs):
+                before = _state(node)
+                self._types(graph, node)
+                changed |= before != _state(node)
         for node, reason in (*self._quantized(graph), *_feeds_integers(graph)):
-            _force(node, reason)
-        after = [(n.verdict, n.reason, n.operands, n.results, n.out_dtype) for n in graph]
-        return PassResult(before != after)
+            changed |= _force(node, reason)
+        return PassResult(changed)
+
+    def _is_large(self, value: Value) -> bool:
+        limit = _overflow(self.low)
+        return value.range is not None and any(abs(end) >= limit for end in value.range)
+
+    def _is_plain(self, graph: PrecisionGraph, node: Node, seen: dict[tuple[object, ...], bool]) -> bool:
+        """True for a node that `_types` would leave alone but for what its constants are.
+
+        Most nodes are alike: `seen` holds the answer for each sort.
+        """
+        if node.operands or node.results or node.out_dtype or node.kind == "cast" or node.op == CAST_OP:
+            return False
+        signature, values = self.signatures.get(node.id, UNKNOWN), graph.values
+        # By identity: a signature has no hash, and the nodes of one operation share it.
+        key = id(signature), *node.slots, *[values[name].dtype for name in (*node.inputs, *node.outputs)]
+        plain = seen.get(key)
+        if plain is None:
+            given, made = [[values[name].dtype for name in names] for names in (node.inputs, node.outputs)]
+            plain = seen[key] = self._has_one_type(signature, node.slots, given, made)
+        return plain
+
+    def _has_one_type(self, signature: Signature, slots: list[int], given: list[str], made: list[str]) -> bool:
+        """True when all floats of such a node are of one type variable, which may be low; or when it has none."""
+        found = {*given, *made}
+        if not LOW.isdisjoint(found) or "unknown" in found:
+            return False
+        reads, gives = dict(zip(slots, given, strict=True)), dict(enumerate(made))
+        main = _main(signature, reads, gives)
+        variables = {signature.input(slot) for slot, dtype in reads.items() if dtype in CASTABLE}
+        one = len(gives) == 1 and variables <= {main} and self.low in signature.allowed.get(main, FP32_ONLY)
+        return one or CASTABLE.isdisjoint(found)
 
     def _types(self, graph: PrecisionGraph, node: Node) -> None:
         """Hold `node` to its signature."""
@@ -141,9 +176,9 @@ class Legalize:
                 node.results[index] = "fp32"
 
     def _quantized(self, graph: PrecisionGraph) -> Iterator[tuple[Node, str]]:
-        readers = {name for node in graph if node.op in self.quantize for name in node.inputs}
-        if not readers and not any(node.op in self.dequantize for node in graph):
+        if {*self.quantize, *self.dequantize}.isdisjoint([node.op for node in graph]):
             return
+        readers = {name for node in graph if node.op in self.quantize for name in node.inputs}
         for node in graph:
             maker = (graph.producer(name) for name in node.inputs)
             if any(m is not None and m.op in self.dequantize for m in maker) or readers & set(node.outputs):
@@ -182,9 +217,16 @@ def _leave(node: Node, reads: dict[int, str], gives: dict[int, str]) -> None:
     _force(node, f"the model has it in {kept} already")
 
 
-def _force(node: Node, reason: str) -> None:
-    if node.kind != "cast" and not node.is_cast and node.verdict != "fp32":
-        node.verdict, node.reason, node.decided_by = "fp32", reason, "rule"
+def _force(node: Node, reason: str) -> bool:
+    """Make `node` fp32; True when it was not."""
+    if node.verdict == "fp32" or node.kind == "cast" or node.is_cast:
+        return False
+    node.verdict, node.reason, node.decided_by = "fp32", reason, "rule"
+    return True
+
+
+def _state(node: Node) -> tuple[object, ...]:
+    return node.verdict, node.reason, node.operands.copy(), node.results.copy(), node.out_dtype
 
 
 def _feeds_integers(graph: PrecisionGraph) -> Iterator[tuple[Node, str]]:

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 from networkx.utils import UnionFind
@@ -50,7 +51,7 @@ def erase_casts(graph: PrecisionGraph) -> int:
 
 def _told(graph: PrecisionGraph, node: Node) -> bool:
     """Write down the dtype that `node` is told to give, where the front end has not."""
-    if node.out_dtype or node.is_cast or not node.outputs:
+    if not node.attrs or node.out_dtype or node.is_cast or not node.outputs:
         return False
     for argument, ops in DTYPE_ARGUMENTS.items():
         dtype = node.attrs.get(argument)
@@ -65,13 +66,15 @@ def _close_aliases(graph: PrecisionGraph) -> bool:
     sets: UnionFind[str] = UnionFind()
     found = False
     for node in graph.nodes.values():
-        if not _in_place(node) or not node.inputs or not node.outputs:
+        if not _in_place(node.op) or not node.inputs or not node.outputs:
             continue
         given, result = graph.values[node.inputs[0]], graph.values[node.outputs[0]]
         found |= not (given.alias and result.alias)
         given.alias = given.alias or result.alias or f"storage:{given.name}"
         result.alias = result.alias or given.alias
         sets.union(given.alias, result.alias)
+    if not sets.parents:
+        return False
     names = {alias: min(group) for group in sets.to_sets() for alias in group}
     moved = [value for value in graph.values.values() if names.get(value.alias, value.alias) != value.alias]
     for value in moved:
@@ -79,7 +82,8 @@ def _close_aliases(graph: PrecisionGraph) -> bool:
     return found or bool(moved)
 
 
-def _in_place(node: Node) -> bool:
+@cache
+def _in_place(op: str) -> bool:
     """True for "aten.add_.Tensor" and the like, which return their first operand."""
-    packet = node.op.rpartition(".")[0] if node.op.startswith("aten.") else ""
+    packet = op.rpartition(".")[0] if op.startswith("aten.") else ""
     return packet.endswith("_") and not packet.endswith("__")

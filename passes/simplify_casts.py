@@ -8,9 +8,11 @@ nodes, and both compilers behind us merge equal casts anyway.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
+from itertools import chain
 from typing import ClassVar
 
-from mpcompile.graph import ITEMSIZE, Node, PrecisionGraph, Value
+from mpcompile.graph import CAST_OP, ITEMSIZE, Node, PrecisionGraph, Value
 from mpcompile.passes.base import PassResult
 from mpcompile.passes.insert_casts import make_cast, place
 from mpcompile.rules.table import load_kinds
@@ -23,6 +25,8 @@ class SimplifyCasts:
     name: ClassVar[str] = "simplify-casts"
 
     def apply(self, graph: PrecisionGraph) -> PassResult:
+        if not _worth_a_look(graph):
+            return PassResult(False)
         before, casts = cast_bytes(graph), len(graph.casts())
         editor = _Editor(graph)
         while editor.round():
@@ -32,6 +36,32 @@ class SimplifyCasts:
         editor.finish()
         saved = f"{casts} casts became {len(graph.casts())}, {before - cast_bytes(graph)} bytes less to cast"
         return PassResult(True, (saved,))
+
+
+def _worth_a_look(graph: PrecisionGraph) -> bool:
+    """False when no cast is one that a rewrite starts from: many plans are as small as they can be.
+
+    What is found first costs least: a graph that is worth it shows so early.
+    """
+    nodes, views, casts = graph.nodes, _views(), graph.casts()
+    seen = set()
+    for cast in casts:
+        source, to = graph.values[cast.inputs[0]], cast.attrs["to"]
+        maker = nodes.get(source.producer)
+        if source.dtype == to or (source.name, to) in seen:
+            return True
+        if maker is not None and (maker.kind in views or maker.op == CAST_OP):
+            return True
+        seen.add((source.name, to))
+    given = {cast.outputs[0] for cast in casts}
+    if any(node.kind in views and not given.isdisjoint(node.inputs) for node in nodes.values()):
+        return True  # one that may sink
+    return not given <= {*graph.outputs, *chain.from_iterable([node.inputs for node in nodes.values()])}
+
+
+@cache
+def _views() -> frozenset[str]:
+    return frozenset(name for name, kind in load_kinds().items() if kind.fusion == "view")
 
 
 def cast_bytes(graph: PrecisionGraph) -> int:
@@ -49,29 +79,29 @@ class _Editor:
 
     def __init__(self, graph: PrecisionGraph) -> None:
         self.graph, self.changed = graph, False
-        self.views = {name for name, kind in load_kinds().items() if kind.fusion == "view"}
-        self.readers: dict[str, list[Node]] = {name: [] for name in graph.values}
-        for node in graph.nodes.values():
-            for name in node.inputs:
-                self.readers[name].append(node)
+        self.views = _views()
+        self.readers = graph.readers()
         self.returned: dict[str, list[int]] = {}
         for index, name in enumerate(graph.outputs):
             self.returned.setdefault(name, []).append(index)
 
     def round(self) -> bool:
         """One look at every cast; True when something was found."""
-        steps = (self.drop, self.shorten, self.share, self.hoist, self.sink)
         found = False
         for cast in self.graph.casts():
-            found |= cast.id in self.graph.nodes and any(step(cast) for step in steps)
+            found |= cast.id in self.graph.nodes and self.step(cast)
         self.changed |= found
         return found
+
+    def step(self, cast: Node) -> bool:
+        return self.drop(cast) or self.shorten(cast) or self.share(cast) or self.hoist(cast) or self.sink(cast)
 
     def finish(self) -> None:
         """Put every cast right after its source; those of written storage stay where they are."""
         values, nodes = self.graph.values, self.graph.nodes.values()
         loose = {node.id for node in nodes if node.is_cast and not values[node.inputs[0]].alias}
-        place(self.graph, [n for n in nodes if n.id not in loose], [n for n in nodes if n.id in loose])
+        casts = [(values[n.inputs[0]], n) for n in nodes if n.id in loose]
+        place(self.graph, [n for n in nodes if n.id not in loose], casts)
 
     # Each of the next five is one rewrite.
 
@@ -98,14 +128,18 @@ class _Editor:
     def share(self, cast: Node) -> bool:
         """Another cast gives the same."""
         source = self.graph.values[cast.inputs[0]]
-        twin = None if source.alias else self.twin(source, str(cast.attrs["to"]), cast)
+        if source.alias or len(self.readers[source.name]) == 1:
+            return False
+        twin = self.twin(source, str(cast.attrs["to"]), cast)
         return twin is not None and self.replace(cast, twin.outputs[0])
 
     def hoist(self, cast: Node) -> bool:
         """``cast(view(x))`` is ``view(cast(x))``: better where x is smaller, or cast already."""
         given, to = self.graph.values[cast.inputs[0]], str(cast.attrs["to"])
         view = self.graph.nodes.get(given.producer)
-        if view is None or self.readers[given.name] != [cast] or given.name in self.returned:
+        if view is None or view.kind not in self.views or self.readers[given.name] != [cast]:
+            return False
+        if given.name in self.returned:
             return False
         operand = self.through(view)
         if operand is None:
@@ -151,7 +185,10 @@ class _Editor:
 
     def twin(self, value: Value, to: str, other: Node | None = None) -> Node | None:
         """Our cast of `value` that gives `to`, if there is one besides `other`."""
-        return next((n for n in self.readers[value.name] if n.is_cast and n.attrs["to"] == to and n is not other), None)
+        for reader in self.readers[value.name]:
+            if reader.op == CAST_OP and reader is not other and reader.attrs["to"] == to:
+                return reader
+        return None
 
     def through(self, view: Node) -> int | None:
         """The operand that `view` shows, when its precision is free to change; else None."""

@@ -12,8 +12,8 @@ Operations are compared by base name, so that one row serves every front end: "a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cache
 
 from mpcompile.graph import Node, PrecisionGraph, Value
@@ -74,6 +74,14 @@ PRODUCTS = frozenset({"matmul", "mm", "bmm", "einsum", "outer", "ger"})
 ROUNDINGS = frozenset({"floor", "ceil", "round", "trunc", "sin", "cos"})
 
 
+# Arguments whose numbers are none that the operation computes with.
+NO_NUMBERS = frozenset({"dim", "alpha", "dtype", "axis", "keepdim", "to"})
+
+
+def _is_number(item: object) -> bool:
+    return isinstance(item, (int, float)) and not isinstance(item, bool)
+
+
 @cache
 def base(op: str) -> str:
     """The name of an operation without front end, overload and decoration."""
@@ -83,26 +91,27 @@ def base(op: str) -> str:
     return (parts[1] if len(parts) > 1 else op).strip("_").lower()
 
 
-@dataclass(frozen=True)
+@dataclass
 class Facts:
     """What the tests may ask of the graph."""
 
     graph: PrecisionGraph
     low: str
+    # The node whose numbers were asked for last, and they: each row that may start at a node asks.
+    _asked: tuple[Node | None, list[float]] = field(default=(None, []))
 
     def values(self, node: Node) -> list[Value]:
         return [self.graph.values[name] for name in node.inputs]
 
-    def numbers(self, node: Node) -> Iterator[float]:
+    def numbers(self, node: Node) -> list[float]:
         """Scalar arguments of `node`, and the ends of the ranges of its constant operands."""
-        for key, item in node.attrs.items():
-            if key in ("dim", "alpha", "dtype", "axis", "keepdim", "to"):
-                continue
-            if isinstance(item, (int, float)) and not isinstance(item, bool):
-                yield float(item)
-        for value in self.values(node):
-            if value.range is not None and value.castable:
-                yield from value.range
+        if self._asked[0] is not node:
+            found = [float(item) for key, item in node.attrs.items() if key not in NO_NUMBERS and _is_number(item)]
+            for value in self.values(node):
+                if value.range is not None and value.castable:
+                    found += value.range
+            self._asked = node, found
+        return self._asked[1]
 
     def behind(self, name: str) -> Node | None:
         """The node that computes `name`, looking through views and casts."""
@@ -172,7 +181,12 @@ def grows(facts: Facts, node: Node) -> str:
         powers = set(facts.numbers(node))
         if powers and all(abs(power) <= 1 for power in powers):
             return ""
-    return f"the result of {name} may be beyond {facts.low}'s largest number, {LARGEST[facts.low]:.6g}"
+    return _may_overflow(name, facts.low)
+
+
+@cache
+def _may_overflow(name: str, low: str) -> str:
+    return f"the result of {name} may be beyond {low}'s largest number, {LARGEST[low]:.6g}"
 
 
 def rounds_to_one(facts: Facts, node: Node) -> str:
@@ -218,7 +232,7 @@ def float_index(facts: Facts, node: Node) -> str:
 # --------------------------------------------------------------------------------------------------------- the rows
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Hazard:
     """One row.
 

@@ -16,7 +16,7 @@ from synthetic import layered
 from mpcompile.cost import CostModel, device, plan_cost
 from mpcompile.cut import SINK, SOURCE, CutProblem
 from mpcompile.graph import Node, PrecisionGraph, Value
-from mpcompile.passes.assign import Assign, _fix_values, _Plan
+from mpcompile.passes.assign import Assign, _Plan, made
 from mpcompile.passes.classify import Classify
 from mpcompile.passes.normalize import Normalize
 
@@ -34,16 +34,14 @@ def prepared(graph: PrecisionGraph, flops: int = 0) -> PrecisionGraph:
 def brute_force(graph: PrecisionGraph, assign: Assign) -> float:
     """The least cost over all plans that keep the fixed precisions and the ties."""
     problem = _Plan(graph.copy(), CostModel(graph, device(assign.device), LOW, assign.fused), LOW, assign.output)
-    problem._vertices()
-    free = sorted(set(problem.vertex.values()) - {SOURCE, SINK})
+    problem.vertices()
+    free = sorted({at for at in problem.places if at is not None} - {SOURCE, SINK})
     best = float("inf")
     for choice in itertools.product((False, True), repeat=len(free)):
-        low = dict(zip(free, choice, strict=True)) | {SOURCE: True, SINK: False}
+        # Vertices of nodes come first, so that places in `free` are those of the vertices.
         problem.graph = plan = graph.copy()
-        for node in plan:
-            problem._settle(node, node.id in problem.vertex and low[problem.vertex[node.id]])
-        for node in plan:
-            _fix_values(plan, node)
+        problem.made = made(plan)
+        problem.settle([True, False, *choice])
         best = min(best, cost_of_plan(graph, plan, assign))
     return best
 

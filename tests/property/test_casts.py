@@ -14,7 +14,7 @@ from mpcompile.errors import LawError
 from mpcompile.graph import CASTABLE, LOW, PrecisionGraph
 from mpcompile.passes.insert_casts import InsertCasts
 from mpcompile.passes.normalize import Normalize, erase_casts
-from mpcompile.passes.simplify_casts import SimplifyCasts, cast_bytes
+from mpcompile.passes.simplify_casts import SimplifyCasts, _Editor, _worth_a_look, cast_bytes
 from mpcompile.pipeline import run
 from mpcompile.text import print_graph
 
@@ -65,6 +65,17 @@ def test_simplify_keeps_the_laws_and_never_costs_more(case: tuple[PrecisionGraph
     again, (record,) = run(after, [SimplifyCasts()])
     assert print_graph(again) == print_graph(after)
     assert not record.modified
+
+
+@given(cast_graphs(), st.booleans())
+def test_a_graph_not_worth_a_look_has_nothing_to_rewrite(
+    case: tuple[PrecisionGraph, PrecisionGraph, str, str], simplified: bool
+) -> None:
+    graph = case[1]
+    if simplified:
+        graph, _ = run(graph, [SimplifyCasts()])
+    looked = _worth_a_look(graph)
+    assert not _Editor(graph).round() or looked
 
 
 @given(cast_graphs())
