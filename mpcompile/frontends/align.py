@@ -3,7 +3,7 @@
 A row of 50,257 BF16 logits does not begin on 16 bytes, and every product that reads or writes such rows (forward, both
 gradients) falls back to kernels that load element by element.  Inductor pads some of them, by its own measurement, and
 not others: on an H100 the gradient of GPT-2's output weight took 8.3 ms of 46, four times as long as with 50,304 columns
-(docs/decisions/0016).  Here the weight gets rows of zeros, and the product is made over all of them.  Its readers see the
+(docs/decisions/0017).  Here the weight gets rows of zeros, and the product is made over all of them.  Its readers see the
 columns that there were; a loss that alone reads them sees all, closed by a bias so low that no exponential is left of them.
 """
 

@@ -4,7 +4,7 @@ Models write their masks in tensor arithmetic (`arange`, comparisons, broadcasts
 mask is a constant of the program, and is computed here once, on the CPU.  One that lets everything through is dropped;
 one that is exactly causal becomes ``is_causal``.  Left as it is, a mask rules flash attention out, the kernels that take
 one compute the masked half as well, and one that is expanded along the keys (stride 0, as in BERT without padding) sends
-attention to unfused FP32 arithmetic: half of the kernel time of BERT-base on an H100 (docs/decisions/0016).
+attention to unfused FP32 arithmetic: half of the kernel time of BERT-base on an H100 (docs/decisions/0017).
 """
 
 from __future__ import annotations
