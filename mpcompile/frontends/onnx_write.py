@@ -10,7 +10,7 @@ This file decides what is different; `mpcompile.frontends.onnx_emit` writes it d
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -25,11 +25,9 @@ from mpcompile.frontends.onnx_emit import (
     Edits,
     NewCast,
     Written,
-    carrier_of,
     decision,
     emit,
     header,
-    place,
 )
 from mpcompile.frontends.onnx_facts import flat, release
 from mpcompile.graph import LOW, Node, PrecisionGraph
@@ -59,7 +57,7 @@ def write(capture: OnnxCapture, graph: PrecisionGraph, *, simulate: bool = False
 def annotate(model: ir.Model, graph: PrecisionGraph, nodes: Mapping[str, ir.Node]) -> None:
     """Write verdict, precision, reason, module and source line of every node into its metadata."""
     for key, made in nodes.items():
-        made.metadata_props.update((*decision(graph.nodes[key]), *place(graph.nodes[key])))
+        made.metadata_props.update(decision(graph.nodes[key]))
     model.metadata_props.update(header(graph))
 
 
@@ -70,42 +68,44 @@ class _Planner:
         self.capture, self.graph, self.simulate = capture, graph, simulate
         self.edits = Edits()
         self.moved: dict[str, Carrier] = {}
-        self.own: dict[ir.Value, Carrier] = {}
+        self.own: dict[str, Carrier] = {}
         # Graph inputs that are given low: name -> the input itself; readers in FP32 read a cast of it.
         self.lowered: dict[str, Carrier] = {}
         self.views = {name for name, kind in load_kinds().items() if kind.fusion == "view"}
-        self.converted: list[tuple[ir.Value, Carrier]] = []
-        self.taken = {value.name for value in capture.values.values()}
+        self.converted: list[tuple[str, Carrier]] = []
+        self.taken = set(capture.names.values())
 
     def all(self) -> None:
         for node in self.graph.nodes.values():
             if node.is_cast:
                 self.cast(node)
-            elif node.id in self.capture.nodes:
+            elif node.id in self.capture.graph.nodes:
                 self.node(node)
         self.outputs()
+        self.follow_names()
         self.drop_initializers()
         self.drop_casts()
 
     def carrier(self, name: str) -> Carrier:
         """What carries the plan's value `name`."""
         held = self.moved.get(name)
-        return held if held is not None else self.own_carrier(self.capture.values[name])
+        return held if held is not None else self.own_carrier(name)
 
-    def own_carrier(self, value: ir.Value) -> Carrier:
-        """`value` itself; one object, so that a new name reaches all who read it."""
-        held = self.own.get(value)
+    def own_carrier(self, name: str) -> Carrier:
+        """The value itself; one object, so that a new name reaches all who read it."""
+        held = self.own.get(name)
         if held is None:
-            held = self.own[value] = carrier_of(value)
+            value = self.capture.graph.values[name]
+            held = Carrier(self.capture.names[name], value.dtype, name, value.producer, value.scope)
+            self.own[name] = held
         return held
 
     def lower_inputs(self, low: str) -> None:
         """Let FP32 inputs be given in `low`."""
         for name in self.graph.inputs:
-            value = self.capture.values[name]
-            if value.dtype == ir.DataType.FLOAT and not value.is_initializer():
-                self.edits.types[value] = low
-                self.lowered[name] = given = Carrier(value.name or "", low, value.graph, value)
+            if self.capture.graph.values[name].dtype == "fp32" and name not in self.capture.tensors:
+                self.edits.types[name] = low
+                self.lowered[name] = given = Carrier(self.capture.names[name], low, name)
                 self.moved[name] = self.cast_of(given, "fp32", f"{name}_fp32_given")
 
     # ------------------------------------------------------------------------------------------------------- nodes
@@ -115,38 +115,40 @@ class _Planner:
         before = self.capture.graph.nodes[node.id]
         if node.inputs != before.inputs or not self.moved.keys().isdisjoint(node.inputs):
             self.redirect(node, before)
-        if node.precision in LOW:
+        if node.op == "onnx::Attention" and node.precision in LOW:
             self.fp32_core(node)
+        planned, given = self.graph.values, self.capture.graph.values
         for name in node.outputs:
-            dtype = self.graph.values[name].dtype
-            if dtype == self.capture.graph.values[name].dtype:
+            dtype = planned[name].dtype
+            if dtype == given[name].dtype:
                 continue
             if not self.simulate:
-                self.edits.types[self.capture.values[name]] = dtype
-            elif dtype in LOW and node.kind not in self.views and self.capture.values[name].name:
+                self.edits.types[name] = dtype
+            elif dtype in LOW and node.kind not in self.views and self.capture.names[name]:
                 self.moved[name] = self.round(self.carrier(name), dtype)
 
     def redirect(self, node: Node, before: Node) -> None:
-        made = self.capture.nodes[node.id]
-        own, reads = len(made.inputs), self.edits.reads
+        reads: dict[int, Carrier] = {}
         for slot, name, old in zip(node.slots, node.inputs, before.inputs, strict=True):
             carrier = self.moved.get(name)
             if carrier is None:
                 if name == old:
                     continue
                 carrier = self.carrier(name)
-            if slot < own:
-                reads.setdefault(made, {})[slot] = carrier
-                continue
+            reads[slot] = carrier
+        self.edits.reads[node.id] = reads
+        if node.id not in self.capture.returned:
+            return
+        own = self.capture.operands[node.id]
+        for slot in [slot for slot in reads if slot >= own]:
             body, index = self.capture.returned[node.id][slot - own]
-            self.edits.returns.setdefault(body, {})[index] = carrier
+            self.edits.returns.setdefault(body, {})[index] = reads.pop(slot)
 
     def fp32_core(self, node: Node) -> None:
         """Ask fused attention for its softmax in FP32, where its author said nothing."""
-        if node.op != "onnx::Attention" or self.simulate or "softmax_precision" in node.attrs:
-            return
-        attr = ir.AttrInt64("softmax_precision", ir.DataType.FLOAT)
-        self.edits.attributes[self.capture.nodes[node.id]] = [attr]
+        if not self.simulate and "softmax_precision" not in node.attrs:
+            attr = onnx.helper.make_attribute("softmax_precision", int(DATA_TYPES["fp32"]))
+            self.edits.attributes[node.id] = [attr]
 
     def cast(self, cast: Node) -> None:
         """The value that carries a planned cast."""
@@ -175,17 +177,17 @@ class _Planner:
 
     def is_fixed(self, source: Carrier) -> bool:
         """True for an initializer that may be converted now: not one that a caller can override."""
-        value = source.value
-        own = source is self.own.get(value) and value.is_initializer()
-        return own and not value.is_graph_input() and value.const_value is not None
+        name = source.value
+        own = name in self.capture.tensors and source is self.own.get(name)
+        return own and self.capture.names[name] not in self.capture.regions[source.scope].given
 
     def constant(self, source: Carrier, name: str, to: str) -> Carrier:
         """A second initializer beside that of `source`, converted to `to`."""
         origin = source.value
-        made = Carrier(self.fresh(name), "fp32" if self.simulate else to, origin.graph, origin)
-        shape = origin.shape.numpy()  # type: ignore[union-attr]
-        tensor = convert(origin.const_value, to, made.name, self.simulate, shape)
-        self.edits.tensors.setdefault(origin.graph, []).append((made, tensor))  # type: ignore[arg-type]
+        made = Carrier(self.fresh(name), "fp32" if self.simulate else to, origin, "", source.scope)
+        shape = self.capture.graph.values[origin].shape
+        tensor = convert(self.capture.tensors[origin], to, made.name, self.simulate, shape)
+        self.edits.tensors.setdefault(source.scope, []).append((made, tensor))
         self.converted.append((origin, made))
         return made
 
@@ -196,8 +198,12 @@ class _Planner:
 
     def cast_of(self, source: Carrier, to: str, name: str, origin: str = "") -> Carrier:
         """A Cast right behind the maker of `source`, or first in its graph."""
-        result = Carrier(self.fresh(name), to, source.anchor, source.value)
-        self.edits.after.setdefault(source.anchor, []).append(NewCast(source, result, origin))
+        result = Carrier(self.fresh(name), to, source.value, source.maker, source.scope)
+        cast = NewCast(source, result, origin)
+        if source.maker:
+            self.edits.after.setdefault(source.maker, []).append(cast)
+        else:
+            self.edits.first.setdefault(source.scope, []).append(cast)
         return result
 
     def fresh(self, name: str) -> str:
@@ -210,40 +216,44 @@ class _Planner:
 
     def outputs(self) -> None:
         """Point the graph's outputs at what the plan returns; the names stay with the outputs."""
-        graph = self.capture.model.graph
-        names = [value.name for value in graph.outputs]
-        returns = self.edits.returns.setdefault(graph, {})
-        for index, name in enumerate(self.graph.outputs):
-            carrier, before = self.carrier(name), graph.outputs[index]
-            if name not in self.moved and carrier.value is before:
+        given = self.capture.graph.outputs
+        names = [self.capture.names[name] for name in given]
+        returns = self.edits.returns.setdefault("", {})
+        for index, (name, before) in enumerate(zip(self.graph.outputs, given, strict=True)):
+            carrier = self.carrier(name)
+            if name not in self.moved and carrier.value == before:
                 continue
             dtype = self.graph.values[name].dtype
             if self.simulate and dtype in LOW and carrier.dtype == "fp32":
                 carrier = self.cast_of(carrier, dtype, f"{carrier.name}_given")
             returns[index] = carrier
             if before not in self.edits.names and carrier.name not in names:
-                was = self.graph.values[self.capture.graph.outputs[index]].dtype
-                self.rename(before, self.fresh(f"{before.name}_{was}_before"))
-                carrier.name = str(before.name)
+                new = self.fresh(f"{names[index]}_{self.graph.values[before].dtype}_before")
+                self.own_carrier(before).name = self.edits.names[before] = new
+                carrier.name = names[index]
 
-    def rename(self, value: ir.Value, name: str) -> None:
-        """Let `value` be called `name` where it is made and by all who read it."""
-        self.edits.names[value] = name
-        carrier = self.own_carrier(value)
-        carrier.name = name
-        for node, slot in value.uses():
-            self.edits.reads.setdefault(node, {}).setdefault(slot, carrier)
+    def readers(self, names: set[str]) -> Iterator[tuple[str, str, int]]:
+        """(value, node, slot) of all reads of `names` in the model as it was read."""
+        for node in self.capture.graph.nodes.values():
+            if not names.isdisjoint(node.inputs):
+                read = zip(node.slots, node.inputs, strict=True)
+                yield from ((name, node.id, slot) for slot, name in read if name in names)
+
+    def follow_names(self) -> None:
+        """Let all who read a renamed value read it by its new name."""
+        for name, reader, slot in self.readers(set(self.edits.names)) if self.edits.names else ():
+            self.edits.reads.setdefault(reader, {}).setdefault(slot, self.own[name])
 
     def drop_initializers(self) -> None:
         """Leave out initializers that nobody reads any more; a sole copy takes over the name."""
-        reads = self.edits.reads
+        reads, nothing = self.edits.reads, dict[int, Carrier]()
+        kept = {name for name, reader, slot in self.readers({origin for origin, _ in self.converted})
+                if reads.get(reader, nothing).get(slot, self.own[name]) is self.own[name]}  # fmt: skip
+        kept |= set(self.capture.graph.outputs)
         for origin, made in self.converted:
-            own = self.own[origin]
-            read = any(reads.get(node, {}).get(slot, own) is own for node, slot in origin.uses())
-            if read or origin in self.edits.dropped or origin.is_graph_output():
-                continue
-            self.edits.dropped.add(origin)
-            made.name = str(origin.name)
+            if origin not in kept and origin not in self.edits.dropped:
+                self.edits.dropped.add(origin)
+                made.name = self.capture.names[origin]
 
     def drop_casts(self) -> None:
         """Leave out the casts of lowered inputs that nobody reads."""
@@ -251,13 +261,14 @@ class _Planner:
             return
         used = {id(c) for reads in self.edits.reads.values() for c in reads.values()}
         used |= {id(c) for returns in self.edits.returns.values() for c in returns.values()}
-        used |= {id(cast.source) for casts in self.edits.after.values() for cast in casts}
-        first = self.edits.after.get(self.capture.model.graph, [])
+        casts = (*self.edits.after.values(), *self.edits.first.values())
+        used |= {id(cast.source) for row in casts for cast in row}
+        first = self.edits.first.get("", [])
         spare = {id(self.moved[name]) for name in self.lowered} - used
         first[:] = [cast for cast in first if id(cast.result) not in spare]
 
 
-def convert(tensor: Any, to: str, name: str, simulate: bool, shape: tuple[int, ...]) -> Any:
+def convert(tensor: Any, to: str, name: str, simulate: bool, shape: Sequence[Any]) -> Any:
     """`tensor` rounded to `to`, to nearest even: a message, or for a large one a promise to convert it when saved."""
 
     def now() -> Any:
