@@ -82,7 +82,8 @@ class OnnxCapture:
       source: the model as it was given: a path, a `ModelProto`, or an `onnx_ir.Model`.
       graph: the precision graph.
       signatures: node id -> type variables of its operator.
-      names: value name -> its name in the model.
+      renamed: value name -> its name in the model, where that is another; "" for a result without one.
+      earlier: ids of nodes with metadata of an earlier conversion.
       tensors: initializer -> what has its elements: a message, or a tensor of `onnx_ir`.
       regions: scope -> graph of the model.
       returned: control node id -> (scope of a body, index) of each slot beyond the node's own operands.
@@ -94,12 +95,17 @@ class OnnxCapture:
     source: Any = None
     graph: PrecisionGraph = field(default_factory=PrecisionGraph)
     signatures: dict[str, Signature] = field(default_factory=dict)
-    names: dict[str, str] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
+    earlier: set[str] = field(default_factory=set)
     tensors: dict[str, Any] = field(default_factory=dict)
     regions: dict[str, Region] = field(default_factory=dict)
     returned: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
     operands: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def own(self, name: str) -> str:
+        """The name in the model of a value; "" when it has none."""
+        return self.renamed.get(name, name)
 
     def opset(self, domain: str) -> int:
         """The opset version that the model imports of `domain`."""
@@ -167,16 +173,17 @@ class _Reader:
     def body(self, graph: onnx.GraphProto, scope: str, outer: Names | None) -> Region:
         """The inputs, initializers and nodes of `graph`."""
         region = self.capture.regions[scope] = Region(graph, Names(outer), frozenset(info.name for info in graph.input))
-        types = {info.name: self.type(info.type) for info in graph.value_info}
+        told = [(info.name, info.type.SerializeToString()) for info in graph.value_info]
+        types = {name: self.type(key) for name, key in told}
         region.infos = {name: place for place, name in enumerate(types)}
-        if len(types) != len(graph.value_info):
-            region.infos = {info.name: place for place, info in enumerate(graph.value_info)}
+        if len(types) != len(told):
+            region.infos = {name: place for place, (name, _) in enumerate(told)}
         for info in graph.output:
             if info.name not in types or info.HasField("type"):
-                types[info.name] = self.type(info.type)
+                types[info.name] = self.type(info.type.SerializeToString())
         role: Role = "activation" if scope else "input"
         for info in graph.input:
-            self.value(info.name, self.type(info.type), scope, region.names, role)
+            self.value(info.name, self.type(info.type.SerializeToString()), scope, region.names, role)
         self.initializers(graph, scope, region)
         for name in (region.names.keys() | {info.name for info in graph.output}) & region.infos.keys():
             del region.infos[name]
@@ -186,12 +193,11 @@ class _Reader:
             region.infos = {name: place for name, place in region.infos.items() if name in region.names}
         return region
 
-    def type(self, message: onnx.TypeProto) -> facts.Known:
+    def type(self, key: bytes) -> facts.Known:
         """`facts.type_of`, asked once per type."""
-        key = message.SerializeToString()
         known = self.types.get(key)
         if known is None:
-            known = self.types[key] = facts.type_of(message)
+            known = self.types[key] = facts.type_of(onnx.TypeProto.FromString(key))
         return known
 
     def initializers(self, graph: onnx.GraphProto, scope: str, region: Region) -> None:
@@ -221,7 +227,8 @@ class _Reader:
         self.taken[name] = 1
         dtype, shape, numel = known
         self.graph.values[name] = Value(name, dtype, shape, numel, producer, role, scope=scope)
-        self.capture.names[name] = own
+        if name != own:
+            self.capture.renamed[name] = own
         if own:
             names[own] = name
         return name
@@ -244,6 +251,8 @@ class _Reader:
         if props or own.startswith("/"):
             told = {one.key: one.value for one in props}
             module, source = facts.module_of(own, told), facts.source_of(told)
+            if any(name.startswith(OURS) for name in told):
+                self.capture.earlier.add(key)
         made = Node(key, op, inputs, [], slots, attrs, module, source, scope=scope)
         lacks = False
         for name in results:
@@ -303,6 +312,8 @@ class _Reader:
         return f"{stem}_{count}"
 
 
+# How the names of our metadata begin.
+OURS = "mpcompile."
 UNKNOWN: facts.Known = ("unknown", (), 1)
 
-__all__ = ["Names", "OnnxCapture", "Region", "read", "region_path"]
+__all__ = ["OURS", "Names", "OnnxCapture", "Region", "read", "region_path"]

@@ -7,27 +7,30 @@ until someone asks for the whole message: a file with external data takes them o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import ml_dtypes
+import numpy as np
 import onnx
 import onnx_ir as ir
 
-from mpcompile.frontends.onnx import OnnxCapture, Region, region_path
-from mpcompile.frontends.onnx_facts import release
+from mpcompile.frontends.onnx import OURS, OnnxCapture, Region, region_path
+from mpcompile.frontends.onnx_facts import NUMEL_HINT, flat, release
 from mpcompile.frontends.onnx_infer import GRAPH
 from mpcompile.frontends.onnx_load import copy_fields
-from mpcompile.graph import Node, PrecisionGraph
+from mpcompile.graph import Node, PrecisionGraph, Value
 
+NUMPY_TYPES: Mapping[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 DATA_TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 # Models with more bytes of weights go to the runtime by way of a file, not by way of two more copies in memory.
 IN_MEMORY = 1 << 28
 # Tensors with more bytes are kept out of the message until it is asked for.
 HEAVY = 1 << 20
+# Tensors with more elements are converted when they are saved, one at a time.
+LAZY = 1 << 18
 PROMISE = "mpcompile.promise"
-OURS = "mpcompile."
-QUANTIZED = "quant_parameter_tensor_names"
 SCHEMA = "mpcompile.report/1"
 
 
@@ -70,7 +73,7 @@ class Edits:
       names: value -> its name.
       after: node -> casts that follow it.
       first: scope -> casts that stand first in the graph.
-      tensors: scope -> initializers to add.
+      tensors: scope -> initializers to add, each with the type that its elements are rounded to.
       dropped: initializers to leave out.
       attributes: node -> attributes to add.
     """
@@ -81,7 +84,7 @@ class Edits:
     names: dict[str, str] = field(default_factory=dict)
     after: dict[str, list[NewCast]] = field(default_factory=dict)
     first: dict[str, list[NewCast]] = field(default_factory=dict)
-    tensors: dict[str, list[tuple[Carrier, Any]]] = field(default_factory=dict)
+    tensors: dict[str, list[tuple[Carrier, str]]] = field(default_factory=dict)
     dropped: set[str] = field(default_factory=set)
     attributes: dict[str, list[onnx.AttributeProto]] = field(default_factory=dict)
 
@@ -136,10 +139,11 @@ class _Emitter:
         self.capture, self.plan, self.edits = capture, plan, edits
         self.decisions: dict[tuple[str, ...], bytes] = {}
         self.casts: dict[tuple[str, str], onnx.NodeProto] = {}
+        self.types: dict[tuple[Any, ...], bytes] = {}
         self.returned = {id(carrier) for row in edits.returns.values() for carrier in row.values()}
         # Scope -> values of other types and names.
         self.changed: dict[str, list[str]] = {}
-        for name in edits.types.keys() | edits.names.keys():
+        for name in (*edits.types, *(name for name in edits.names if name not in edits.types)):
             self.changed.setdefault(capture.graph.values[name].scope, []).append(name)
         self.out = Written(onnx.ModelProto())
 
@@ -173,8 +177,19 @@ class _Emitter:
             name = region.names[own] if own else ""
             if name and name not in self.edits.dropped:
                 self.tensor(out, self.edits.names.get(name, own), self.capture.tensors[name])
-        for carrier, tensor in self.edits.tensors.get(scope, ()):
-            self.tensor(out, carrier.name, tensor)
+        with np.errstate(over="ignore"):  # FLT_MAX as a bound becomes infinity: no bound, as it was meant
+            for carrier, to in self.edits.tensors.get(scope, ()):
+                self.converted(out, carrier, to)
+
+    def converted(self, out: onnx.GraphProto, carrier: Carrier, to: str) -> None:
+        """An initializer of the capture rounded to `to`, to nearest even; a large one when it is saved."""
+        value, held = self.capture.graph.values[carrier.value], self.capture.tensors[carrier.value]
+        if value.numel > LAZY:
+            self.tensor(out, carrier.name, _lazy(held, to, carrier, value.shape))
+            return
+        elements = _rounded(held, to, carrier.dtype).tobytes()
+        out.initializer.add(name=carrier.name, data_type=DATA_TYPES[carrier.dtype], dims=value.shape, raw_data=elements)
+        self.out.weight_bytes += len(elements)
 
     def tensor(self, out: onnx.GraphProto, name: str, held: Any) -> None:
         made = out.initializer.add()
@@ -206,31 +221,32 @@ class _Emitter:
         returns = self.edits.returns.get(scope, {})
         for index, source in enumerate(region.message.output):
             info, carrier = out.output.add(), returns.get(index)
-            info.CopyFrom(source)
             if carrier is None:
+                info.CopyFrom(source)
                 ends[info.name] = info
             else:
+                copy_fields(source, info, "type")
                 self.describe(info, carrier)
         types, names = self.edits.types, self.edits.names
         for name in self.changed.get(scope, ()):
-            own = self.capture.names[name]
-            info = out.value_info[places[own]] if own in places else ends.get(own)
+            own = self.capture.own(name)
+            place = places.get(own)
+            info = ends.get(own) if place is None else out.value_info[place]
             if info is not None and name in types:
                 info.type.tensor_type.elem_type = DATA_TYPES[types[name]]
             if info is not None and name in names:
                 info.name = names[name]
 
     def describe(self, info: onnx.ValueInfoProto, carrier: Carrier) -> None:
-        """The name and type of `carrier`."""
-        info.name = carrier.name
+        """The name and type of `carrier`, which has the shape of what it was made from."""
         value = self.capture.graph.values[carrier.value]
-        known = self.capture.regions[value.scope].info(self.capture.names[carrier.value])
-        if known is not None:
-            info.type.CopyFrom(known.type)
-        info.type.tensor_type.elem_type = DATA_TYPES[carrier.dtype]
-        if known is None and carrier.value in self.capture.tensors:
-            for size in value.shape:
-                info.type.tensor_type.shape.dim.add(dim_value=int(size))
+        # Only sizes tell a scalar from a value of unknown rank.
+        key = (value.shape, value.numel, carrier.dtype)
+        held = self.types.get(key)
+        if held is None:
+            held = self.types[key] = _type(value, carrier.dtype)
+        info.MergeFromString(held)
+        info.name = carrier.name
 
     # -------------------------------------------------------------------------------------------------------- nodes
 
@@ -248,6 +264,8 @@ class _Emitter:
         if self.edits.names:
             self.rename(key, made)
         if self.plan is not None:
+            if key in self.capture.earlier:
+                _forget(made)
             self.decide(self.plan.nodes[key], made)
 
     def control(self, key: str, source: onnx.NodeProto, made: onnx.NodeProto) -> None:
@@ -269,12 +287,7 @@ class _Emitter:
                 made.output[index] = self.edits.names[name]
 
     def decide(self, decided: Node, made: onnx.NodeProto) -> None:
-        """Write the decision into the metadata; those of an earlier conversion go."""
-        if made.metadata_props:
-            kept = [(one.key, one.value) for one in made.metadata_props if not one.key.startswith(OURS)]
-            del made.metadata_props[:]
-            for key, text in kept:
-                made.metadata_props.add(key=key, value=text)
+        """Write the decision into the metadata."""
         told = (decided.verdict, decided.precision, decided.reason, decided.module, decided.source)
         held = self.decisions.get(told)
         if held is None:
@@ -319,6 +332,48 @@ def _metadata(pairs: Iterator[tuple[str, str]]) -> bytes:
     for key, text in pairs:
         made.metadata_props.add(key=key, value=text)
     return bytes(made.SerializeToString())
+
+
+def _forget(made: onnx.NodeProto) -> None:
+    """Take the decisions of an earlier conversion out of the metadata."""
+    kept = [(one.key, one.value) for one in made.metadata_props if not one.key.startswith(OURS)]
+    del made.metadata_props[:]
+    for key, text in kept:
+        made.metadata_props.add(key=key, value=text)
+
+
+def _type(value: Value, dtype: str) -> bytes:
+    """What a `ValueInfoProto` says of the type of a tensor with the shape of `value`."""
+    made = onnx.ValueInfoProto()
+    tensor = made.type.tensor_type
+    tensor.elem_type = DATA_TYPES[dtype]
+    if value.shape or value.numel != NUMEL_HINT:
+        tensor.shape.SetInParent()
+    for size in value.shape:
+        dim = tensor.shape.dim.add()
+        if isinstance(size, int):
+            dim.dim_value = size
+        elif size != "?":
+            dim.dim_param = size
+    return bytes(made.SerializeToString())
+
+
+def _rounded(held: Any, to: str, dtype: str) -> Any:
+    """The elements of a tensor, rounded to `to` and given as `dtype`."""
+    low = flat(held).astype(NUMPY_TYPES[to])
+    release(held)
+    return low if dtype == to else low.astype(NUMPY_TYPES[dtype])
+
+
+def _lazy(held: Any, to: str, carrier: Carrier, shape: Sequence[Any]) -> ir.LazyTensor:
+    """A promise to round a tensor."""
+    dtype = DATA_TYPES[carrier.dtype]
+
+    def now() -> ir.Tensor[Any]:
+        with np.errstate(over="ignore"):
+            return ir.Tensor(_rounded(held, to, carrier.dtype).reshape(shape), dtype=dtype)
+
+    return ir.LazyTensor(now, dtype=dtype, shape=ir.Shape(shape), name=carrier.name)
 
 
 def _fill_tensor(made: onnx.TensorProto, held: Any) -> None:

@@ -67,7 +67,7 @@ def flat(tensor: Any) -> Any:
 
 def release(tensor: Any) -> None:
     """Give back the memory through which a tensor's file was read; it is opened again when needed."""
-    if isinstance(tensor, ir.ExternalTensor):
+    if not isinstance(tensor, onnx.TensorProto) and isinstance(tensor, ir.ExternalTensor):
         tensor.release()
 
 
@@ -77,7 +77,7 @@ def _range(array: Any) -> tuple[float, float] | None:
         part = array[start : start + SLICE]
         if part.dtype != np.float32:
             part = part.astype(np.float32)
-        least, most = float(part.min()), float(part.max())
+        least, most = float(np.minimum.reduce(part)), float(np.maximum.reduce(part))
         if least != least:  # a NaN among them: look past it, which takes longer
             least, most = float(np.fmin.reduce(part)), float(np.fmax.reduce(part))
         low, high = min(low, least), max(high, most)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import onnx
 
 from mpcompile.frontends.onnx_facts import NUMEL_HINT
 from mpcompile.frontends.onnx_schema import data_type, find_schema, op_of, signature
 from mpcompile.graph import Node
-from mpcompile.passes.legalize import Signature
 
 if TYPE_CHECKING:
     from mpcompile.frontends.onnx import OnnxCapture
@@ -65,7 +64,7 @@ class _Completion:
     def lacks(self, name: str) -> bool:
         return self.values[name].dtype == "unknown"
 
-    def schema(self, node: Node) -> Signature | None:
+    def schema(self, node: Node) -> Any:
         """The type variables of `node`, whatever kernels there are; None when nobody knows the operator."""
         domain, op = op_of(node.op)
         version = self.capture.opset(domain)
@@ -105,7 +104,7 @@ class _Completion:
         """Write the type down, in the model too."""
         value = self.values[name]
         value.dtype, value.numel = dtype, NUMEL_HINT
-        if own := self.capture.names[name]:
+        if own := self.capture.own(name):
             self.capture.regions[value.scope].describe(own, data_type(dtype))
 
 

@@ -9,12 +9,8 @@ This file decides what is different; `mpcompile.frontends.onnx_emit` writes it d
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
 
-import ml_dtypes
-import numpy as np
 import onnx
 import onnx_ir as ir
 
@@ -29,13 +25,8 @@ from mpcompile.frontends.onnx_emit import (
     emit,
     header,
 )
-from mpcompile.frontends.onnx_facts import flat, release
-from mpcompile.graph import LOW, Node, PrecisionGraph
+from mpcompile.graph import CAST_OP, LOW, Node, PrecisionGraph
 from mpcompile.rules.table import load_kinds
-
-NUMPY_TYPES: Mapping[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
-# Tensors with more elements are converted when they are saved, one at a time.
-LAZY = 1 << 18
 
 
 def write(capture: OnnxCapture, graph: PrecisionGraph, *, simulate: bool = False, annotated: bool = True,
@@ -73,14 +64,23 @@ class _Planner:
         self.lowered: dict[str, Carrier] = {}
         self.views = {name for name, kind in load_kinds().items() if kind.fusion == "view"}
         self.converted: list[tuple[str, Carrier]] = []
-        self.taken = set(capture.names.values())
+        self.taken: set[str] = set()
+        # Results that the plan gives another type.
+        given, planned = capture.graph.values, graph.values
+        dtypes = ((name, value.dtype, planned[name].dtype) for name, value in given.items() if value.producer)
+        self.changed = {name: dtype for name, before, dtype in dtypes if before != dtype}
 
     def all(self) -> None:
+        given = self.capture.graph.nodes
         for node in self.graph.nodes.values():
-            if node.is_cast:
+            if node.op == CAST_OP:
                 self.cast(node)
-            elif node.id in self.capture.graph.nodes:
-                self.node(node)
+                continue
+            before = given.get(node.id)
+            if before is not None:
+                self.node(node, before)
+        if not self.simulate:
+            self.edits.types.update(self.changed)
         self.outputs()
         self.follow_names()
         self.drop_initializers()
@@ -96,7 +96,7 @@ class _Planner:
         held = self.own.get(name)
         if held is None:
             value = self.capture.graph.values[name]
-            held = Carrier(self.capture.names[name], value.dtype, name, value.producer, value.scope)
+            held = Carrier(self.capture.own(name), value.dtype, name, value.producer, value.scope)
             self.own[name] = held
         return held
 
@@ -105,27 +105,22 @@ class _Planner:
         for name in self.graph.inputs:
             if self.capture.graph.values[name].dtype == "fp32" and name not in self.capture.tensors:
                 self.edits.types[name] = low
-                self.lowered[name] = given = Carrier(self.capture.names[name], low, name)
+                self.lowered[name] = given = Carrier(self.capture.own(name), low, name)
                 self.moved[name] = self.cast_of(given, "fp32", f"{name}_fp32_given")
 
     # ------------------------------------------------------------------------------------------------------- nodes
 
-    def node(self, node: Node) -> None:
-        """Redirect the operands of `node`; give its results their planned types."""
-        before = self.capture.graph.nodes[node.id]
+    def node(self, node: Node, before: Node) -> None:
+        """Redirect the operands of `node`; round its results, where nothing computes in the low type."""
         if node.inputs != before.inputs or not self.moved.keys().isdisjoint(node.inputs):
             self.redirect(node, before)
         if node.op == "onnx::Attention" and node.precision in LOW:
             self.fp32_core(node)
-        planned, given = self.graph.values, self.capture.graph.values
-        for name in node.outputs:
-            dtype = planned[name].dtype
-            if dtype == given[name].dtype:
-                continue
-            if not self.simulate:
-                self.edits.types[name] = dtype
-            elif dtype in LOW and node.kind not in self.views and self.capture.names[name]:
-                self.moved[name] = self.round(self.carrier(name), dtype)
+        if self.simulate and node.kind not in self.views:
+            for name in node.outputs:
+                dtype = self.changed.get(name, "")
+                if dtype in LOW and self.capture.own(name):
+                    self.moved[name] = self.round(self.carrier(name), dtype)
 
     def redirect(self, node: Node, before: Node) -> None:
         reads: dict[int, Carrier] = {}
@@ -179,16 +174,13 @@ class _Planner:
         """True for an initializer that may be converted now: not one that a caller can override."""
         name = source.value
         own = name in self.capture.tensors and source is self.own.get(name)
-        return own and self.capture.names[name] not in self.capture.regions[source.scope].given
+        return own and self.capture.own(name) not in self.capture.regions[source.scope].given
 
     def constant(self, source: Carrier, name: str, to: str) -> Carrier:
         """A second initializer beside that of `source`, converted to `to`."""
-        origin = source.value
-        made = Carrier(self.fresh(name), "fp32" if self.simulate else to, origin, "", source.scope)
-        shape = self.capture.graph.values[origin].shape
-        tensor = convert(self.capture.tensors[origin], to, made.name, self.simulate, shape)
-        self.edits.tensors.setdefault(source.scope, []).append((made, tensor))
-        self.converted.append((origin, made))
+        made = Carrier(self.fresh(name), "fp32" if self.simulate else to, source.value, "", source.scope)
+        self.edits.tensors.setdefault(source.scope, []).append((made, to))
+        self.converted.append((source.value, made))
         return made
 
     def round(self, source: Carrier, to: str, name: str = "") -> Carrier:
@@ -207,7 +199,7 @@ class _Planner:
         return result
 
     def fresh(self, name: str) -> str:
-        while name in self.taken:
+        while name in self.taken or name in self.capture.graph.values:
             name += "_"
         self.taken.add(name)
         return name
@@ -217,7 +209,7 @@ class _Planner:
     def outputs(self) -> None:
         """Point the graph's outputs at what the plan returns; the names stay with the outputs."""
         given = self.capture.graph.outputs
-        names = [self.capture.names[name] for name in given]
+        names = [self.capture.own(name) for name in given]
         returns = self.edits.returns.setdefault("", {})
         for index, (name, before) in enumerate(zip(self.graph.outputs, given, strict=True)):
             carrier = self.carrier(name)
@@ -253,7 +245,7 @@ class _Planner:
         for origin, made in self.converted:
             if origin not in kept and origin not in self.edits.dropped:
                 self.edits.dropped.add(origin)
-                made.name = self.capture.names[origin]
+                made.name = self.capture.own(origin)
 
     def drop_casts(self) -> None:
         """Leave out the casts of lowered inputs that nobody reads."""
@@ -266,19 +258,3 @@ class _Planner:
         first = self.edits.first.get("", [])
         spare = {id(self.moved[name]) for name in self.lowered} - used
         first[:] = [cast for cast in first if id(cast.result) not in spare]
-
-
-def convert(tensor: Any, to: str, name: str, simulate: bool, shape: Sequence[Any]) -> Any:
-    """`tensor` rounded to `to`, to nearest even: a message, or for a large one a promise to convert it when saved."""
-
-    def now() -> Any:
-        with np.errstate(over="ignore"):  # FLT_MAX as a bound becomes infinity: no bound, as it was meant
-            low = flat(tensor).astype(NUMPY_TYPES[to])
-        release(tensor)
-        return low.astype(np.float32) if simulate else low
-
-    dtype = DATA_TYPES["fp32" if simulate else to]
-    if math.prod(shape) > LAZY:
-        return ir.LazyTensor(lambda: ir.Tensor(now().reshape(shape), dtype=dtype), dtype=dtype, shape=ir.Shape(shape),
-                             name=name)  # fmt: skip
-    return onnx.TensorProto(name=name, data_type=int(dtype), dims=shape, raw_data=now().tobytes())

@@ -24,7 +24,7 @@ CONTROL = ("If", "Loop", "Scan")
 def record_bodies(capture: OnnxCapture, feeds: Sequence[Mapping[str, Any]], low: str) -> dict[str, Measured]:
     """Ranges of the FP32 values of all bodies, over all samples."""
     wanted = {name for node in capture.graph if node.scope for name in node.outputs
-              if capture.graph.values[name].dtype == "fp32" and capture.names[name]}  # fmt: skip
+              if capture.graph.values[name].dtype == "fp32" and capture.own(name)}  # fmt: skip
     if not wanted:
         return {}
     target = capture.loaded.objects()
