@@ -151,12 +151,12 @@ def read(model: Any, low: str = "fp32", *, provider: str = "") -> OnnxCapture:
 
 
 class _Reader:
-    """One walk over the model; `ids` are the unique ids of nodes, `taken` the unique names of values."""
+    """One walk over the model; `ids` and `repeated` count what is called the same."""
 
     def __init__(self, capture: OnnxCapture, provider: str) -> None:
         self.capture, self.graph, self.provider = capture, capture.graph, provider
-        self.taken: dict[str, int] = {}
         self.ids: dict[str, int] = {}
+        self.repeated: dict[str, int] = {}
         self.rules: dict[tuple[str, str], tuple[str, Signature]] = {}
         # Equal types of one model are one object.
         self.types: dict[bytes, facts.Known] = {}
@@ -217,21 +217,24 @@ class _Reader:
 
     def value(self, own: str, known: facts.Known, scope: str, names: Names, role: Role, producer: str = "") -> str:
         """Take up a value of the model under a name of its own."""
-        name = own or f"{producer}_out"
-        if name in self.taken:
-            count = self.taken[name]
-            self.taken[name] = count + 1
-            while f"{name}__{count}" in self.taken:
-                count += 1
-            name = f"{name}__{count}"
-        self.taken[name] = 1
+        name, values = own or f"{producer}_out", self.graph.values
+        if name in values:
+            name = self.another(name)
         dtype, shape, numel = known
-        self.graph.values[name] = Value(name, dtype, shape, numel, producer, role, scope=scope)
+        values[name] = Value(name, dtype, shape, numel, producer, role, None, "", scope)
         if name != own:
             self.capture.renamed[name] = own
         if own:
             names[own] = name
         return name
+
+    def another(self, name: str) -> str:
+        """`name` with a number, for one more value of that name."""
+        count = self.repeated.get(name, 1)
+        while f"{name}__{count}" in self.graph.values:
+            count += 1
+        self.repeated[name] = count + 1
+        return f"{name}__{count}"
 
     def node(self, node: onnx.NodeProto, scope: str, region: Region, types: dict[str, facts.Known]) -> None:
         op_type, given, props, names = node.op_type, node.attribute, node.metadata_props, region.names

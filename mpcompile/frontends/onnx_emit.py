@@ -62,31 +62,49 @@ class NewCast:
     origin: str = ""
 
 
+@dataclass(slots=True)
+class NodeEdit:
+    """What is different at one node.
+
+    Fields:
+      reads: slot -> what it reads there.
+      after: casts that follow it.
+      attributes: attributes to add.
+    """
+
+    reads: dict[int, Carrier] = field(default_factory=dict)
+    after: list[NewCast] = field(default_factory=list)
+    attributes: list[onnx.AttributeProto] = field(default_factory=list)
+
+
 @dataclass
 class Edits:
     """What the written model has otherwise than the model that was read: by node id, value name and scope.
 
     Fields:
-      reads: node -> slot -> what it reads there.
+      nodes: node -> what is different there.
       returns: scope -> index -> what the graph returns there.
       types: value -> its element type.
       names: value -> its name.
-      after: node -> casts that follow it.
       first: scope -> casts that stand first in the graph.
       tensors: scope -> initializers to add, each with the type that its elements are rounded to.
       dropped: initializers to leave out.
-      attributes: node -> attributes to add.
     """
 
-    reads: dict[str, dict[int, Carrier]] = field(default_factory=dict)
+    nodes: dict[str, NodeEdit] = field(default_factory=dict)
     returns: dict[str, dict[int, Carrier]] = field(default_factory=dict)
     types: dict[str, str] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
-    after: dict[str, list[NewCast]] = field(default_factory=dict)
     first: dict[str, list[NewCast]] = field(default_factory=dict)
     tensors: dict[str, list[tuple[Carrier, str]]] = field(default_factory=dict)
     dropped: set[str] = field(default_factory=set)
-    attributes: dict[str, list[onnx.AttributeProto]] = field(default_factory=dict)
+
+    def at(self, node: str) -> NodeEdit:
+        """What is different at `node`, to be added to."""
+        edit = self.nodes.get(node)
+        if edit is None:
+            edit = self.nodes[node] = NodeEdit()
+        return edit
 
 
 @dataclass
@@ -163,11 +181,11 @@ class _Emitter:
         self.infos(scope, region, out)
         for cast in self.edits.first.get(scope, ()):
             self.cast(out, cast)
-        after = self.edits.after
         for key, source in zip(region.ids, region.message.node, strict=True):
-            self.node(key, source, out.node.add())
-            for cast in after.get(key, ()):
-                self.cast(out, cast)
+            made, edit = out.node.add(), self.edits.nodes.get(key)
+            self.node(key, source, made)
+            if edit is not None:
+                self.edit(edit, made, out)
 
     # ------------------------------------------------------------------------------------------------------- values
 
@@ -251,22 +269,34 @@ class _Emitter:
     # -------------------------------------------------------------------------------------------------------- nodes
 
     def node(self, key: str, source: onnx.NodeProto, made: onnx.NodeProto) -> None:
+        """A copy of the node, with its decision."""
         if key in self.capture.returned:
             self.control(key, source, made)
         else:
             made.CopyFrom(source)
-        reads = self.edits.reads.get(key)
-        if reads:
-            for slot, carrier in reads.items():
-                made.input[slot] = carrier.name
-        if key in self.edits.attributes:
-            made.attribute.extend(self.edits.attributes[key])
         if self.edits.names:
             self.rename(key, made)
-        if self.plan is not None:
-            if key in self.capture.earlier:
-                _forget(made)
-            self.decide(self.plan.nodes[key], made)
+        if self.plan is None:
+            return
+        if key in self.capture.earlier:
+            _forget(made)
+        decided = self.plan.nodes[key]
+        told = (decided.verdict, decided.precision, decided.reason, decided.module, decided.source)
+        held = self.decisions.get(told)
+        if held is None:
+            held = self.decisions[told] = _metadata(decision(decided))
+        made.MergeFromString(held)
+
+    def edit(self, edit: NodeEdit, made: onnx.NodeProto, out: onnx.GraphProto) -> None:
+        """Make `made` other than it was, and write what follows it."""
+        if edit.reads:
+            names = made.input
+            for slot, carrier in edit.reads.items():
+                names[slot] = carrier.name
+        if edit.attributes:
+            made.attribute.extend(edit.attributes)
+        for cast in edit.after:
+            self.cast(out, cast)
 
     def control(self, key: str, source: onnx.NodeProto, made: onnx.NodeProto) -> None:
         """A node with bodies, which are written anew."""
@@ -285,14 +315,6 @@ class _Emitter:
         for index, name in enumerate(self.capture.graph.nodes[key].outputs):
             if name in self.edits.names:
                 made.output[index] = self.edits.names[name]
-
-    def decide(self, decided: Node, made: onnx.NodeProto) -> None:
-        """Write the decision into the metadata."""
-        told = (decided.verdict, decided.precision, decided.reason, decided.module, decided.source)
-        held = self.decisions.get(told)
-        if held is None:
-            held = self.decisions[told] = _metadata(decision(decided))
-        made.MergeFromString(held)
 
     def cast(self, out: onnx.GraphProto, cast: NewCast) -> None:
         result = cast.result

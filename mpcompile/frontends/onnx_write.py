@@ -20,6 +20,7 @@ from mpcompile.frontends.onnx_emit import (
     Carrier,
     Edits,
     NewCast,
+    NodeEdit,
     Written,
     decision,
     emit,
@@ -106,7 +107,7 @@ class _Planner:
             if self.capture.graph.values[name].dtype == "fp32" and name not in self.capture.tensors:
                 self.edits.types[name] = low
                 self.lowered[name] = given = Carrier(self.capture.own(name), low, name)
-                self.moved[name] = self.cast_of(given, "fp32", f"{name}_fp32_given")
+                self.moved[name] = self.cast_of(given, "fp32", self.fresh(f"{name}_fp32_given"))
 
     # ------------------------------------------------------------------------------------------------------- nodes
 
@@ -120,20 +121,24 @@ class _Planner:
             for name in node.outputs:
                 dtype = self.changed.get(name, "")
                 if dtype in LOW and self.capture.own(name):
-                    self.moved[name] = self.round(self.carrier(name), dtype)
+                    source = self.carrier(name)
+                    self.moved[name] = self.round(source, dtype, self.fresh(f"{source.name}_{dtype}_rounded"))
 
     def redirect(self, node: Node, before: Node) -> None:
-        reads: dict[int, Carrier] = {}
+        moved, reads = self.moved, dict[int, Carrier]()
         for slot, name, old in zip(node.slots, node.inputs, before.inputs, strict=True):
-            carrier = self.moved.get(name)
-            if carrier is None:
-                if name == old:
-                    continue
-                carrier = self.carrier(name)
-            reads[slot] = carrier
-        self.edits.reads[node.id] = reads
-        if node.id not in self.capture.returned:
-            return
+            carrier = moved.get(name)
+            if carrier is not None:
+                reads[slot] = carrier
+            elif name != old:
+                reads[slot] = self.own_carrier(name)
+        if node.id in self.capture.returned:
+            self.redirect_returns(node, reads)
+        if reads:
+            self.edits.at(node.id).reads = reads
+
+    def redirect_returns(self, node: Node, reads: dict[int, Carrier]) -> None:
+        """Take what the bodies of `node` return out of `reads`."""
         own = self.capture.operands[node.id]
         for slot in [slot for slot in reads if slot >= own]:
             body, index = self.capture.returned[node.id][slot - own]
@@ -143,63 +148,61 @@ class _Planner:
         """Ask fused attention for its softmax in FP32, where its author said nothing."""
         if not self.simulate and "softmax_precision" not in node.attrs:
             attr = onnx.helper.make_attribute("softmax_precision", int(DATA_TYPES["fp32"]))
-            self.edits.attributes[node.id] = [attr]
+            self.edits.at(node.id).attributes.append(attr)
 
     def cast(self, cast: Node) -> None:
-        """The value that carries a planned cast."""
+        """The value that carries a planned cast; its name is free, as all names of the plan are."""
         read, to, name = cast.inputs[0], str(cast.attrs["to"]), cast.outputs[0]
-        source = self.carrier(read)
         if read in self.lowered:
             given = self.lowered[read]
-            self.moved[name] = source if self.simulate or to != given.dtype else given
-            return
-        fixed = self.is_fixed(source)
+            self.moved[name] = self.moved[read] if self.simulate or to != given.dtype else given
+        elif self.is_fixed(read) and not (self.simulate and to == "fp32"):
+            self.moved[name] = self.constant(read, name, to)
+        else:
+            self.moved[name] = self.cast_value(self.carrier(read), to, name, cast.origin or "inserted")
+
+    def cast_value(self, source: Carrier, to: str, name: str, origin: str) -> Carrier:
+        """A planned cast of what is no constant."""
         if self.simulate and source.dtype == "fp32":
             # The source is FP32 in any case: going up is free, going down is a round trip.
-            if to == "fp32":
-                self.moved[name] = source
-            else:
-                self.moved[name] = self.constant(source, name, to) if fixed else self.round(source, to, name)
-            return
-        if fixed:
-            self.moved[name] = self.constant(source, name, to)
-            return
-        self.moved[name] = self.cast_of(source, to, name, cast.origin or "inserted")
-        if self.simulate and to in LOW:
-            self.moved[name] = self.cast_of(self.moved[name], "fp32", f"{name}_up")
+            return source if to == "fp32" else self.round(source, to, name)
+        made = self.cast_of(source, to, name, origin)
+        return self.cast_of(made, "fp32", self.fresh(f"{name}_up")) if self.simulate and to in LOW else made
 
     # ------------------------------------------------------------------------------------------------------- pieces
 
-    def is_fixed(self, source: Carrier) -> bool:
+    def is_fixed(self, name: str) -> bool:
         """True for an initializer that may be converted now: not one that a caller can override."""
-        name = source.value
-        own = name in self.capture.tensors and source is self.own.get(name)
-        return own and self.capture.own(name) not in self.capture.regions[source.scope].given
+        if name not in self.capture.tensors or name in self.moved:
+            return False
+        scope = self.capture.graph.values[name].scope
+        return self.capture.own(name) not in self.capture.regions[scope].given
 
-    def constant(self, source: Carrier, name: str, to: str) -> Carrier:
-        """A second initializer beside that of `source`, converted to `to`."""
-        made = Carrier(self.fresh(name), "fp32" if self.simulate else to, source.value, "", source.scope)
-        self.edits.tensors.setdefault(source.scope, []).append((made, to))
-        self.converted.append((source.value, made))
+    def constant(self, origin: str, name: str, to: str) -> Carrier:
+        """A second initializer beside `origin`, converted to `to`."""
+        scope = self.capture.graph.values[origin].scope
+        made = Carrier(name, "fp32" if self.simulate else to, origin, "", scope)
+        self.edits.tensors.setdefault(scope, []).append((made, to))
+        self.converted.append((origin, made))
         return made
 
-    def round(self, source: Carrier, to: str, name: str = "") -> Carrier:
+    def round(self, source: Carrier, to: str, name: str) -> Carrier:
         """`source` through the low type and back to FP32."""
-        name = name or f"{source.name}_{to}_rounded"
-        return self.cast_of(self.cast_of(source, to, f"{name}_down"), "fp32", name)
+        return self.cast_of(self.cast_of(source, to, self.fresh(f"{name}_down")), "fp32", name)
 
     def cast_of(self, source: Carrier, to: str, name: str, origin: str = "") -> Carrier:
-        """A Cast right behind the maker of `source`, or first in its graph."""
-        result = Carrier(self.fresh(name), to, source.value, source.maker, source.scope)
+        """A Cast right behind the maker of `source`, or first in its graph; `name` is free."""
+        result = Carrier(name, to, source.value, source.maker, source.scope)
         cast = NewCast(source, result, origin)
         if source.maker:
-            self.edits.after.setdefault(source.maker, []).append(cast)
+            self.edits.at(source.maker).after.append(cast)
         else:
             self.edits.first.setdefault(source.scope, []).append(cast)
         return result
 
     def fresh(self, name: str) -> str:
-        while name in self.taken or name in self.capture.graph.values:
+        """`name`, or one like it that is free."""
+        while name in self.taken or name in self.graph.values or name in self.capture.graph.values:
             name += "_"
         self.taken.add(name)
         return name
@@ -217,7 +220,7 @@ class _Planner:
                 continue
             dtype = self.graph.values[name].dtype
             if self.simulate and dtype in LOW and carrier.dtype == "fp32":
-                carrier = self.cast_of(carrier, dtype, f"{carrier.name}_given")
+                carrier = self.cast_of(carrier, dtype, self.fresh(f"{carrier.name}_given"))
             returns[index] = carrier
             if before not in self.edits.names and carrier.name not in names:
                 new = self.fresh(f"{names[index]}_{self.graph.values[before].dtype}_before")
@@ -234,14 +237,16 @@ class _Planner:
     def follow_names(self) -> None:
         """Let all who read a renamed value read it by its new name."""
         for name, reader, slot in self.readers(set(self.edits.names)) if self.edits.names else ():
-            self.edits.reads.setdefault(reader, {}).setdefault(slot, self.own[name])
+            self.edits.at(reader).reads.setdefault(slot, self.own[name])
 
     def drop_initializers(self) -> None:
         """Leave out initializers that nobody reads any more; a sole copy takes over the name."""
-        reads, nothing = self.edits.reads, dict[int, Carrier]()
-        kept = {name for name, reader, slot in self.readers({origin for origin, _ in self.converted})
-                if reads.get(reader, nothing).get(slot, self.own[name]) is self.own[name]}  # fmt: skip
-        kept |= set(self.capture.graph.outputs)
+        edits, nothing = self.edits.nodes, NodeEdit()
+        kept = set(self.capture.graph.outputs)
+        for name, reader, slot in self.readers({origin for origin, _ in self.converted}):
+            carrier = edits.get(reader, nothing).reads.get(slot)
+            if carrier is None or carrier is self.own.get(name):
+                kept.add(name)
         for origin, made in self.converted:
             if origin not in kept and origin not in self.edits.dropped:
                 self.edits.dropped.add(origin)
@@ -251,10 +256,9 @@ class _Planner:
         """Leave out the casts of lowered inputs that nobody reads."""
         if not self.lowered:
             return
-        used = {id(c) for reads in self.edits.reads.values() for c in reads.values()}
-        used |= {id(c) for returns in self.edits.returns.values() for c in returns.values()}
-        casts = (*self.edits.after.values(), *self.edits.first.values())
-        used |= {id(cast.source) for row in casts for cast in row}
-        first = self.edits.first.get("", [])
+        edits, first = self.edits.nodes.values(), self.edits.first.get("", [])
+        used = {id(carrier) for edit in edits for carrier in edit.reads.values()}
+        used |= {id(carrier) for returns in self.edits.returns.values() for carrier in returns.values()}
+        used |= {id(cast.source) for casts in (first, *(edit.after for edit in edits)) for cast in casts}
         spare = {id(self.moved[name]) for name in self.lowered} - used
         first[:] = [cast for cast in first if id(cast.result) not in spare]
