@@ -47,30 +47,47 @@ class Region:
       names: its own names.
       given: names of its inputs.
       ids: ids of its nodes, in order.
-      infos: result of a node -> its place in ``message.value_info``.
+      results: the value that each entry of ``message.value_info`` is about; "" where that is no result of a node, or one
+        that the graph returns.
     """
 
     message: onnx.GraphProto
     names: Names
     given: frozenset[str] = frozenset()
     ids: list[str] = field(default_factory=list)
-    infos: dict[str, int] = field(default_factory=dict)
+    results: list[str] = field(default_factory=list)
 
-    def info(self, name: str) -> onnx.ValueInfoProto | None:
-        """What the model says of `name`, which is no initializer."""
-        place = self.infos.get(name)
-        if place is not None:
-            found: onnx.ValueInfoProto = self.message.value_info[place]
-            return found
-        return next((info for info in (*self.message.input, *self.message.output) if info.name == name), None)
 
-    def describe(self, name: str, element: int) -> None:
-        """Write down the element type of a result."""
-        info = self.info(name)
-        if info is None:
-            self.infos[name] = len(self.message.value_info)
-            info = self.message.value_info.add(name=name)
-        info.type.tensor_type.elem_type = element
+@dataclass
+class _Told:
+    """What a graph says of its results, which are asked for mostly in the order in which it says it.
+
+    Fields:
+      names, known: of the entries of its ``value_info``.
+      returned: of what the graph returns.
+      next: the entry after the one that was asked for last.
+      places: name -> entry, once the order is another.
+    """
+
+    names: list[str]
+    known: list[facts.Known]
+    returned: dict[str, facts.Known]
+    next: int = 0
+    places: dict[str, int] = field(default_factory=dict)
+
+    def place(self, name: str) -> int:
+        """The entry about `name`; -1 when there is none."""
+        place = self.next
+        if place < len(self.names) and self.names[place] == name:
+            self.next = place + 1
+            return place
+        if name in self.returned:
+            return -1
+        if not self.places:
+            self.places = {name: place for place, name in enumerate(self.names)}
+        place = self.places.get(name, -1)
+        self.next = place + 1
+        return place
 
 
 @dataclass
@@ -173,25 +190,25 @@ class _Reader:
     def body(self, graph: onnx.GraphProto, scope: str, outer: Names | None) -> Region:
         """The inputs, initializers and nodes of `graph`."""
         region = self.capture.regions[scope] = Region(graph, Names(outer), frozenset(info.name for info in graph.input))
-        told = [(info.name, info.type.SerializeToString()) for info in graph.value_info]
-        types = {name: self.type(key) for name, key in told}
-        region.infos = {name: place for place, name in enumerate(types)}
-        if len(types) != len(told):
-            region.infos = {name: place for place, (name, _) in enumerate(told)}
-        for info in graph.output:
-            if info.name not in types or info.HasField("type"):
-                types[info.name] = self.type(info.type.SerializeToString())
+        told = self.told(graph)
+        region.results = [""] * len(told.names)
         role: Role = "activation" if scope else "input"
         for info in graph.input:
             self.value(info.name, self.type(info.type.SerializeToString()), scope, region.names, role)
         self.initializers(graph, scope, region)
-        for name in (region.names.keys() | {info.name for info in graph.output}) & region.infos.keys():
-            del region.infos[name]
         for node in graph.node:
-            self.node(node, scope, region, types)
-        if not region.infos.keys() <= region.names.keys():
-            region.infos = {name: place for name, place in region.infos.items() if name in region.names}
+            self.node(node, scope, region, told)
         return region
+
+    def told(self, graph: onnx.GraphProto) -> _Told:
+        """What `graph` says of its results."""
+        told = [(info.name, info.type.SerializeToString()) for info in graph.value_info]
+        made = _Told([name for name, _ in told], [self.type(key) for _, key in told], {})
+        for info in graph.output:
+            place = -1 if info.HasField("type") else made.place(info.name)
+            made.returned[info.name] = self.type(info.type.SerializeToString()) if place < 0 else made.known[place]
+        made.next = 0
+        return made
 
     def type(self, key: bytes) -> facts.Known:
         """`facts.type_of`, asked once per type."""
@@ -236,7 +253,7 @@ class _Reader:
         self.repeated[name] = count + 1
         return f"{name}__{count}"
 
-    def node(self, node: onnx.NodeProto, scope: str, region: Region, types: dict[str, facts.Known]) -> None:
+    def node(self, node: onnx.NodeProto, scope: str, region: Region, told: _Told) -> None:
         op_type, given, props, names = node.op_type, node.attribute, node.metadata_props, region.names
         own = node.name
         key = self.fresh(own, op_type)
@@ -252,18 +269,19 @@ class _Reader:
         op, signature_ = self.rule(node.domain, op_type, attrs, len(results))
         module = source = ""
         if props or own.startswith("/"):
-            told = {one.key: one.value for one in props}
-            module, source = facts.module_of(own, told), facts.source_of(told)
-            if any(name.startswith(OURS) for name in told):
-                self.capture.earlier.add(key)
+            module, source = self.origin(key, own, props)
         made = Node(key, op, inputs, [], slots, attrs, module, source, scope=scope)
         lacks = False
         for name in results:
             if name in names:
                 raise OnnxError("MP601", f"the value {name!r} is redeclared: two nodes make it", where=key)
-            known = types.get(name, UNKNOWN)
+            place = told.place(name)
+            known = told.known[place] if place >= 0 else told.returned.get(name, UNKNOWN)
+            value = self.value(name, known, scope, names, "activation", key)
+            made.outputs.append(value)
+            if place >= 0:
+                region.results[place] = value
             lacks = lacks or known[0] == "unknown"
-            made.outputs.append(self.value(name, known, scope, names, "activation", key))
         if lacks:
             self.lacking.append(made)
         if op_type in facts.FLOPS:
@@ -274,8 +292,16 @@ class _Reader:
         self.graph.nodes[key] = made
         self.capture.signatures[key] = signature_
 
+    def origin(self, key: str, own: str, props: Any) -> tuple[str, str]:
+        """Module path and source line of a node."""
+        told = {one.key: one.value for one in props}
+        if any(name.startswith(OURS) for name in told):
+            self.capture.earlier.add(key)
+        return facts.module_of(own, told), facts.source_of(told)
+
     def bodies(self, node: onnx.NodeProto, key: str, scope: str, names: Names) -> list[str]:
         """Read the bodies of a control node; what they return."""
+        self.ids.setdefault(key, 1)  # taken, though the node itself comes after its bodies
         inner: list[str] = []
         places: list[tuple[str, int]] = []
         for name, graph in bodies(node):
@@ -304,14 +330,14 @@ class _Reader:
 
     def fresh(self, own: str, op_type: str) -> str:
         """A unique id: the node's own name, or its operator and a number."""
-        stem = own or op_type
-        count = self.ids.get(stem, 0)
-        self.ids[stem] = count + 1
-        if count == 0 and own:
-            return stem
-        while f"{stem}_{count}" in self.ids:
+        nodes, stem = self.graph.nodes, own or op_type
+        count = self.ids.get(stem)
+        if count is None and own and own not in nodes:
+            return own
+        count = count or (1 if own else 0)
+        while f"{stem}_{count}" in nodes or f"{stem}_{count}" in self.ids:
             count += 1
-        self.ids[f"{stem}_{count}"] = 1
+        self.ids[stem] = count + 1
         return f"{stem}_{count}"
 
 

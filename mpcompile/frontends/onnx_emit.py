@@ -67,14 +67,14 @@ class NodeEdit:
     """What is different at one node.
 
     Fields:
-      reads: slot -> what it reads there.
+      reads: slots, and what it reads there.
       after: casts that follow it.
       attributes: attributes to add.
     """
 
-    reads: dict[int, Carrier] = field(default_factory=dict)
-    after: list[NewCast] = field(default_factory=list)
-    attributes: list[onnx.AttributeProto] = field(default_factory=list)
+    reads: tuple[tuple[int, Carrier], ...] = ()
+    after: tuple[NewCast, ...] = ()
+    attributes: tuple[onnx.AttributeProto, ...] = ()
 
 
 @dataclass
@@ -159,10 +159,6 @@ class _Emitter:
         self.casts: dict[tuple[str, str], onnx.NodeProto] = {}
         self.types: dict[tuple[Any, ...], bytes] = {}
         self.returned = {id(carrier) for row in edits.returns.values() for carrier in row.values()}
-        # Scope -> values of other types and names.
-        self.changed: dict[str, list[str]] = {}
-        for name in (*edits.types, *(name for name in edits.names if name not in edits.types)):
-            self.changed.setdefault(capture.graph.values[name].scope, []).append(name)
         self.out = Written(onnx.ModelProto())
 
     def model(self, header: Mapping[str, str]) -> Written:
@@ -229,31 +225,30 @@ class _Emitter:
 
     def infos(self, scope: str, region: Region, out: onnx.GraphProto) -> None:
         """Types of inputs, outputs and results: those of the model, and what is different."""
-        given, places = region.message.value_info, region.infos
-        if len(places) == len(given):
-            out.value_info.MergeFrom(given)
+        given, results, types, names = region.message.value_info, region.results, self.edits.types, self.edits.names
+        if "" in results:
+            out.value_info.extend([info for info, name in zip(given, results, strict=True) if name])
+            results = [name for name in results if name]
         else:
-            out.value_info.extend([given[place] for place in places.values()])
-            places = {name: place for place, name in enumerate(places)}
-        ends = {info.name: info for info in out.input}
+            out.value_info.MergeFrom(given)
+        for place, name in enumerate(results):
+            dtype = types.get(name)
+            if dtype is not None:
+                out.value_info[place].type.tensor_type.elem_type = DATA_TYPES[dtype]
+        ends = [(info, region.names[info.name]) for info in out.input]
         returns = self.edits.returns.get(scope, {})
         for index, source in enumerate(region.message.output):
             info, carrier = out.output.add(), returns.get(index)
             if carrier is None:
                 info.CopyFrom(source)
-                ends[info.name] = info
+                ends.append((info, region.names[info.name]))
             else:
                 copy_fields(source, info, "type")
                 self.describe(info, carrier)
-        types, names = self.edits.types, self.edits.names
-        for name in self.changed.get(scope, ()):
-            own = self.capture.own(name)
-            place = places.get(own)
-            info = ends.get(own) if place is None else out.value_info[place]
-            if info is not None and name in types:
+        for info, name in ends:
+            info.name = names.get(name, info.name)
+            if name in types:
                 info.type.tensor_type.elem_type = DATA_TYPES[types[name]]
-            if info is not None and name in names:
-                info.name = names[name]
 
     def describe(self, info: onnx.ValueInfoProto, carrier: Carrier) -> None:
         """The name and type of `carrier`, which has the shape of what it was made from."""
@@ -291,7 +286,7 @@ class _Emitter:
         """Make `made` other than it was, and write what follows it."""
         if edit.reads:
             names = made.input
-            for slot, carrier in edit.reads.items():
+            for slot, carrier in edit.reads:
                 names[slot] = carrier.name
         if edit.attributes:
             made.attribute.extend(edit.attributes)

@@ -105,7 +105,12 @@ class _Completion:
         value = self.values[name]
         value.dtype, value.numel = dtype, NUMEL_HINT
         if own := self.capture.own(name):
-            self.capture.regions[value.scope].describe(own, data_type(dtype))
+            message, results = self.capture.regions[value.scope].message, self.capture.regions[value.scope].results
+            info = next((info for info in message.output if info.name == own), None)
+            if info is None:
+                info = message.value_info.add(name=own)
+                results.append(name)
+            info.type.tensor_type.elem_type = data_type(dtype)
 
 
 __all__ = ["bodies", "complete", "inferred"]

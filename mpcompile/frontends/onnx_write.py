@@ -125,30 +125,32 @@ class _Planner:
                     self.moved[name] = self.round(source, dtype, self.fresh(f"{source.name}_{dtype}_rounded"))
 
     def redirect(self, node: Node, before: Node) -> None:
-        moved, reads = self.moved, dict[int, Carrier]()
+        moved, reads = self.moved, list[tuple[int, Carrier]]()
         for slot, name, old in zip(node.slots, node.inputs, before.inputs, strict=True):
             carrier = moved.get(name)
             if carrier is not None:
-                reads[slot] = carrier
+                reads.append((slot, carrier))
             elif name != old:
-                reads[slot] = self.own_carrier(name)
+                reads.append((slot, self.own_carrier(name)))
         if node.id in self.capture.returned:
-            self.redirect_returns(node, reads)
+            reads = self.redirect_returns(node, reads)
         if reads:
-            self.edits.at(node.id).reads = reads
+            self.edits.at(node.id).reads = tuple(reads)
 
-    def redirect_returns(self, node: Node, reads: dict[int, Carrier]) -> None:
-        """Take what the bodies of `node` return out of `reads`."""
-        own = self.capture.operands[node.id]
-        for slot in [slot for slot in reads if slot >= own]:
-            body, index = self.capture.returned[node.id][slot - own]
-            self.edits.returns.setdefault(body, {})[index] = reads.pop(slot)
+    def redirect_returns(self, node: Node, reads: list[tuple[int, Carrier]]) -> list[tuple[int, Carrier]]:
+        """Let the bodies of `node` return what it reads beyond its own operands; the rest."""
+        own, places = self.capture.operands[node.id], self.capture.returned[node.id]
+        for slot, carrier in reads:
+            if slot >= own:
+                body, index = places[slot - own]
+                self.edits.returns.setdefault(body, {})[index] = carrier
+        return [(slot, carrier) for slot, carrier in reads if slot < own]
 
     def fp32_core(self, node: Node) -> None:
         """Ask fused attention for its softmax in FP32, where its author said nothing."""
         if not self.simulate and "softmax_precision" not in node.attrs:
             attr = onnx.helper.make_attribute("softmax_precision", int(DATA_TYPES["fp32"]))
-            self.edits.at(node.id).attributes.append(attr)
+            self.edits.at(node.id).attributes = (attr,)
 
     def cast(self, cast: Node) -> None:
         """The value that carries a planned cast; its name is free, as all names of the plan are."""
@@ -195,7 +197,8 @@ class _Planner:
         result = Carrier(name, to, source.value, source.maker, source.scope)
         cast = NewCast(source, result, origin)
         if source.maker:
-            self.edits.at(source.maker).after.append(cast)
+            edit = self.edits.at(source.maker)
+            edit.after = (*edit.after, cast)
         else:
             self.edits.first.setdefault(source.scope, []).append(cast)
         return result
@@ -237,14 +240,16 @@ class _Planner:
     def follow_names(self) -> None:
         """Let all who read a renamed value read it by its new name."""
         for name, reader, slot in self.readers(set(self.edits.names)) if self.edits.names else ():
-            self.edits.at(reader).reads.setdefault(slot, self.own[name])
+            edit = self.edits.at(reader)
+            if slot not in dict(edit.reads):
+                edit.reads = (*edit.reads, (slot, self.own[name]))
 
     def drop_initializers(self) -> None:
         """Leave out initializers that nobody reads any more; a sole copy takes over the name."""
         edits, nothing = self.edits.nodes, NodeEdit()
         kept = set(self.capture.graph.outputs)
         for name, reader, slot in self.readers({origin for origin, _ in self.converted}):
-            carrier = edits.get(reader, nothing).reads.get(slot)
+            carrier = dict(edits.get(reader, nothing).reads).get(slot)
             if carrier is None or carrier is self.own.get(name):
                 kept.add(name)
         for origin, made in self.converted:
@@ -257,7 +262,7 @@ class _Planner:
         if not self.lowered:
             return
         edits, first = self.edits.nodes.values(), self.edits.first.get("", [])
-        used = {id(carrier) for edit in edits for carrier in edit.reads.values()}
+        used = {id(carrier) for edit in edits for _, carrier in edit.reads}
         used |= {id(carrier) for returns in self.edits.returns.values() for carrier in returns.values()}
         used |= {id(cast.source) for casts in (first, *(edit.after for edit in edits)) for cast in casts}
         spare = {id(self.moved[name]) for name in self.lowered} - used
