@@ -346,13 +346,20 @@ def passes_for(policy: Policy, options: Options, capture: frontend.OnnxCapture,
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Millions of small objects that all stay: looking for garbage among them takes as long as making them."""
+    """Millions of small objects that all stay: looking for garbage among them takes as long as making them.
+
+    In the end they count as old, so that no collection of young objects looks at them either: to freeze and unfreeze
+    moves them without a look, and is left out where the caller has frozen objects of its own.
+    """
     was = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         if was:
+            if not gc.get_freeze_count():
+                gc.freeze()
+                gc.unfreeze()
             gc.enable()
 
 

@@ -223,8 +223,8 @@ class _Reader:
             held = self.capture.loaded.held(tensor, main=not scope)
             name = region.names.get(own)
             if name is None:
-                shape: tuple[int | str, ...] = tuple(tensor.dims)
-                numel = math.prod(tensor.dims)
+                shape = tuple(tensor.dims)
+                numel = math.prod(shape)
                 dtype = dtype_name(tensor.data_type)
                 role: Role = "constant" if numel <= 1 else "parameter"
                 name = self.value(own, (dtype, shape, numel), scope, region.names, role)

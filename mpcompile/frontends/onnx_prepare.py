@@ -5,8 +5,6 @@ Only what does not change a bit of the model's results happens here, on a copy o
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import numpy as np
 import onnx
 from onnx import numpy_helper
@@ -16,7 +14,7 @@ from mpcompile.errors import OnnxError
 from mpcompile.frontends import onnx_objects as objects
 from mpcompile.frontends.onnx_infer import bodies, inferred
 from mpcompile.frontends.onnx_load import Loaded, quiet
-from mpcompile.frontends.onnx_schema import plain_domain, signature
+from mpcompile.frontends.onnx_schema import may_have_bodies, plain_domain, signature
 from mpcompile.graph import LOW
 
 # The oldest opset in which (nearly) every operator takes the type.
@@ -37,22 +35,20 @@ def prepare(loaded: Loaded, low: str) -> list[str]:
       OnnxError: MP601.
     """
     notes: list[str] = []
-    found = _graphs(loaded.proto.graph)
+    found, operators = _survey(loaded.proto.graph)
     for graph in found[1:]:
         _check_outputs(graph)
     if loaded.proto.functions:
         model = loaded.objects()
         common.InlinePass()(model)
         loaded.take(model)
-        found = _graphs(loaded.proto.graph)
-    operators = _operators(found)
+        found, operators = _survey(loaded.proto.graph)
     if low in LOW and _raise_opset(loaded, low, operators, notes):
-        found = _graphs(loaded.proto.graph)
-        operators = _operators(found)
+        found, operators = _survey(loaded.proto.graph)
     loaded.proto = inferred(loaded.proto)
     if ("", "CastLike") in operators:
         _settle_cast_like(loaded)
-    found = _graphs(loaded.proto.graph) if len(found) > 1 else [loaded.proto.graph]
+    found = _survey(loaded.proto.graph)[0] if len(found) > 1 else [loaded.proto.graph]
     lifted = sum(_lift_constants(graph) for graph in found) if ("", "Constant") in operators else 0
     if lifted:  # before version 4, an initializer had to be an input
         loaded.proto.ir_version = max(loaded.proto.ir_version, 4)
@@ -96,18 +92,15 @@ def opset(proto: onnx.ModelProto, domain: str) -> int:
     return imports.get(domain, imports.get("ai.onnx", 1) if not domain else 1)
 
 
-def _operators(graphs: Iterable[onnx.GraphProto]) -> set[tuple[str, str]]:
-    """(domain, operator) of every node."""
-    found = {(node.domain, node.op_type) for graph in graphs for node in graph.node}
-    return {(plain_domain(domain), op) for domain, op in found}
-
-
-def _graphs(main: onnx.GraphProto) -> list[onnx.GraphProto]:
-    """`main` and every graph inside it."""
-    found = [main]
+def _survey(main: onnx.GraphProto) -> tuple[list[onnx.GraphProto], set[tuple[str, str]]]:
+    """`main` and every graph inside it; (domain, operator) of every node."""
+    found, operators = [main], set[tuple[str, str]]()
     for graph in found:
-        found += [body for node in graph.node if node.attribute for _, body in bodies(node)]
-    return found
+        here = {(node.domain, node.op_type) for node in graph.node}
+        if any(may_have_bodies(*one) for one in here - operators) or len(found) > 1:
+            found += [body for node in graph.node if node.attribute for _, body in bodies(node)]
+        operators |= here
+    return found, {(plain_domain(domain), op) for domain, op in operators}
 
 
 def _lift_constants(graph: onnx.GraphProto) -> int:

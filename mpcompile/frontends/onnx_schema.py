@@ -114,6 +114,17 @@ def find_schema(domain: str, op: str, opset: int) -> Any:
 
 
 @cache
+def may_have_bodies(domain: str, op: str) -> bool:
+    """True when nodes of `op` may have graphs as attributes: those of unknown operators, too."""
+    try:
+        attributes = onnx.defs.get_schema(op, plain_domain(domain)).attributes
+    except onnx.defs.SchemaError:
+        return True
+    kinds = onnx.defs.OpSchema.AttrType
+    return any(attr.type in (kinds.GRAPH, kinds.GRAPHS) for attr in attributes.values())
+
+
+@cache
 def _runtime_schemas() -> dict[tuple[str, str], Any]:
     """The com.microsoft schemas that the installed ONNX Runtime carries."""
     try:
