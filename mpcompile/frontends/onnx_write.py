@@ -9,7 +9,7 @@ This file decides what is different; `mpcompile.frontends.onnx_emit` writes it d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import onnx
 import onnx_ir as ir
@@ -20,7 +20,6 @@ from mpcompile.frontends.onnx_emit import (
     Carrier,
     Edits,
     NewCast,
-    NodeEdit,
     Written,
     decision,
     emit,
@@ -65,6 +64,8 @@ class _Planner:
         self.lowered: dict[str, Carrier] = {}
         self.views = {name for name, kind in load_kinds().items() if kind.fusion == "view"}
         self.converted: list[tuple[str, Carrier]] = []
+        # Initializers that are read as they are.
+        self.kept = set(capture.graph.outputs)
         self.taken: set[str] = set()
         # Results that the plan gives another type.
         given, planned = capture.graph.values, graph.values
@@ -115,6 +116,8 @@ class _Planner:
         """Redirect the operands of `node`; round its results, where nothing computes in the low type."""
         if node.inputs != before.inputs or not self.moved.keys().isdisjoint(node.inputs):
             self.redirect(node, before)
+        else:
+            self.kept.update([name for name in node.inputs if name in self.capture.tensors])
         if node.op == "onnx::Attention" and node.precision in LOW:
             self.fp32_core(node)
         if self.simulate and node.kind not in self.views:
@@ -130,7 +133,9 @@ class _Planner:
             carrier = moved.get(name)
             if carrier is not None:
                 reads.append((slot, carrier))
-            elif name != old:
+                continue
+            self.kept.add(name)
+            if name != old:
                 reads.append((slot, self.own_carrier(name)))
         if node.id in self.capture.returned:
             reads = self.redirect_returns(node, reads)
@@ -230,30 +235,20 @@ class _Planner:
                 self.own_carrier(before).name = self.edits.names[before] = new
                 carrier.name = names[index]
 
-    def readers(self, names: set[str]) -> Iterator[tuple[str, str, int]]:
-        """(value, node, slot) of all reads of `names` in the model as it was read."""
-        for node in self.capture.graph.nodes.values():
-            if not names.isdisjoint(node.inputs):
-                read = zip(node.slots, node.inputs, strict=True)
-                yield from ((name, node.id, slot) for slot, name in read if name in names)
-
     def follow_names(self) -> None:
         """Let all who read a renamed value read it by its new name."""
-        for name, reader, slot in self.readers(set(self.edits.names)) if self.edits.names else ():
-            edit = self.edits.at(reader)
-            if slot not in dict(edit.reads):
-                edit.reads = (*edit.reads, (slot, self.own[name]))
+        names = self.edits.names
+        for node in self.capture.graph if names else ():
+            read = [(slot, self.own[name]) for slot, name in zip(node.slots, node.inputs, strict=True) if name in names]
+            if read:
+                edit = self.edits.at(node.id)
+                moved = {slot for slot, _ in edit.reads}
+                edit.reads = (*edit.reads, *(pair for pair in read if pair[0] not in moved))
 
     def drop_initializers(self) -> None:
         """Leave out initializers that nobody reads any more; a sole copy takes over the name."""
-        edits, nothing = self.edits.nodes, NodeEdit()
-        kept = set(self.capture.graph.outputs)
-        for name, reader, slot in self.readers({origin for origin, _ in self.converted}):
-            carrier = dict(edits.get(reader, nothing).reads).get(slot)
-            if carrier is None or carrier is self.own.get(name):
-                kept.add(name)
         for origin, made in self.converted:
-            if origin not in kept and origin not in self.edits.dropped:
+            if origin not in self.kept and origin not in self.edits.dropped:
                 self.edits.dropped.add(origin)
                 made.name = self.capture.own(origin)
 
