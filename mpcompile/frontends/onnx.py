@@ -63,7 +63,7 @@ class _Told:
     """What a graph says of its results, which are asked for mostly in the order in which it says it.
 
     Fields:
-      names, known: of the entries of its ``value_info``.
+      names, known: of the entries of its ``value_info``; no name where it is about what the graph returns.
       returned: of what the graph returns.
       next: the entry after the one that was asked for last.
       places: name -> entry, once the order is another.
@@ -82,6 +82,7 @@ class _Told:
             self.next = place + 1
             return place
         if name in self.returned:
+            self.next += place < len(self.names) and not self.names[place]
             return -1
         if not self.places:
             self.places = {name: place for place, name in enumerate(self.names)}
@@ -207,8 +208,8 @@ class _Reader:
         for info in graph.output:
             place = -1 if info.HasField("type") else made.place(info.name)
             made.returned[info.name] = self.type(info.type.SerializeToString()) if place < 0 else made.known[place]
-        made.next = 0
-        return made
+        names = ["" if name in made.returned else name for name in made.names]
+        return _Told(names, made.known, made.returned)
 
     def type(self, key: bytes) -> facts.Known:
         """`facts.type_of`, asked once per type."""

@@ -104,12 +104,15 @@ class _Completion:
         """Write the type down, in the model too."""
         value = self.values[name]
         value.dtype, value.numel = dtype, NUMEL_HINT
-        if own := self.capture.own(name):
-            message, results = self.capture.regions[value.scope].message, self.capture.regions[value.scope].results
-            info = next((info for info in message.output if info.name == own), None)
-            if info is None:
-                info = message.value_info.add(name=own)
-                results.append(name)
+        maker = self.capture.graph.nodes[value.producer]
+        if maker.op == "onnx::Cast":
+            maker.out_dtype = dtype
+        own, region = self.capture.own(name), self.capture.regions[value.scope]
+        info = next((info for info in region.message.output if info.name == own), None)
+        if info is None and own:
+            info = region.message.value_info.add(name=own)
+            region.results.append(name)
+        if info is not None:
             info.type.tensor_type.elem_type = data_type(dtype)
 
 

@@ -49,11 +49,13 @@ def prepare(loaded: Loaded, low: str) -> list[str]:
     if ("", "CastLike") in operators:
         _settle_cast_like(loaded)
     found = _survey(loaded.proto.graph)[0] if len(found) > 1 else [loaded.proto.graph]
-    lifted = sum(_lift_constants(graph) for graph in found) if ("", "Constant") in operators else 0
+    lifted = 0
+    for graph in reversed(found):  # from the inside out: what is kept of a graph are copies of its nodes
+        lifted += _lift_constants(graph) if ("", "Constant") in operators else 0
+        if graph is not loaded.proto.graph:
+            _own_outputs(graph)
     if lifted:  # before version 4, an initializer had to be an input
         loaded.proto.ir_version = max(loaded.proto.ir_version, 4)
-    for graph in found[1:]:
-        _own_outputs(graph)
     return notes
 
 
