@@ -22,6 +22,7 @@ from mpcompile.frontends.onnx_infer import bodies, complete
 from mpcompile.frontends.onnx_load import Loaded, load, unreadable
 from mpcompile.frontends.onnx_prepare import opset, prepare, sort, unmade
 from mpcompile.frontends.onnx_schema import dtype_name, op_name, plain_domain, signature
+from mpcompile.frontends.onnx_tensors import range_of
 from mpcompile.graph import CASTABLE, Node, PrecisionGraph, Role, Value
 from mpcompile.passes.legalize import Signature
 
@@ -154,7 +155,7 @@ def read(model: Any, low: str = "fp32", *, provider: str = "") -> OnnxCapture:
         capture.graph.header = {"source": "onnx"}
         try:
             _Reader(capture, provider).main()
-        except ValueError as error:  # an element type that there is not, a tensor with too few bytes
+        except (ValueError, OSError) as error:  # a type that there is not, too few bytes, a data file that is gone
             raise unreadable(error, loaded.path) from error
         return capture
 
@@ -230,7 +231,7 @@ class _Reader:
                 role: Role = "constant" if numel <= 1 else "parameter"
                 name = self.value(own, (dtype, shape, numel), scope, region.names, role)
                 if dtype in CASTABLE:
-                    self.graph.values[name].range = facts.range_of(held)
+                    self.graph.values[name].range = range_of(held)
             self.capture.tensors[name] = held
 
     def value(self, own: str, known: facts.Known, scope: str, names: Names, role: Role, producer: str = "") -> str:
@@ -267,31 +268,35 @@ class _Reader:
             inputs += inner
             slots += range(len(read), len(read) + len(inner))
         results = node.output[:]
-        op, signature_ = self.rule(node.domain, op_type, attrs, len(results))
+        op, types = self.rule(node.domain, op_type, attrs, len(results))
         module = source = ""
         if props or own.startswith("/"):
             module, source = self.origin(key, own, props)
         made = Node(key, op, inputs, [], slots, attrs, module, source, scope=scope)
-        lacks = False
-        for name in results:
-            if name in names:
-                raise OnnxError("MP601", f"the value {name!r} is redeclared: two nodes make it", where=key)
-            place = told.place(name)
-            known = told.known[place] if place >= 0 else told.returned.get(name, UNKNOWN)
-            value = self.value(name, known, scope, names, "activation", key)
-            made.outputs.append(value)
-            if place >= 0:
-                region.results[place] = value
-            lacks = lacks or known[0] == "unknown"
-        if lacks:
-            self.lacking.append(made)
+        self.results(made, results, region, told)
         if op_type in facts.FLOPS:
             made.flops = facts.flops_of(made, op_type, self.graph.values)
-        if op == "onnx::Cast":
-            made.out_dtype = self.graph.values[made.outputs[0]].dtype
         region.ids.append(key)
         self.graph.nodes[key] = made
-        self.capture.signatures[key] = signature_
+        self.capture.signatures[key] = types
+
+    def results(self, node: Node, results: list[str], region: Region, told: _Told) -> None:
+        """The values that `node` makes."""
+        names, lacks, known = region.names, False, UNKNOWN
+        for own in results:
+            if own in names:
+                raise OnnxError("MP601", f"the value {own!r} is redeclared: two nodes make it", where=node.id)
+            place = told.place(own)
+            known = told.known[place] if place >= 0 else told.returned.get(own, UNKNOWN)
+            name = self.value(own, known, node.scope, names, "activation", node.id)
+            node.outputs.append(name)
+            if place >= 0:
+                region.results[place] = name
+            lacks = lacks or known[0] == "unknown"
+        if lacks:
+            self.lacking.append(node)
+        if node.op == "onnx::Cast":
+            node.out_dtype = known[0]
 
     def origin(self, key: str, own: str, props: Any) -> tuple[str, str]:
         """Module path and source line of a node."""

@@ -7,23 +7,21 @@ until someone asks for the whole message: a file with external data takes them o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
 
 from mpcompile.frontends.onnx import OURS, OnnxCapture, Region, region_path
-from mpcompile.frontends.onnx_facts import NUMEL_HINT, flat, release
+from mpcompile.frontends.onnx_facts import NUMEL_HINT
 from mpcompile.frontends.onnx_infer import GRAPH
 from mpcompile.frontends.onnx_load import copy_fields
+from mpcompile.frontends.onnx_tensors import DATA_TYPES, fill, lazy, rounded
 from mpcompile.graph import Node, PrecisionGraph, Value
 
-NUMPY_TYPES: Mapping[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
-DATA_TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 # Models with more bytes of weights go to the runtime by way of a file, not by way of two more copies in memory.
 IN_MEMORY = 1 << 28
 # Tensors with more bytes are kept out of the message until it is asked for.
@@ -120,7 +118,7 @@ class Written:
         for tensor, held in self.heavy:
             name = tensor.name
             tensor.Clear()
-            _fill_tensor(tensor, held)
+            fill(tensor, held)
             tensor.name = name
         self.heavy = []
         return self.proto
@@ -199,9 +197,9 @@ class _Emitter:
         """An initializer of the capture rounded to `to`, to nearest even; a large one when it is saved."""
         value, held = self.capture.graph.values[carrier.value], self.capture.tensors[carrier.value]
         if value.numel > LAZY:
-            self.tensor(out, carrier.name, _lazy(held, to, carrier, value.shape))
+            self.tensor(out, carrier.name, lazy(held, to, carrier.dtype, value.shape, carrier.name))
             return
-        elements = _rounded(held, to, carrier.dtype).tobytes()
+        elements = rounded(held, to, carrier.dtype).tobytes()
         out.initializer.add(name=carrier.name, data_type=DATA_TYPES[carrier.dtype], dims=value.shape, raw_data=elements)
         self.out.weight_bytes += len(elements)
 
@@ -219,7 +217,7 @@ class _Emitter:
             ir.serde.serialize_tensor_into(made, promise)
             self.out.heavy.append((made, held))
         else:
-            _fill_tensor(made, held)
+            fill(made, held)
         if made.name != name:
             made.name = name
 
@@ -373,35 +371,3 @@ def _type(value: Value, dtype: str) -> bytes:
         elif size != "?":
             dim.dim_param = size
     return bytes(made.SerializeToString())
-
-
-def _rounded(held: Any, to: str, dtype: str) -> Any:
-    """The elements of a tensor, rounded to `to` and given as `dtype`."""
-    low = flat(held).astype(NUMPY_TYPES[to])
-    release(held)
-    return low if dtype == to else low.astype(NUMPY_TYPES[dtype])
-
-
-def _lazy(held: Any, to: str, carrier: Carrier, shape: Sequence[Any]) -> ir.LazyTensor:
-    """A promise to round a tensor."""
-    dtype = DATA_TYPES[carrier.dtype]
-
-    def now() -> ir.Tensor[Any]:
-        with np.errstate(over="ignore"):
-            return ir.Tensor(_rounded(held, to, carrier.dtype).reshape(shape), dtype=dtype)
-
-    return ir.LazyTensor(now, dtype=dtype, shape=ir.Shape(shape), name=carrier.name)
-
-
-def _fill_tensor(made: onnx.TensorProto, held: Any) -> None:
-    """Serialise a tensor whole, wherever its bytes are."""
-    if isinstance(held, onnx.TensorProto):
-        made.CopyFrom(held)
-        return
-    if not isinstance(held, ir.ExternalTensor):
-        ir.serde.serialize_tensor_into(made, held)
-        return
-    made.data_type, made.name = int(held.dtype), held.name or ""
-    made.dims.extend(held.shape.numpy())
-    made.raw_data = held.tobytes()
-    release(held)

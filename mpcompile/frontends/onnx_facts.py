@@ -18,8 +18,6 @@ from mpcompile.graph import Node, Value
 # Stand-ins for dimensions and ranks that are known only when the model runs; they weigh costs, nothing else.
 DIM_HINT = 64
 NUMEL_HINT = 65536
-# Elements read at once when the range of a large tensor is taken.
-SLICE = 1 << 24
 SMALL = 16
 FLOAT = onnx.TensorProto.FLOAT
 CONTAINERS = {"sequence_type": "sequence", "optional_type": "optional"}
@@ -46,42 +44,6 @@ def type_of(message: onnx.TypeProto) -> Known:
         return dtype, (), NUMEL_HINT if tensor.elem_type else 1
     shape = tuple([d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in tensor.shape.dim])
     return dtype, shape, math.prod([d if isinstance(d, int) else DIM_HINT for d in shape])
-
-
-def range_of(tensor: Any) -> tuple[float, float] | None:
-    """Smallest and largest element of a float tensor, infinities included; None when it is empty or all NaN."""
-    found = _range(flat(tensor))
-    release(tensor)
-    return found
-
-
-def flat(tensor: Any) -> Any:
-    """The elements of a tensor, a message or one of `onnx_ir`, in one dimension; FP32 bytes without detours."""
-    if isinstance(tensor, onnx.TensorProto):
-        held = tensor.raw_data if tensor.data_type == FLOAT else b""
-        if held:
-            return np.frombuffer(held, "<f4")
-        tensor = ir.serde.deserialize_tensor(tensor)
-    return tensor.numpy().reshape(-1)
-
-
-def release(tensor: Any) -> None:
-    """Give back the memory through which a tensor's file was read; it is opened again when needed."""
-    if not isinstance(tensor, onnx.TensorProto) and isinstance(tensor, ir.ExternalTensor):
-        tensor.release()
-
-
-def _range(array: Any) -> tuple[float, float] | None:
-    low, high = math.inf, -math.inf
-    for start in range(0, array.size, SLICE):
-        part = array[start : start + SLICE]
-        if part.dtype != np.float32:
-            part = part.astype(np.float32)
-        least, most = float(np.minimum.reduce(part)), float(np.maximum.reduce(part))
-        if least != least:  # a NaN among them: look past it, which takes longer
-            least, most = float(np.fmin.reduce(part)), float(np.fmax.reduce(part))
-        low, high = min(low, least), max(high, most)
-    return (low, high) if low <= high else None  # not so when there is nothing but NaN
 
 
 def attributes(given: Iterable[onnx.AttributeProto]) -> dict[str, Any]:

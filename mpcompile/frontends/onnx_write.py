@@ -16,7 +16,6 @@ import onnx_ir as ir
 
 from mpcompile.frontends.onnx import OnnxCapture
 from mpcompile.frontends.onnx_emit import (
-    DATA_TYPES,
     Carrier,
     Edits,
     NewCast,
@@ -25,6 +24,7 @@ from mpcompile.frontends.onnx_emit import (
     emit,
     header,
 )
+from mpcompile.frontends.onnx_tensors import DATA_TYPES
 from mpcompile.graph import CAST_OP, LOW, Node, PrecisionGraph
 from mpcompile.rules.table import load_kinds
 
