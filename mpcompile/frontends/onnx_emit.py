@@ -39,16 +39,12 @@ class Carrier:
     Fields:
       name: its name there; it may still change when an output takes it over.
       dtype: its element type there.
-      value: the value of the capture that it is, or was made from.
-      maker: id of the node that makes it or what it was made from; "" for inputs and initializers.
-      scope: the graph that it is in.
+      value: the value of the capture that it is, or was made from; it stands in the graph of that one.
     """
 
     name: str
     dtype: str
-    value: str
-    maker: str = ""
-    scope: str = ""
+    value: Value
 
 
 @dataclass(slots=True, eq=False)
@@ -195,7 +191,7 @@ class _Emitter:
 
     def converted(self, out: onnx.GraphProto, carrier: Carrier, to: str) -> None:
         """An initializer of the capture rounded to `to`, to nearest even; a large one when it is saved."""
-        value, held = self.capture.graph.values[carrier.value], self.capture.tensors[carrier.value]
+        value, held = carrier.value, self.capture.tensors[carrier.value.name]
         if value.numel > LAZY:
             self.tensor(out, carrier.name, lazy(held, to, carrier.dtype, value.shape, carrier.name))
             return
@@ -250,7 +246,7 @@ class _Emitter:
 
     def describe(self, info: onnx.ValueInfoProto, carrier: Carrier) -> None:
         """The name and type of `carrier`, which has the shape of what it was made from."""
-        value = self.capture.graph.values[carrier.value]
+        value = carrier.value
         # Only sizes tell a scalar from a value of unknown rank.
         key = (value.shape, value.numel, carrier.dtype)
         held = self.types.get(key)

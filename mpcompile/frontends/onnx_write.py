@@ -63,7 +63,9 @@ class _Planner:
         # Graph inputs that are given low: name -> the input itself; readers in FP32 read a cast of it.
         self.lowered: dict[str, Carrier] = {}
         self.views = {name for name, kind in load_kinds().items() if kind.fusion == "view"}
-        self.converted: list[tuple[str, Carrier]] = []
+        self.converted: list[Carrier] = []
+        # Inputs of all graphs, which callers and control nodes give.
+        self.inputs = {region.names[name] for region in capture.regions.values() for name in region.given}
         # Initializers that are read as they are.
         self.kept = set(capture.graph.outputs)
         self.taken: set[str] = set()
@@ -98,16 +100,16 @@ class _Planner:
         held = self.own.get(name)
         if held is None:
             value = self.capture.graph.values[name]
-            held = Carrier(self.capture.own(name), value.dtype, name, value.producer, value.scope)
-            self.own[name] = held
+            held = self.own[name] = Carrier(self.capture.own(name), value.dtype, value)
         return held
 
     def lower_inputs(self, low: str) -> None:
         """Let FP32 inputs be given in `low`."""
         for name in self.graph.inputs:
-            if self.capture.graph.values[name].dtype == "fp32" and name not in self.capture.tensors:
+            value = self.capture.graph.values[name]
+            if value.dtype == "fp32" and name not in self.capture.tensors:
                 self.edits.types[name] = low
-                self.lowered[name] = given = Carrier(self.capture.own(name), low, name)
+                self.lowered[name] = given = Carrier(self.capture.own(name), low, value)
                 self.moved[name] = self.cast_of(given, "fp32", self.fresh(f"{name}_fp32_given"))
 
     # ------------------------------------------------------------------------------------------------------- nodes
@@ -180,17 +182,14 @@ class _Planner:
 
     def is_fixed(self, name: str) -> bool:
         """True for an initializer that may be converted now: not one that a caller can override."""
-        if name not in self.capture.tensors or name in self.moved:
-            return False
-        scope = self.capture.graph.values[name].scope
-        return self.capture.own(name) not in self.capture.regions[scope].given
+        return name in self.capture.tensors and name not in self.inputs
 
     def constant(self, origin: str, name: str, to: str) -> Carrier:
         """A second initializer beside `origin`, converted to `to`."""
-        scope = self.capture.graph.values[origin].scope
-        made = Carrier(name, "fp32" if self.simulate else to, origin, "", scope)
-        self.edits.tensors.setdefault(scope, []).append((made, to))
-        self.converted.append((origin, made))
+        value = self.capture.graph.values[origin]
+        made = Carrier(name, "fp32" if self.simulate else to, value)
+        self.edits.tensors.setdefault(value.scope, []).append((made, to))
+        self.converted.append(made)
         return made
 
     def round(self, source: Carrier, to: str, name: str) -> Carrier:
@@ -199,13 +198,14 @@ class _Planner:
 
     def cast_of(self, source: Carrier, to: str, name: str, origin: str = "") -> Carrier:
         """A Cast right behind the maker of `source`, or first in its graph; `name` is free."""
-        result = Carrier(name, to, source.value, source.maker, source.scope)
+        value = source.value
+        result = Carrier(name, to, value)
         cast = NewCast(source, result, origin)
-        if source.maker:
-            edit = self.edits.at(source.maker)
+        if value.producer:
+            edit = self.edits.at(value.producer)
             edit.after = (*edit.after, cast)
         else:
-            self.edits.first.setdefault(source.scope, []).append(cast)
+            self.edits.first.setdefault(value.scope, []).append(cast)
         return result
 
     def fresh(self, name: str) -> str:
@@ -224,7 +224,7 @@ class _Planner:
         returns = self.edits.returns.setdefault("", {})
         for index, (name, before) in enumerate(zip(self.graph.outputs, given, strict=True)):
             carrier = self.carrier(name)
-            if name not in self.moved and carrier.value == before:
+            if name not in self.moved and carrier.value.name == before:
                 continue
             dtype = self.graph.values[name].dtype
             if self.simulate and dtype in LOW and carrier.dtype == "fp32":
@@ -247,7 +247,8 @@ class _Planner:
 
     def drop_initializers(self) -> None:
         """Leave out initializers that nobody reads any more; a sole copy takes over the name."""
-        for origin, made in self.converted:
+        for made in self.converted:
+            origin = made.value.name
             if origin not in self.kept and origin not in self.edits.dropped:
                 self.edits.dropped.add(origin)
                 made.name = self.capture.own(origin)
