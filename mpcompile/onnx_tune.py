@@ -29,7 +29,7 @@ def sensitivities(capture: OnnxCapture, graph: PrecisionGraph, simulated: ir.Mod
       simulated: the plan written with FP32 operators and rounded results.
     """
     names = [name for node in capture.graph if not node.scope for name in node.outputs
-             if capture.graph.values[name].dtype == "fp32" and capture.values[name].name]  # fmt: skip
+             if capture.graph.values[name].dtype == "fp32" and capture.own(name)]  # fmt: skip
     want = next(values(capture, names, feeds[:1]))
     carriers = {name: _carriers(capture, graph, name) for name in names}
     got = next(values(capture, [key for keys in carriers.values() for key in keys], feeds[:1], simulated))
@@ -50,7 +50,7 @@ def sensitivities(capture: OnnxCapture, graph: PrecisionGraph, simulated: ir.Mod
 
 def _carriers(capture: OnnxCapture, graph: PrecisionGraph, name: str) -> list[str]:
     """Names under which the simulation may hold `name`, rounded first."""
-    dtype, own = graph.values[name].dtype, str(capture.values[name].name)
+    dtype, own = graph.values[name].dtype, capture.own(name)
     return [f"{own}_{dtype}_rounded", own] if dtype in LOW else [own]
 
 

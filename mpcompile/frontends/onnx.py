@@ -10,20 +10,86 @@ from) and hands over the type variables of every operator's schema.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import onnx
-import onnx_ir as ir
-from onnx_ir.passes import common
 
 from mpcompile.errors import OnnxError
 from mpcompile.frontends import onnx_facts as facts
-from mpcompile.frontends.onnx_load import load, quiet
-from mpcompile.frontends.onnx_prepare import infer, opset, prepare, subgraphs
-from mpcompile.frontends.onnx_schema import dtype_name, op_name, signature
-from mpcompile.graph import Node, PrecisionGraph, Role, Value
+from mpcompile.frontends.onnx_infer import bodies, complete
+from mpcompile.frontends.onnx_load import Loaded, load, unreadable
+from mpcompile.frontends.onnx_prepare import opset, prepare, sort, unmade
+from mpcompile.frontends.onnx_schema import dtype_name, op_name, plain_domain, signature
+from mpcompile.frontends.onnx_tensors import range_of
+from mpcompile.graph import CASTABLE, Node, PrecisionGraph, Role, Value
 from mpcompile.passes.legalize import Signature
+
+
+class Names(dict[str, str]):
+    """Name in one graph of the model -> name in the precision graph; a body sees those of the graphs around it."""
+
+    def __init__(self, outer: Names | None) -> None:
+        self.outer = outer
+
+    def __missing__(self, name: str) -> str:
+        if self.outer is None:
+            raise KeyError(name)
+        return self.outer[name]
+
+
+@dataclass
+class Region:
+    """One graph of the model: the main one, or a body.
+
+    Fields:
+      message: the graph itself, as it was prepared.
+      names: its own names.
+      given: names of its inputs.
+      ids: ids of its nodes, in order.
+      results: the value that each entry of ``message.value_info`` is about; "" where that is no result of a node, or one
+        that the graph returns.
+    """
+
+    message: onnx.GraphProto
+    names: Names
+    given: frozenset[str] = frozenset()
+    ids: list[str] = field(default_factory=list)
+    results: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Told:
+    """What a graph says of its results, which are asked for mostly in the order in which it says it.
+
+    Fields:
+      names, known: of the entries of its ``value_info``; no name where it is about what the graph returns.
+      returned: of what the graph returns.
+      next: the entry after the one that was asked for last.
+      places: name -> entry, once the order is another.
+    """
+
+    names: list[str]
+    known: list[facts.Known]
+    returned: dict[str, facts.Known]
+    next: int = 0
+    places: dict[str, int] = field(default_factory=dict)
+
+    def place(self, name: str) -> int:
+        """The entry about `name`; -1 when there is none."""
+        place = self.next
+        if place < len(self.names) and self.names[place] == name:
+            self.next = place + 1
+            return place
+        if name in self.returned:
+            self.next += place < len(self.names) and not self.names[place]
+            return -1
+        if not self.places:
+            self.places = {name: place for place, name in enumerate(self.names)}
+        place = self.places.get(name, -1)
+        self.next = place + 1
+        return place
 
 
 @dataclass
@@ -31,27 +97,43 @@ class OnnxCapture:
     """An ONNX model, and the precision graph that was read from it.
 
     Fields:
-      model: the prepared model, which `mpcompile.frontends.onnx_write.write` copies and rewrites.
+      loaded: the prepared model, which `mpcompile.frontends.onnx_write.write` copies and rewrites.
       source: the model as it was given: a path, a `ModelProto`, or an `onnx_ir.Model`.
       graph: the precision graph.
       signatures: node id -> type variables of its operator.
-      nodes, values: node id -> node of `model`, value name -> value of `model`.
-      returned: control node id -> (body, index) of each slot beyond the node's own operands.
+      renamed: value name -> its name in the model, where that is another; "" for a result without one.
+      earlier: ids of nodes with metadata of an earlier conversion.
+      tensors: initializer -> what has its elements: a message, or a tensor of `onnx_ir`.
+      regions: scope -> graph of the model.
+      returned: control node id -> (scope of a body, index) of each slot beyond the node's own operands.
+      operands: control node id -> how many slots are its own.
       notes: lines for the user.
-      protos: node of `model` -> the message that it was read from, where it stands for the node as it is.
-      annotated: some value has a quantization annotation.
     """
 
-    model: ir.Model
+    loaded: Loaded
     source: Any = None
-    protos: dict[ir.Node, onnx.NodeProto] = field(default_factory=dict)
-    annotated: bool = False
     graph: PrecisionGraph = field(default_factory=PrecisionGraph)
     signatures: dict[str, Signature] = field(default_factory=dict)
-    nodes: dict[str, ir.Node] = field(default_factory=dict)
-    values: dict[str, ir.Value] = field(default_factory=dict)
-    returned: dict[str, list[tuple[ir.Graph, int]]] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
+    earlier: set[str] = field(default_factory=set)
+    tensors: dict[str, Any] = field(default_factory=dict)
+    regions: dict[str, Region] = field(default_factory=dict)
+    returned: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
+    operands: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+
+    def own(self, name: str) -> str:
+        """The name in the model of a value; "" when it has none."""
+        return self.renamed.get(name, name)
+
+    def opset(self, domain: str) -> int:
+        """The opset version that the model imports of `domain`."""
+        return opset(self.loaded.proto, domain)
+
+
+def region_path(scope: str, key: str, name: str) -> str:
+    """The scope of body `name` of the control node `key`, which is in `scope` itself."""
+    return f"{scope}/{key}.{name}".lstrip("/")
 
 
 def read(model: Any, low: str = "fp32", *, provider: str = "") -> OnnxCapture:
@@ -66,164 +148,207 @@ def read(model: Any, low: str = "fp32", *, provider: str = "") -> OnnxCapture:
       OnnxError: MP601.
     """
     loaded = load(model)
-    prepared, notes = prepare(loaded, low)
+    notes = prepare(loaded, low)
 
     def walk() -> OnnxCapture:
-        capture = OnnxCapture(prepared, model, loaded.protos, loaded.annotated, notes=notes)
+        capture = OnnxCapture(loaded, model, notes=notes)
         capture.graph.header = {"source": "onnx"}
-        _Reader(capture, provider).main()
+        try:
+            _Reader(capture, provider).main()
+        except (ValueError, OSError) as error:  # a type that there is not, too few bytes, a data file that is gone
+            raise unreadable(error, loaded.path) from error
         return capture
 
     try:
         return walk()
     except KeyError:  # a value that is read before it is made: other tools leave nodes in any order
-        with quiet():
-            _sort(prepared)
+        sort(loaded)
     try:
         return walk()
     except KeyError as error:
-        raise OnnxError("MP601", f"nothing makes the value {error.args[0].name!r}, which a node reads or a body returns",
-                        why="the model is not valid ONNX", try_="onnx.checker.check_model(model)") from error  # fmt: skip
-
-
-def _sort(model: ir.Model) -> None:
-    """Put the nodes in order, and infer types again: inference goes once, from first to last."""
-    try:
-        common.TopologicalSortPass()(model)
-    except ValueError as error:
-        raise OnnxError("MP601", "the nodes of the model form a cycle", why=str(error)) from error
-    infer(model)
+        raise unmade(error.args[0]) from error
 
 
 class _Reader:
-    """One walk over the model; `names` are the unique names of values, `ids` those of nodes."""
+    """One walk over the model; `ids` and `repeated` count what is called the same."""
 
     def __init__(self, capture: OnnxCapture, provider: str) -> None:
         self.capture, self.graph, self.provider = capture, capture.graph, provider
-        self.names: dict[ir.Value, str] = {}
-        self.taken: dict[str, int] = {}
         self.ids: dict[str, int] = {}
-        self.types: dict[tuple[str, str], tuple[str, Signature]] = {}
-        self.dtypes: dict[int, str] = {}
-        # Equal shapes of one model are one object.
-        self.shapes: dict[tuple[int, bool], tuple[tuple[int | str, ...], int]] = {}
+        self.repeated: dict[str, int] = {}
+        self.rules: dict[tuple[str, str], tuple[str, Signature]] = {}
+        # Equal types of one model are one object.
+        self.types: dict[bytes, facts.Known] = {}
+        self.lacking: list[Node] = []
 
     def main(self) -> None:
-        graph = self.capture.model.graph
-        for value in graph.inputs:
-            self.value(value, "", "input")
-            self.graph.inputs.append(self.names[value])
-        self.body(graph, "")
-        self.graph.outputs = [self.names[value] for value in graph.outputs]
+        graph = self.capture.loaded.proto.graph
+        names = self.body(graph, "", None).names
+        self.graph.inputs = [names[info.name] for info in graph.input]
+        self.graph.outputs = [names[info.name] for info in graph.output]
+        if self.lacking:
+            complete(self.capture, self.lacking)
 
-    def body(self, graph: ir.Graph, scope: str) -> None:
+    def body(self, graph: onnx.GraphProto, scope: str, outer: Names | None) -> Region:
         """The inputs, initializers and nodes of `graph`."""
-        for value in graph.inputs:
-            if value not in self.names:
-                self.value(value, scope, "activation")
-        for value in graph.initializers.values():
-            if value not in self.names:
-                made = self.value(value, scope, "parameter")
-                if value.const_value is None or made.numel <= 1:
-                    made.role = "constant"
-        for node in graph:
-            self.node(node, scope)
+        region = self.capture.regions[scope] = Region(graph, Names(outer), frozenset(info.name for info in graph.input))
+        told = self.told(graph)
+        region.results = [""] * len(told.names)
+        role: Role = "activation" if scope else "input"
+        for info in graph.input:
+            self.value(info.name, self.type(info.type.SerializeToString()), scope, region.names, role)
+        self.initializers(graph, scope, region)
+        for node in graph.node:
+            self.node(node, scope, region, told)
+        return region
 
-    def value(self, value: ir.Value, scope: str, role: Role, producer: str = "") -> Value:
-        name = value.name or f"{producer}_out"
-        count = self.taken.get(name, 0)
-        self.taken[name] = count + 1
-        while count and f"{name}__{count}" in self.taken:
+    def told(self, graph: onnx.GraphProto) -> _Told:
+        """What `graph` says of its results."""
+        told = [(info.name, info.type.SerializeToString()) for info in graph.value_info]
+        made = _Told([name for name, _ in told], [self.type(key) for _, key in told], {})
+        for info in graph.output:
+            place = -1 if info.HasField("type") else made.place(info.name)
+            made.returned[info.name] = self.type(info.type.SerializeToString()) if place < 0 else made.known[place]
+        names = ["" if name in made.returned else name for name in made.names]
+        return _Told(names, made.known, made.returned)
+
+    def type(self, key: bytes) -> facts.Known:
+        """`facts.type_of`, asked once per type."""
+        known = self.types.get(key)
+        if known is None:
+            known = self.types[key] = facts.type_of(onnx.TypeProto.FromString(key))
+        return known
+
+    def initializers(self, graph: onnx.GraphProto, scope: str, region: Region) -> None:
+        for tensor in graph.initializer:
+            own = tensor.name
+            held = self.capture.loaded.held(tensor, main=not scope)
+            name = region.names.get(own)
+            if name is None:
+                shape = tuple(tensor.dims)
+                numel = math.prod(shape)
+                dtype = dtype_name(tensor.data_type)
+                role: Role = "constant" if numel <= 1 else "parameter"
+                name = self.value(own, (dtype, shape, numel), scope, region.names, role)
+                if dtype in CASTABLE:
+                    self.graph.values[name].range = range_of(held)
+            self.capture.tensors[name] = held
+
+    def value(self, own: str, known: facts.Known, scope: str, names: Names, role: Role, producer: str = "") -> str:
+        """Take up a value of the model under a name of its own."""
+        name, values = own or f"{producer}_out", self.graph.values
+        if name in values:
+            name = self.another(name)
+        dtype, shape, numel = known
+        values[name] = Value(name, dtype, shape, numel, producer, role, None, "", scope)
+        if name != own:
+            self.capture.renamed[name] = own
+        if own:
+            names[own] = name
+        return name
+
+    def another(self, name: str) -> str:
+        """`name` with a number, for one more value of that name."""
+        count = self.repeated.get(name, 1)
+        while f"{name}__{count}" in self.graph.values:
             count += 1
-        if count:
-            name = f"{name}__{count}"
-            self.taken[name] = 1
-        known = (id(value.shape), value.shape is None and value.const_value is None and value.dtype is not None)
-        size = self.shapes.get(known)
-        if size is None:
-            size = self.shapes[known] = facts.shape_of(value)
-        shape, numel = size
-        made = Value(name, self.dtype(value), shape, numel, producer, role, scope=scope)
-        if value.const_value is not None and role != "input":
-            made.range = facts.range_of(value.const_value)
-        self.names[value] = name
-        self.graph.values[name] = made
-        self.capture.values[name] = value
-        return made
+        self.repeated[name] = count + 1
+        return f"{name}__{count}"
 
-    def dtype(self, value: ir.Value) -> str:
-        """`_dtype`, asked once per type (equal types of one model are mostly one object)."""
-        key = id(value.type)
-        if key not in self.dtypes:
-            self.dtypes[key] = _dtype(value)
-        return self.dtypes[key]
-
-    def node(self, node: ir.Node, scope: str) -> None:
-        key = self.fresh(node)
-        plain = not node.attributes
-        inner = [] if plain else self.bodies(node, key, scope)
-        read, names = node.inputs, self.names
-        slots = [slot for slot, value in enumerate(read) if value is not None]
-        inputs = [names[value] for value in read if value is not None]
+    def node(self, node: onnx.NodeProto, scope: str, region: Region, told: _Told) -> None:
+        op_type, given, props, names = node.op_type, node.attribute, node.metadata_props, region.names
+        own = node.name
+        key = self.fresh(own, op_type)
+        read = node.input[:]
+        attrs = facts.attributes(given) if given else {}
+        inner = self.bodies(node, key, scope, names) if given else []
+        inputs = [names[name] for name in read if name]
+        slots = [slot for slot, name in enumerate(read) if name]
         if inner:
-            inputs += [names[value] for value in inner]
+            inputs += inner
             slots += range(len(read), len(read) + len(inner))
-        op, types = self.rule(node)
-        module, source = facts.origin_of(node)
-        made = Node(key, op, inputs, [], slots, {} if plain else facts.attributes(node), module, source,
-                    scope=scope, flops=facts.flops_of(node))  # fmt: skip
-        made.outputs = [self.value(value, scope, "activation", key).name for value in node.outputs]
-        if node.op_type == "Cast" and not node.domain:
-            made.out_dtype = _dtype(node.outputs[0])
+        results = node.output[:]
+        op, types = self.rule(node.domain, op_type, attrs, len(results))
+        module = source = ""
+        if props or own.startswith("/"):
+            module, source = self.origin(key, own, props)
+        made = Node(key, op, inputs, [], slots, attrs, module, source, scope=scope)
+        self.results(made, results, region, told)
+        if op_type in facts.FLOPS:
+            made.flops = facts.flops_of(made, op_type, self.graph.values)
+        region.ids.append(key)
         self.graph.nodes[key] = made
-        self.capture.nodes[key] = node
         self.capture.signatures[key] = types
 
-    def bodies(self, node: ir.Node, key: str, scope: str) -> list[ir.Value]:
+    def results(self, node: Node, results: list[str], region: Region, told: _Told) -> None:
+        """The values that `node` makes."""
+        names, lacks, known = region.names, False, UNKNOWN
+        for own in results:
+            if own in names:
+                raise OnnxError("MP601", f"the value {own!r} is redeclared: two nodes make it", where=node.id)
+            place = told.place(own)
+            known = told.known[place] if place >= 0 else told.returned.get(own, UNKNOWN)
+            name = self.value(own, known, node.scope, names, "activation", node.id)
+            node.outputs.append(name)
+            if place >= 0:
+                region.results[place] = name
+            lacks = lacks or known[0] == "unknown"
+        if lacks:
+            self.lacking.append(node)
+        if node.op == "onnx::Cast":
+            node.out_dtype = known[0]
+
+    def origin(self, key: str, own: str, props: Any) -> tuple[str, str]:
+        """Module path and source line of a node."""
+        told = {one.key: one.value for one in props}
+        if any(name.startswith(OURS) for name in told):
+            self.capture.earlier.add(key)
+        return facts.module_of(own, told), facts.source_of(told)
+
+    def bodies(self, node: onnx.NodeProto, key: str, scope: str, names: Names) -> list[str]:
         """Read the bodies of a control node; what they return."""
-        inner: list[ir.Value] = []
-        places: list[tuple[ir.Graph, int]] = []
-        for name, body in subgraphs(node):
-            self.body(body, f"{scope}/{key}.{name}".lstrip("/"))
-            inner += list(body.outputs)
-            places += [(body, index) for index in range(len(body.outputs))]
+        self.ids.setdefault(key, 1)  # taken, though the node itself comes after its bodies
+        inner: list[str] = []
+        places: list[tuple[str, int]] = []
+        for name, graph in bodies(node):
+            path = region_path(scope, key, name)
+            found = self.body(graph, path, names).names
+            inner += [found[info.name] for info in graph.output]
+            places += [(path, index) for index in range(len(graph.output))]
         if places:
-            self.capture.returned[key] = places
+            self.capture.returned[key], self.capture.operands[key] = places, len(node.input)
         return inner
 
-    def rule(self, node: ir.Node) -> tuple[str, Signature]:
-        key = (node.domain, node.op_type)
-        if key not in self.types:
-            types = signature(*key, opset(self.capture.model, node.domain), self.provider)
-            self.types[key] = (op_name(*key), types)
-        op, types = self.types[key]
-        if not node.attributes:
+    def rule(self, domain: str, op_type: str, attrs: dict[str, Any], results: int) -> tuple[str, Signature]:
+        key = (domain, op_type)
+        if key not in self.rules:
+            domain = plain_domain(domain)
+            types = signature(domain, op_type, self.capture.opset(domain), self.provider)
+            self.rules[key] = (op_name(domain, op_type), types)
+        op, types = self.rules[key]
+        if not attrs:
             return op, types
-        if node.op_type == "BatchNormalization" and len(node.outputs) > 1:
+        if op_type == "BatchNormalization" and results > 1:
             types = Signature(why="it updates running statistics, which are FP32")
-        reduction = node.attributes.get("reduction")
-        if reduction is not None and node.op_type.startswith("Scatter") and reduction.as_string() in ("add", "mul"):
+        if op_type.startswith("Scatter") and attrs.get("reduction") in ("add", "mul"):
             types = Signature(why="it sums into one element, and runtimes refuse it in half precision")
         return op, types
 
-    def fresh(self, node: ir.Node) -> str:
+    def fresh(self, own: str, op_type: str) -> str:
         """A unique id: the node's own name, or its operator and a number."""
-        stem = node.name or node.op_type
-        count = self.ids.get(stem, 0)
-        self.ids[stem] = count + 1
-        if count == 0 and node.name:
-            return stem
-        while f"{stem}_{count}" in self.ids:
+        nodes, stem = self.graph.nodes, own or op_type
+        count = self.ids.get(stem)
+        if count is None and own and own not in nodes:
+            return own
+        count = count or (1 if own else 0)
+        while f"{stem}_{count}" in nodes or f"{stem}_{count}" in self.ids:
             count += 1
-        self.ids[f"{stem}_{count}"] = 1
+        self.ids[stem] = count + 1
         return f"{stem}_{count}"
 
 
-def _dtype(value: ir.Value) -> str:
-    """The value's element type; "sequence" or "optional" for containers, "unknown" where inference found nothing."""
-    if isinstance(value.type, (ir.SequenceType, ir.OptionalType)):
-        return "sequence" if isinstance(value.type, ir.SequenceType) else "optional"
-    return dtype_name(value.dtype)
+# How the names of our metadata begin.
+OURS = "mpcompile."
+UNKNOWN: facts.Known = ("unknown", (), 1)
 
-
-__all__ = ["OnnxCapture", "read"]
+__all__ = ["OURS", "Names", "OnnxCapture", "Region", "read", "region_path"]

@@ -1,9 +1,8 @@
-"""Turn a read model and a list of edits into one protobuf message, without a copy of the model in between.
+"""Turn a read model and a list of edits into one protobuf message.
 
-Nodes that were read from a message are copied from it as they are, which protobuf does in C++; only what an edit names
-is touched.  That is ten times faster than to clone an `onnx_ir` model, rewrite it and serialise it.  Types are built
-once per (type, shape), decisions once per reason.  Tensors above `HEAVY` bytes stay promises until someone asks for
-the whole message: a file with external data takes them one at a time.
+Nodes and types are copied from the message that was read as they are, which protobuf does in C++; only what an edit
+names is touched.  Decisions are serialised once for each that there is.  Tensors above `HEAVY` bytes stay promises
+until someone asks for the whole message: a file with external data takes them one at a time.
 """
 
 from __future__ import annotations
@@ -12,22 +11,24 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 
-from mpcompile.frontends.onnx import OnnxCapture
-from mpcompile.frontends.onnx_facts import release
-from mpcompile.frontends.onnx_schema import dtype_name
-from mpcompile.graph import Node, PrecisionGraph
+from mpcompile.frontends.onnx import OURS, OnnxCapture, Region, region_path
+from mpcompile.frontends.onnx_facts import NUMEL_HINT
+from mpcompile.frontends.onnx_infer import GRAPH
+from mpcompile.frontends.onnx_load import copy_fields
+from mpcompile.frontends.onnx_tensors import DATA_TYPES, fill, lazy, rounded
+from mpcompile.graph import Node, PrecisionGraph, Value
 
-DATA_TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
 # Models with more bytes of weights go to the runtime by way of a file, not by way of two more copies in memory.
 IN_MEMORY = 1 << 28
 # Tensors with more bytes are kept out of the message until it is asked for.
 HEAVY = 1 << 20
+# Tensors with more elements are converted when they are saved, one at a time.
+LAZY = 1 << 18
 PROMISE = "mpcompile.promise"
-OURS = "mpcompile."
-QUANTIZED = "quant_parameter_tensor_names"
 SCHEMA = "mpcompile.report/1"
 
 
@@ -38,14 +39,12 @@ class Carrier:
     Fields:
       name: its name there; it may still change when an output takes it over.
       dtype: its element type there.
-      anchor: the node of the capture that makes it, or the graph whose input or initializer it is.
-      value: the value of the capture that it is, or was made from.
+      value: the value of the capture that it is, or was made from; it stands in the graph of that one.
     """
 
     name: str
     dtype: str
-    anchor: Any
-    value: ir.Value
+    value: Value
 
 
 @dataclass(slots=True, eq=False)
@@ -57,29 +56,49 @@ class NewCast:
     origin: str = ""
 
 
-@dataclass
-class Edits:
-    """What the written model has otherwise than the model that was read.
+@dataclass(slots=True)
+class NodeEdit:
+    """What is different at one node.
 
     Fields:
-      reads: node -> slot -> what it reads there.
-      returns: graph -> index -> what it returns there.
-      types: value -> its element type.
-      names: value -> its name.
-      after: node or graph -> casts that follow it, or stand first in it.
-      tensors: graph -> initializers to add.
-      dropped: initializers to leave out.
-      attributes: node -> attributes to add.
+      reads: slots, and what it reads there.
+      after: casts that follow it.
+      attributes: attributes to add.
     """
 
-    reads: dict[ir.Node, dict[int, Carrier]] = field(default_factory=dict)
-    returns: dict[ir.Graph, dict[int, Carrier]] = field(default_factory=dict)
-    types: dict[ir.Value, str] = field(default_factory=dict)
-    names: dict[ir.Value, str] = field(default_factory=dict)
-    after: dict[Any, list[NewCast]] = field(default_factory=dict)
-    tensors: dict[ir.Graph, list[tuple[Carrier, Any]]] = field(default_factory=dict)
-    dropped: set[ir.Value] = field(default_factory=set)
-    attributes: dict[ir.Node, list[ir.Attr]] = field(default_factory=dict)
+    reads: tuple[tuple[int, Carrier], ...] = ()
+    after: tuple[NewCast, ...] = ()
+    attributes: tuple[onnx.AttributeProto, ...] = ()
+
+
+@dataclass
+class Edits:
+    """What the written model has otherwise than the model that was read: by node id, value name and scope.
+
+    Fields:
+      nodes: node -> what is different there.
+      returns: scope -> index -> what the graph returns there.
+      types: value -> its element type.
+      names: value -> its name.
+      first: scope -> casts that stand first in the graph.
+      tensors: scope -> initializers to add, each with the type that its elements are rounded to.
+      dropped: initializers to leave out.
+    """
+
+    nodes: dict[str, NodeEdit] = field(default_factory=dict)
+    returns: dict[str, dict[int, Carrier]] = field(default_factory=dict)
+    types: dict[str, str] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+    first: dict[str, list[NewCast]] = field(default_factory=dict)
+    tensors: dict[str, list[tuple[Carrier, str]]] = field(default_factory=dict)
+    dropped: set[str] = field(default_factory=set)
+
+    def at(self, node: str) -> NodeEdit:
+        """What is different at `node`, to be added to."""
+        edit = self.nodes.get(node)
+        if edit is None:
+            edit = self.nodes[node] = NodeEdit()
+        return edit
 
 
 @dataclass
@@ -95,7 +114,7 @@ class Written:
         for tensor, held in self.heavy:
             name = tensor.name
             tensor.Clear()
-            _fill_tensor(tensor, held)
+            fill(tensor, held)
             tensor.name = name
         self.heavy = []
         return self.proto
@@ -111,12 +130,14 @@ class Written:
             for value in graph.initializers.values():
                 held = value.const_value
                 if isinstance(held, ir.ExternalTensor) and held.location == PROMISE:
-                    value.const_value = self.heavy[held.offset or 0][1]
+                    kept = self.heavy[held.offset or 0][1]
+                    is_message = isinstance(kept, onnx.TensorProto)
+                    value.const_value = ir.serde.deserialize_tensor(kept) if is_message else kept
         return model
 
 
 def emit(capture: OnnxCapture, graph: PrecisionGraph | None, edits: Edits, header: Mapping[str, str]) -> Written:
-    """The message of ``capture.model`` with `edits`.
+    """The message that was read, with `edits`.
 
     Args:
       graph: the plan, whose decisions are written into each node's metadata; None for none.
@@ -128,147 +149,161 @@ def emit(capture: OnnxCapture, graph: PrecisionGraph | None, edits: Edits, heade
 class _Emitter:
     def __init__(self, capture: OnnxCapture, plan: PrecisionGraph | None, edits: Edits) -> None:
         self.capture, self.plan, self.edits = capture, plan, edits
-        self.keys = {node: key for key, node in capture.nodes.items()} if plan is not None else {}
-        self.types: dict[tuple[int, int, str], onnx.TypeProto] = {}
-        self.decisions: dict[tuple[str, str, str], bytes] = {}
+        self.decisions: dict[tuple[str, ...], bytes] = {}
         self.casts: dict[tuple[str, str], onnx.NodeProto] = {}
+        self.types: dict[tuple[Any, ...], bytes] = {}
         self.returned = {id(carrier) for row in edits.returns.values() for carrier in row.values()}
         self.out = Written(onnx.ModelProto())
 
     def model(self, header: Mapping[str, str]) -> Written:
-        given = self.capture.model
-        shell = ir.Model(
-            ir.Graph((), (), nodes=(), opset_imports=dict(given.graph.opset_imports)),
-            ir_version=given.ir_version, producer_name=given.producer_name, producer_version=given.producer_version,
-            domain=given.domain, model_version=given.model_version, doc_string=given.doc_string,
-            functions=list(given.functions.values()), metadata_props={**given.metadata_props, **header},
-            device_configurations=given.device_configurations,
-        )  # fmt: skip
-        ir.serde.serialize_model_into(self.out.proto, shell)
-        self.graph(given.graph, self.out.proto.graph)
+        given, made = self.capture.loaded.proto, self.out.proto
+        copy_fields(given, made, "graph", "metadata_props")
+        told = {**{one.key: one.value for one in given.metadata_props}, **header}
+        for key, text in told.items():
+            made.metadata_props.add(key=key, value=text)
+        self.graph("", made.graph)
         return self.out
 
-    def graph(self, graph: ir.Graph, out: onnx.GraphProto) -> None:
-        out.name, names = graph.name or "", self.edits.names
-        if graph.doc_string:
-            out.doc_string = graph.doc_string
-        for key, text in graph.metadata_props.items():
-            out.metadata_props.add(key=key, value=text)
-        for value in graph.inputs:
-            self.info(out.input, value, names.get(value, value.name or ""), always=True)
-        self.initializers(graph, out)
-        for cast in self.edits.after.get(graph, ()):
+    def graph(self, scope: str, out: onnx.GraphProto) -> None:
+        region = self.capture.regions[scope]
+        copy_fields(region.message, out, "node", "initializer", "output", "value_info")
+        self.initializers(scope, region, out)
+        self.infos(scope, region, out)
+        for cast in self.edits.first.get(scope, ()):
             self.cast(out, cast)
-        returned = set(graph.outputs)
-        for node in graph:
-            self.node(node, out, returned)
-            for cast in self.edits.after.get(node, ()):
-                self.cast(out, cast)
-        self.outputs(graph, out)
-        self.annotations(graph, out)
+        for key, source in zip(region.ids, region.message.node, strict=True):
+            made, edit = out.node.add(), self.edits.nodes.get(key)
+            self.node(key, source, made)
+            if edit is not None:
+                self.edit(edit, made, out)
 
-    def initializers(self, graph: ir.Graph, out: onnx.GraphProto) -> None:
-        for value in graph.initializers.values():
-            if value in self.edits.dropped or value.const_value is None:
-                continue
-            self.tensor(out, self.edits.names.get(value, value.name or ""), value.const_value)
-        for carrier, tensor in self.edits.tensors.get(graph, ()):
-            self.tensor(out, carrier.name, tensor)
+    # ------------------------------------------------------------------------------------------------------- values
+
+    def initializers(self, scope: str, region: Region, out: onnx.GraphProto) -> None:
+        for tensor in region.message.initializer:
+            own = tensor.name
+            name = region.names[own] if own else ""
+            if name and name not in self.edits.dropped:
+                self.tensor(out, self.edits.names.get(name, own), self.capture.tensors[name])
+        with np.errstate(over="ignore"):  # FLT_MAX as a bound becomes infinity: no bound, as it was meant
+            for carrier, to in self.edits.tensors.get(scope, ()):
+                self.converted(out, carrier, to)
+
+    def converted(self, out: onnx.GraphProto, carrier: Carrier, to: str) -> None:
+        """An initializer of the capture rounded to `to`, to nearest even; a large one when it is saved."""
+        value, held = carrier.value, self.capture.tensors[carrier.value.name]
+        if value.numel > LAZY:
+            self.tensor(out, carrier.name, lazy(held, to, carrier.dtype, value.shape, carrier.name))
+            return
+        elements = rounded(held, to, carrier.dtype).tobytes()
+        out.initializer.add(name=carrier.name, data_type=DATA_TYPES[carrier.dtype], dims=value.shape, raw_data=elements)
+        self.out.weight_bytes += len(elements)
 
     def tensor(self, out: onnx.GraphProto, name: str, held: Any) -> None:
         made = out.initializer.add()
         if isinstance(held, onnx.TensorProto):
-            made.CopyFrom(held)
-            made.name = name
-            self.out.weight_bytes += len(held.raw_data)
-            return
-        if isinstance(held, ir.serde.TensorProtoTensor):
-            size = held.raw.ByteSize()
+            size, dtype, shape = held.ByteSize(), held.data_type, held.dims
         else:
             size = held.nbytes if held.dtype != ir.DataType.STRING else 0
+            dtype, shape = held.dtype, held.shape.numpy()
         self.out.weight_bytes += size
         if size > HEAVY:
-            promise = ir.ExternalTensor(PROMISE, len(self.out.heavy), size, held.dtype,
-                                        shape=ir.Shape(held.shape.numpy()), name=name)  # fmt: skip
+            promise = ir.ExternalTensor(PROMISE, len(self.out.heavy), size, ir.DataType(dtype),
+                                        shape=ir.Shape(shape), name=name)  # fmt: skip
             ir.serde.serialize_tensor_into(made, promise)
             self.out.heavy.append((made, held))
         else:
-            _fill_tensor(made, held)
+            fill(made, held)
         if made.name != name:
             made.name = name
 
-    def node(self, node: ir.Node, out: onnx.GraphProto, returned: set[ir.Value]) -> None:
-        made = out.node.add()
-        source = self.capture.protos.get(node)
-        if source is not None:
-            made.CopyFrom(source)
+    def infos(self, scope: str, region: Region, out: onnx.GraphProto) -> None:
+        """Types of inputs, outputs and results: those of the model, and what is different."""
+        given, results, types, names = region.message.value_info, region.results, self.edits.types, self.edits.names
+        if "" in results:
+            out.value_info.extend([info for info, name in zip(given, results, strict=True) if name])
+            results = [name for name in results if name]
         else:
-            self.fields(node, made)
-        if node in self.edits.reads or self.edits.names:
-            self.ends(node, made)
-        if node in self.edits.attributes:
-            for attr in self.edits.attributes[node]:
-                ir.serde.serialize_attribute_into(made.attribute.add(), attr)
-        if self.plan is not None:
-            self.decide(node, made)
-        for value in node.outputs:
-            name = value.name
-            if name and value not in returned:
-                self.info(out.value_info, value, self.edits.names.get(value, name))
-
-    def fields(self, node: ir.Node, made: onnx.NodeProto) -> None:
-        """A node that was not read from a message, or has bodies."""
-        made.input.extend("" if value is None else value.name or "" for value in node.inputs)
-        outputs = [value.name or "" for value in node.outputs]
-        while outputs and not outputs[-1]:
-            outputs.pop()
-        made.output.extend(outputs)
-        made.op_type, made.domain, made.name, made.overload = node.op_type, node.domain, node.name or "", node.overload
-        if node.doc_string:
-            made.doc_string = node.doc_string
-        for key in sorted(node.metadata_props):
-            made.metadata_props.add(key=key, value=node.metadata_props[key])
-        for name, attr in node.attributes.items():
-            item = made.attribute.add()
-            if attr.type == ir.AttributeType.GRAPH and not attr.is_ref():
-                item.name, item.type = name, onnx.AttributeProto.GRAPH
-                self.graph(attr.value, item.g)
-            elif attr.type == ir.AttributeType.GRAPHS and not attr.is_ref():
-                item.name, item.type = name, onnx.AttributeProto.GRAPHS
-                for body in attr.value:
-                    self.graph(body, item.graphs.add())
-            elif attr.is_ref():
-                ir.serde.serialize_reference_attribute_into(item, attr)
+            out.value_info.MergeFrom(given)
+        for place, name in enumerate(results):
+            dtype = types.get(name)
+            if dtype is not None:
+                out.value_info[place].type.tensor_type.elem_type = DATA_TYPES[dtype]
+        ends = [(info, region.names[info.name]) for info in out.input]
+        returns = self.edits.returns.get(scope, {})
+        for index, source in enumerate(region.message.output):
+            info, carrier = out.output.add(), returns.get(index)
+            if carrier is None:
+                info.CopyFrom(source)
+                ends.append((info, region.names[info.name]))
             else:
-                ir.serde.serialize_attribute_into(item, attr)
+                copy_fields(source, info, "type")
+                self.describe(info, carrier)
+        for info, name in ends:
+            info.name = names.get(name, info.name)
+            if name in types:
+                info.type.tensor_type.elem_type = DATA_TYPES[types[name]]
 
-    def ends(self, node: ir.Node, made: onnx.NodeProto) -> None:
-        """The names that are not what they were."""
-        for slot, carrier in self.edits.reads.get(node, {}).items():
-            made.input[slot] = carrier.name
-        names = self.edits.names
-        for index, value in enumerate(node.outputs) if names else ():
-            if value in names:
-                made.output[index] = names[value]
-
-    def decide(self, node: ir.Node, made: onnx.NodeProto) -> None:
-        """Write the decision into the metadata; those of an earlier conversion go."""
-        assert self.plan is not None
-        decided = self.plan.nodes.get(self.keys.get(node, ""))
-        if decided is None:
-            return
-        if made.metadata_props:
-            kept = [(p.key, p.value) for p in made.metadata_props if not p.key.startswith(OURS)]
-            del made.metadata_props[:]
-            for key, text in kept:
-                made.metadata_props.add(key=key, value=text)
-        key = (decided.verdict, decided.precision, decided.reason)
-        held = self.decisions.get(key)
+    def describe(self, info: onnx.ValueInfoProto, carrier: Carrier) -> None:
+        """The name and type of `carrier`, which has the shape of what it was made from."""
+        value = carrier.value
+        # Only sizes tell a scalar from a value of unknown rank.
+        key = (value.shape, value.numel, carrier.dtype)
+        held = self.types.get(key)
         if held is None:
-            held = self.decisions[key] = _metadata(decision(decided))
+            held = self.types[key] = _type(value, carrier.dtype)
+        info.MergeFromString(held)
+        info.name = carrier.name
+
+    # -------------------------------------------------------------------------------------------------------- nodes
+
+    def node(self, key: str, source: onnx.NodeProto, made: onnx.NodeProto) -> None:
+        """A copy of the node, with its decision."""
+        if key in self.capture.returned:
+            self.control(key, source, made)
+        else:
+            made.CopyFrom(source)
+        if self.edits.names:
+            self.rename(key, made)
+        if self.plan is None:
+            return
+        if key in self.capture.earlier:
+            _forget(made)
+        decided = self.plan.nodes[key]
+        told = (decided.verdict, decided.precision, decided.reason, decided.module, decided.source)
+        held = self.decisions.get(told)
+        if held is None:
+            held = self.decisions[told] = _metadata(decision(decided))
         made.MergeFromString(held)
-        for name, text in place(decided):
-            made.metadata_props.add(key=name, value=text)
+
+    def edit(self, edit: NodeEdit, made: onnx.NodeProto, out: onnx.GraphProto) -> None:
+        """Make `made` other than it was, and write what follows it."""
+        if edit.reads:
+            names = made.input
+            for slot, carrier in edit.reads:
+                names[slot] = carrier.name
+        if edit.attributes:
+            made.attribute.extend(edit.attributes)
+        for cast in edit.after:
+            self.cast(out, cast)
+
+    def control(self, key: str, source: onnx.NodeProto, made: onnx.NodeProto) -> None:
+        """A node with bodies, which are written anew."""
+        copy_fields(source, made, "attribute")
+        scope = self.capture.graph.nodes[key].scope
+        for attr in source.attribute:
+            item = made.attribute.add()
+            copy_fields(attr, item, "g", "graphs")
+            if attr.type == GRAPH:
+                self.graph(region_path(scope, key, attr.name), item.g)
+            for index in range(len(attr.graphs)):
+                self.graph(region_path(scope, key, f"{attr.name}.{index}"), item.graphs.add())
+
+    def rename(self, key: str, made: onnx.NodeProto) -> None:
+        """Results that have another name now."""
+        for index, name in enumerate(self.capture.graph.nodes[key].outputs):
+            if name in self.edits.names:
+                made.output[index] = self.edits.names[name]
 
     def cast(self, out: onnx.GraphProto, cast: NewCast) -> None:
         result = cast.result
@@ -283,70 +318,14 @@ class _Emitter:
         made.input.append(cast.source.name)
         made.output.append(result.name)
         if id(result) not in self.returned:
-            info = out.value_info.add()
-            info.name = result.name
-            info.type.CopyFrom(self.type_of(result.value, result.dtype))
-
-    def outputs(self, graph: ir.Graph, out: onnx.GraphProto) -> None:
-        returns = self.edits.returns.get(graph, {})
-        for index, value in enumerate(graph.outputs):
-            carrier = returns.get(index)
-            if carrier is None:
-                self.info(out.output, value, self.edits.names.get(value, value.name or ""), always=True)
-                continue
-            made = out.output.add()
-            made.name = carrier.name
-            made.type.CopyFrom(self.type_of(carrier.value, carrier.dtype))
-
-    def annotations(self, graph: ir.Graph, out: onnx.GraphProto) -> None:
-        """Quantization annotations, which `onnx_ir` keeps beside the values."""
-        for value in _all_values(graph) if self.capture.annotated else ():
-            held = value.meta.get(QUANTIZED)
-            if held:
-                made = out.quantization_annotation.add()
-                made.tensor_name = self.edits.names.get(value, value.name or "")
-                for key in sorted(held):
-                    made.quant_parameter_tensor_names.add(key=key, value=held[key])
-
-    # --------------------------------------------------------------------------------------------------------- types
-
-    def info(self, infos: Any, value: ir.Value, name: str, *, always: bool = False) -> None:
-        """What is known of the type of `value`; nothing when nothing is, unless `always`."""
-        known = value.type is not None or value.shape is not None
-        if not (known or always):
-            return
-        made = infos.add()
-        made.name = name
-        if known:
-            made.type.CopyFrom(self.type_of(value, self.edits.types.get(value, "")))
-        if value.doc_string:
-            made.doc_string = value.doc_string
-        for key, text in sorted(value.metadata_props.items()) if value.metadata_props else ():
-            made.metadata_props.add(key=key, value=text)
-
-    def type_of(self, value: ir.Value, dtype: str = "") -> onnx.TypeProto:
-        """The type of `value`, with another element type when `dtype` is given."""
-        key = (0 if dtype else id(value.type), id(value.shape), dtype)
-        made = self.types.get(key)
-        if made is None:
-            made = self.types[key] = onnx.TypeProto()
-            kind = ir.TensorType(DATA_TYPES[dtype]) if dtype in DATA_TYPES else value.type
-            if kind is not None:
-                ir.serde.serialize_type_into(made, kind)
-            if value.shape is not None:
-                ir.serde.serialize_shape_into(made, value.shape)
-        return made
+            self.describe(out.value_info.add(), result)
 
 
 def decision(node: Node) -> Iterator[tuple[str, str]]:
-    """What is written about the decision for `node`."""
+    """What is written about the decision for `node`, and about where it comes from."""
     yield "mpcompile.precision", str(node.precision)
     yield "mpcompile.reason", node.reason
     yield "mpcompile.verdict", str(node.verdict)
-
-
-def place(node: Node) -> Iterator[tuple[str, str]]:
-    """What is written about where `node` comes from."""
     if node.module:
         yield "mpcompile.module", node.module
     if node.source:
@@ -366,27 +345,25 @@ def _metadata(pairs: Iterator[tuple[str, str]]) -> bytes:
     return bytes(made.SerializeToString())
 
 
-def _fill_tensor(made: onnx.TensorProto, held: Any) -> None:
-    """Serialise a tensor whole, wherever its bytes are."""
-    if isinstance(held, ir.serde.TensorProtoTensor):
-        made.CopyFrom(held.raw)
-        return
-    if not isinstance(held, ir.ExternalTensor):
-        ir.serde.serialize_tensor_into(made, held)
-        return
-    made.data_type, made.name = int(held.dtype), held.name or ""
-    made.dims.extend(held.shape.numpy())
-    made.raw_data = held.tobytes()
-    release(held)
+def _forget(made: onnx.NodeProto) -> None:
+    """Take the decisions of an earlier conversion out of the metadata."""
+    kept = [(one.key, one.value) for one in made.metadata_props if not one.key.startswith(OURS)]
+    del made.metadata_props[:]
+    for key, text in kept:
+        made.metadata_props.add(key=key, value=text)
 
 
-def _all_values(graph: ir.Graph) -> Iterator[ir.Value]:
-    yield from dict.fromkeys((*graph.inputs, *graph.initializers.values()))
-    for node in graph:
-        yield from node.outputs
-
-
-def carrier_of(value: ir.Value) -> Carrier:
-    """`value` as it was read."""
-    maker = value.producer()
-    return Carrier(value.name or "", dtype_name(value.dtype), maker if maker is not None else value.graph, value)
+def _type(value: Value, dtype: str) -> bytes:
+    """What a `ValueInfoProto` says of the type of a tensor with the shape of `value`."""
+    made = onnx.ValueInfoProto()
+    tensor = made.type.tensor_type
+    tensor.elem_type = DATA_TYPES[dtype]
+    if value.shape or value.numel != NUMEL_HINT:
+        tensor.shape.SetInParent()
+    for size in value.shape:
+        dim = tensor.shape.dim.add()
+        if isinstance(size, int):
+            dim.dim_value = size
+        elif size != "?":
+            dim.dim_param = size
+    return bytes(made.SerializeToString())

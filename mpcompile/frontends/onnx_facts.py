@@ -5,94 +5,77 @@ from __future__ import annotations
 import ast
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
+
+from mpcompile.frontends.onnx_schema import dtype_name
+from mpcompile.graph import Node, Value
 
 # Stand-ins for dimensions and ranks that are known only when the model runs; they weigh costs, nothing else.
 DIM_HINT = 64
 NUMEL_HINT = 65536
-# Elements read at once when the range of a large tensor is taken.
-SLICE = 1 << 24
 SMALL = 16
+FLOAT = onnx.TensorProto.FLOAT
+CONTAINERS = {"sequence_type": "sequence", "optional_type": "optional"}
+# dtype, shape with names for symbolic dimensions, and number of elements (a hint where it is not known).
+Known = tuple[str, tuple[int | str, ...], int]
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 
 
-def shape_of(value: ir.Value) -> tuple[tuple[int | str, ...], int]:
-    """Shape, with names for symbolic dimensions, and number of elements (a hint where it is not known)."""
-    if value.shape is None:
-        return (), NUMEL_HINT if value.dtype is not None and value.const_value is None else 1
-    shape = tuple(d if isinstance(d, int) else str(d.value or "?") for d in value.shape)
-    return shape, math.prod(d if isinstance(d, int) else DIM_HINT for d in shape)
+def type_of(message: onnx.TypeProto) -> Known:
+    """What is known of a value from its type; a container has the shape of what it holds.
+
+    Raises:
+      ValueError: for an element type that there is not.
+    """
+    kind = outer = message.WhichOneof("value")
+    while kind in CONTAINERS:
+        message = getattr(message, kind).elem_type
+        kind = message.WhichOneof("value")
+    if kind not in ("tensor_type", "sparse_tensor_type"):
+        return ("unknown", (), 1) if outer == kind else (CONTAINERS[outer], (), 1)
+    tensor = getattr(message, kind)
+    dtype = CONTAINERS.get(outer) or dtype_name(tensor.elem_type)
+    if not tensor.HasField("shape"):
+        return dtype, (), NUMEL_HINT if tensor.elem_type else 1
+    shape = tuple([d.dim_value if d.HasField("dim_value") else d.dim_param or "?" for d in tensor.shape.dim])
+    return dtype, shape, math.prod([d if isinstance(d, int) else DIM_HINT for d in shape])
 
 
-def range_of(tensor: Any) -> tuple[float, float] | None:
-    """Smallest and largest element of a float tensor, infinities included; None when it is empty or all NaN."""
-    if tensor.dtype not in (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16):
-        return None
-    found = _range(flat(tensor))
-    release(tensor)
-    return found
-
-
-def flat(tensor: Any) -> Any:
-    """The elements of a tensor in one dimension; of a message's FP32 bytes without `onnx_ir`'s detours."""
-    message = tensor.raw if isinstance(tensor, ir.TensorProtoTensor) else None
-    if message is not None and message.data_type == ir.DataType.FLOAT:
-        held = message.raw_data
-        if held:
-            return np.frombuffer(held, "<f4")
-    return tensor.numpy().reshape(-1)
-
-
-def release(tensor: Any) -> None:
-    """Give back the memory through which a tensor's file was read; it is opened again when needed."""
-    if isinstance(tensor, ir.ExternalTensor):
-        tensor.release()
-
-
-def _range(array: Any) -> tuple[float, float] | None:
-    low, high = math.inf, -math.inf
-    for start in range(0, array.size, SLICE):
-        part = array[start : start + SLICE]
-        if part.dtype != np.float32:
-            part = part.astype(np.float32)
-        least, most = float(part.min()), float(part.max())
-        if least != least:  # a NaN among them: look past it, which takes longer
-            least, most = float(np.fmin.reduce(part)), float(np.fmax.reduce(part))
-        low, high = min(low, least), max(high, most)
-    return (low, high) if low <= high else None  # not so when there is nothing but NaN
-
-
-def attributes(node: ir.Node) -> dict[str, Any]:
+def attributes(given: Iterable[onnx.AttributeProto]) -> dict[str, Any]:
     """Attributes as plain data: numbers, strings, lists of them; small tensors as lists; graphs left out."""
     plain: dict[str, Any] = {}
-    for name, attr in node.attributes.items():
-        if attr.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) or attr.is_ref():
-            continue
-        if attr.type == ir.AttributeType.TENSOR:
-            if attr.value.size <= SMALL and attr.value.dtype != ir.DataType.STRING:
-                plain[name] = np.asarray(attr.value.numpy(), dtype=object).tolist()
-        elif attr.type in (ir.AttributeType.INT, ir.AttributeType.FLOAT, ir.AttributeType.STRING):
-            plain[name] = attr.value
-        elif attr.type in (ir.AttributeType.INTS, ir.AttributeType.FLOATS, ir.AttributeType.STRINGS):
-            plain[name] = list(attr.value)
+    for attr in given:
+        read = _PLAIN.get(attr.type)
+        if read is not None and not attr.ref_attr_name:
+            plain[attr.name] = read(attr)
+        elif attr.type == onnx.AttributeProto.TENSOR and not attr.ref_attr_name:
+            tensor = ir.serde.deserialize_tensor(attr.t)
+            if tensor.size <= SMALL and tensor.dtype != ir.DataType.STRING:
+                plain[attr.name] = np.asarray(tensor.numpy(), dtype=object).tolist()
     return plain
 
 
-def origin_of(node: ir.Node) -> tuple[str, str]:
-    """Module path and source line of a node; "" where nothing is known."""
-    props = node.metadata_props
-    if props:
-        return module_of(node), source_of(node)
-    return (module_of(node) if (node.name or "").startswith("/") else ""), ""
+def _text(given: bytes) -> str:
+    return given.decode(errors="replace")
 
 
-def module_of(node: ir.Node) -> str:
+_PLAIN: dict[int, Callable[[onnx.AttributeProto], Any]] = {
+    onnx.AttributeProto.INT: lambda attr: attr.i,
+    onnx.AttributeProto.FLOAT: lambda attr: attr.f,
+    onnx.AttributeProto.STRING: lambda attr: _text(attr.s),
+    onnx.AttributeProto.INTS: lambda attr: attr.ints[:],
+    onnx.AttributeProto.FLOATS: lambda attr: attr.floats[:],
+    onnx.AttributeProto.STRINGS: lambda attr: [_text(text) for text in attr.strings],
+}
+
+
+def module_of(name: str, props: Mapping[str, str]) -> str:
     """Module path: from torch's exporters' metadata, else from a name such as "/encoder/layer.0/MatMul"."""
-    props = node.metadata_props
     kept = props.get("mpcompile.module")
     if kept is not None:
         return kept
@@ -100,13 +83,11 @@ def module_of(node: ir.Node) -> str:
     if scopes:
         names = _literal(scopes)
         return str(names[-2]) if len(names) > 1 else ""
-    name = node.name or ""
     return name.strip("/").rpartition("/")[0].replace("/", ".") if name.startswith("/") else ""
 
 
-def source_of(node: ir.Node) -> str:
+def source_of(props: Mapping[str, str]) -> str:
     """File and line ("model.py:41") from the exporter's stack trace; "" when there is none."""
-    props = node.metadata_props
     if "mpcompile.source" in props:
         return props["mpcompile.source"]
     frames = _FRAME.findall(props.get("pkg.torch.onnx.stack_trace", ""))
@@ -116,48 +97,38 @@ def source_of(node: ir.Node) -> str:
     return f"{file.rpartition('/')[2]}:{line}"
 
 
-def flops_of(node: ir.Node) -> int:
-    """Floating-point operations of matmuls and convolutions, counted as multiply and add; 0 for everything else."""
-    count = _FLOPS.get(node.op_type)
-    if count is None or len(node.inputs) < 2 or node.inputs[0] is None or node.inputs[1] is None:
+def flops_of(node: Node, op: str, values: Mapping[str, Value]) -> int:
+    """Floating-point operations of an `op` of `FLOPS`, counted as multiply and add; 0 where sizes are not known."""
+    if node.slots[:2] != [0, 1]:
         return 0
-    left, right, out = (_sizes(v) for v in (node.inputs[0], node.inputs[1], node.outputs[0]))
-    if not left or not right:
-        return 0
-    return int(count(node, left, right, out))
+    left, right, out = (_sizes(values[name]) for name in (*node.inputs[:2], node.outputs[0]))
+    return FLOPS[op](node, left, right, out) if left and right else 0
 
 
-def _sizes(value: ir.Value) -> list[int]:
-    if value.shape is None:
-        return []
+def _sizes(value: Value) -> list[int]:
     return [d if isinstance(d, int) else DIM_HINT for d in value.shape]
 
 
-def _matmul(node: ir.Node, left: Sequence[int], right: Sequence[int], out: Sequence[int]) -> int:
+def _matmul(node: Node, left: Sequence[int], right: Sequence[int], out: Sequence[int]) -> int:
     return 2 * math.prod(out or left) * left[-1]
 
 
-def _gemm(node: ir.Node, left: Sequence[int], right: Sequence[int], out: Sequence[int]) -> int:
-    return 2 * math.prod(left) * (right[0] if _int(node, "transB") else right[-1])
+def _gemm(node: Node, left: Sequence[int], right: Sequence[int], out: Sequence[int]) -> int:
+    return 2 * math.prod(left) * (right[0] if node.attrs.get("transB") else right[-1])
 
 
-def _conv(node: ir.Node, left: Sequence[int], right: Sequence[int], out: Sequence[int]) -> int:
+def _conv(node: Node, left: Sequence[int], right: Sequence[int], out: Sequence[int]) -> int:
     return 2 * math.prod(out or left) * math.prod(right[1:])
 
 
-def _conv_transpose(node: ir.Node, left: Sequence[int], right: Sequence[int], out: Sequence[int]) -> int:
+def _conv_transpose(node: Node, left: Sequence[int], right: Sequence[int], out: Sequence[int]) -> int:
     return 2 * math.prod(left) * math.prod(right[1:])
 
 
-_FLOPS = {
+FLOPS = {
     "MatMul": _matmul, "FusedMatMul": _matmul, "TransposeMatMul": _matmul, "Gemm": _gemm, "FusedGemm": _gemm,
     "Conv": _conv, "FusedConv": _conv, "NhwcFusedConv": _conv, "ConvTranspose": _conv_transpose,
 }  # fmt: skip
-
-
-def _int(node: ir.Node, name: str) -> int:
-    attr = node.attributes.get(name)
-    return int(attr.value) if attr is not None else 0
 
 
 def _literal(text: str) -> list[Any]:

@@ -1,7 +1,8 @@
-"""Load an ONNX model: as `onnx_ir`, beside the message that it was read from, large weights left where they are.
+"""Load an ONNX model as messages, large weights left where they are.
 
-The message (a *skeleton*) serves twice: ONNX infers types on it, and its nodes are copied when the model is written.
-Its large weights are promises of a file that nobody opens, so it is small whatever the model weighs.
+The message serves three times: ONNX infers types on it, the precision graph is read from it, and its nodes are copied
+when the model is written.  Its large weights are promises of a file that nobody opens, so it is small whatever the
+model weighs.  Where a model needs one of `onnx_ir`'s passes, it goes through `onnx_ir` and comes back as a message.
 """
 
 from __future__ import annotations
@@ -28,38 +29,88 @@ page(
     "Check it with `python -c \"import onnx; onnx.checker.check_model('model.onnx')\"`; keep the data file beside it.",
 )
 
-# Bytes from which an initializer is kept out of the skeleton (shape inference reads shapes, all small).
+# Bytes from which an initializer is kept out of the message (shape inference reads shapes, all small).
 WEIGHT = 4096
-GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
+EXTERNAL = onnx.TensorProto.EXTERNAL
 
 
 @dataclass
 class Loaded:
-    """A model, and the message that it was read from.
+    """A model as a message.
 
     Fields:
-      model: ours to change.
-      skeleton: the message without large weights; None when the model was given as `onnx_ir`.
-      protos: node of `model` -> its message in the skeleton; nodes with bodies have none.
-      annotated: some value has a quantization annotation.
+      proto: the model without its large weights; it may be the caller's own, so it is replaced and never changed.
+      weights: the main graph's initializers that `proto` only promises, by name: messages, or tensors of `onnx_ir`.
+      folder: where external data lies; "" for the working directory.
+      path: the file that it came from, for errors.
     """
 
-    model: ir.Model
-    skeleton: onnx.ModelProto | None = None
-    protos: dict[ir.Node, onnx.NodeProto] = field(default_factory=dict)
-    annotated: bool = True
+    proto: onnx.ModelProto
+    weights: dict[str, Any] = field(default_factory=dict)
+    folder: str = ""
+    path: str = ""
+
+    def held(self, tensor: onnx.TensorProto, *, main: bool) -> Any:
+        """What has the elements of an initializer of `proto`, one of its main graph or not."""
+        if tensor.data_location != EXTERNAL:
+            return tensor
+        kept = self.weights.get(tensor.name) if main else None
+        return ir.serde.deserialize_tensor(tensor, self.folder) if kept is None else kept
+
+    def objects(self) -> ir.Model:
+        """The model as `onnx_ir` objects, with all weights.
+
+        Raises:
+          OnnxError: MP601.
+        """
+        try:
+            with quiet():
+                model = ir.from_proto(self.proto)
+        except Exception as error:  # `onnx_ir` raises what it likes
+            raise unreadable(error, self.path) from error
+        if self.folder:
+            ir.external_data.set_base_dir(model.graph, self.folder)
+        for name, held in self.weights.items():
+            is_message = isinstance(held, onnx.TensorProto)
+            model.graph.initializers[name].const_value = ir.serde.deserialize_tensor(held) if is_message else held
+        return model
+
+    def take(self, model: ir.Model) -> None:
+        """Hold `model` instead; its large weights stay objects."""
+        self.weights = {}
+        for value in model.graph.initializers.values():
+            held = value.const_value
+            if held is None or not _stays_out(held):
+                continue
+            name = str(value.name)
+            self.weights[name] = held.raw if isinstance(held, ir.serde.TensorProtoTensor) else held
+            shape = ir.Shape(held.shape.numpy())
+            value.const_value = ir.ExternalTensor("promise", 0, held.nbytes, held.dtype, shape=shape, name=name)
+        try:
+            with quiet():
+                self.proto = ir.to_proto(model)
+        except Exception as error:  # `onnx_ir` raises what it likes
+            raise unreadable(error, self.path) from error
+
+
+def _stays_out(held: Any) -> bool:
+    if isinstance(held, ir.ExternalTensor):
+        return True
+    return held.dtype != ir.DataType.STRING and bool(held.nbytes > WEIGHT)
 
 
 def load(model: Any) -> Loaded:
-    """A model of a path, a `ModelProto` or an `onnx_ir.Model` (copied); weights on disk stay there.
+    """A model of a path, a `ModelProto` or an `onnx_ir.Model`; weights on disk stay there.
 
     Raises:
       OnnxError: MP601, when it is none of these or cannot be read.
     """
     if isinstance(model, ir.Model):
-        return Loaded(model.clone())
+        loaded = Loaded(onnx.ModelProto())
+        loaded.take(model.clone())
+        return loaded
     if isinstance(model, onnx.ModelProto):
-        return _loaded(model, "")
+        return Loaded(*_without_weights(model))
     if not isinstance(model, (str, os.PathLike)):
         raise OnnxError("MP601", f"a {type(model).__name__} is no ONNX model", try_="a path or an onnx.ModelProto")
     path = os.fspath(model)
@@ -70,56 +121,38 @@ def load(model: Any) -> Loaded:
     except Exception as error:  # protobuf's own error classes vary by version
         why = f"{type(error).__name__}: {error}"
         raise OnnxError("MP601", "the file is not an ONNX model", where=path, why=why) from error
-    loaded = _loaded(given, path)
-    ir.external_data.set_base_dir(loaded.model.graph, os.path.dirname(path) or ".")
-    return loaded
+    return Loaded(*_without_weights(given), os.path.dirname(path) or ".", path)
 
 
-def _loaded(given: onnx.ModelProto, path: str) -> Loaded:
-    skeleton, weights = _skeleton(given)
-    try:
-        with quiet():
-            model = ir.from_proto(skeleton)
-    except Exception as error:  # `onnx_ir` raises what it likes
-        cause = error
-        while cause.__cause__ is not None:  # it wraps the reason in where it was, many times over
-            cause = cause.__cause__  # type: ignore[assignment]
-        why = f"{type(cause).__name__}: {cause}"
-        raise OnnxError("MP601", "the model cannot be read", where=path, why=why) from error
-    for name, tensor in weights.items():
-        model.graph.initializers[name].const_value = ir.serde.deserialize_tensor(tensor)
-    shapes: dict[tuple[int, ...], ir.Shape] = {}
-    for tensor, value in zip(skeleton.graph.initializer, model.graph.initializers.values(), strict=False):
-        if value.name == tensor.name and value.shape is not None:
-            value.shape = shapes.setdefault(tuple(tensor.dims), value.shape)  # one object for equal shapes
-    protos = dict(_pairs(model.graph, skeleton.graph))
-    return Loaded(model, skeleton, protos, _annotated(skeleton.graph))
+def unreadable(error: BaseException, path: str) -> OnnxError:
+    """What is said of a model that `error` says is wrong: the first reason, which libraries wrap many times over."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return OnnxError("MP601", "the model cannot be read", where=path, why=f"{type(error).__name__}: {error}")
 
 
-def _skeleton(given: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, onnx.TensorProto]]:
-    """A copy of `given` with promises in place of the main graph's large weights, and these weights by name."""
+def _without_weights(given: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, Any]]:
+    """`given`, or a copy with promises in place of the main graph's large weights, and these weights by name."""
+    sparse = given.graph.sparse_initializer
+    if not sparse and all(tensor.ByteSize() <= WEIGHT for tensor in given.graph.initializer):
+        return given, {}
     twin, weights = onnx.ModelProto(), {}
-    for field_, content in given.ListFields():
-        if field_.name != "graph":
-            _copy(twin, field_, content)
-    for field_, content in given.graph.ListFields():
-        if field_.name not in ("initializer", "sparse_initializer"):
-            _copy(twin.graph, field_, content)
-    dense = [_dense(tensor) for tensor in given.graph.sparse_initializer]
-    for tensor in (*given.graph.initializer, *dense):
+    copy_fields(given, twin, "graph")
+    copy_fields(given.graph, twin.graph, "initializer", "sparse_initializer")
+    for tensor in (*given.graph.initializer, *(_dense(tensor) for tensor in sparse)):
         made = twin.graph.initializer.add()
-        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.ByteSize() <= WEIGHT:
+        if tensor.data_location == EXTERNAL or tensor.ByteSize() <= WEIGHT:
             made.CopyFrom(tensor)
             continue
         weights[tensor.name] = tensor
-        made.name, made.data_type, made.data_location = tensor.name, tensor.data_type, onnx.TensorProto.EXTERNAL
+        made.name, made.data_type, made.data_location = tensor.name, tensor.data_type, EXTERNAL
         made.dims.extend(tensor.dims)
         made.external_data.add(key="location", value="promise")
     return twin, weights
 
 
 def _dense(sparse: onnx.SparseTensorProto) -> onnx.TensorProto:
-    """A sparse initializer with its zeros: `onnx_ir` knows no other."""
+    """A sparse initializer with its zeros: nothing here knows another."""
     values = numpy_helper.to_array(sparse.values)
     flat = np.zeros(math.prod(sparse.dims), values.dtype)
     places = numpy_helper.to_array(sparse.indices)
@@ -141,33 +174,18 @@ def quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def _copy(message: Any, field_: Any, content: Any) -> None:
-    if isinstance(content, (str, bytes, int, float)):
-        setattr(message, field_.name, content)
-    elif hasattr(content, "MergeFrom"):
-        getattr(message, field_.name).MergeFrom(content)
-    else:
-        getattr(message, field_.name).extend(content)
+def copy_fields(source: Any, target: Any, *but: str) -> None:
+    """Copy the fields of a message, some left out, into another of its kind."""
+    for field_, content in source.ListFields():
+        name = field_.name
+        if name in but:
+            continue
+        if isinstance(content, (str, bytes, int, float)):
+            setattr(target, name, content)
+        elif hasattr(content, "MergeFrom"):
+            getattr(target, name).MergeFrom(content)
+        else:
+            getattr(target, name).extend(content)
 
 
-def _pairs(graph: ir.Graph, proto: onnx.GraphProto) -> Iterator[tuple[ir.Node, onnx.NodeProto]]:
-    """Each node with its message, for nodes without bodies; those inside bodies too."""
-    for node, message in zip(graph, proto.node, strict=True):
-        bodies = [attr for attr in message.attribute if attr.type in GRAPHS]
-        if not bodies:
-            yield node, message
-        for attr in bodies:
-            held = node.attributes[attr.name].value
-            single = attr.type == onnx.AttributeProto.GRAPH
-            for body, inner in zip([held] if single else held, [attr.g] if single else attr.graphs, strict=True):
-                yield from _pairs(body, inner)
-
-
-def _annotated(proto: onnx.GraphProto) -> bool:
-    if proto.quantization_annotation:
-        return True
-    attrs = (attr for node in proto.node for attr in node.attribute if attr.type in GRAPHS)
-    return any(_annotated(body) for attr in attrs for body in (*attr.graphs, *([attr.g] if attr.HasField("g") else [])))
-
-
-__all__ = ["Loaded", "load", "quiet"]
+__all__ = ["Loaded", "copy_fields", "load", "quiet", "unreadable"]

@@ -5,257 +5,198 @@ Only what does not change a bit of the model's results happens here, on a copy o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
+import numpy as np
 import onnx
-import onnx_ir as ir
+from onnx import numpy_helper
 from onnx_ir.passes import common
 
-from mpcompile.frontends.onnx_load import WEIGHT, Loaded, quiet
-from mpcompile.frontends.onnx_schema import find_schema, signature
+from mpcompile.errors import OnnxError
+from mpcompile.frontends import onnx_objects as objects
+from mpcompile.frontends.onnx_infer import bodies, inferred
+from mpcompile.frontends.onnx_load import Loaded, quiet
+from mpcompile.frontends.onnx_schema import may_have_bodies, plain_domain, signature
 from mpcompile.graph import LOW
 
 # The oldest opset in which (nearly) every operator takes the type.
 OPSETS = {"fp16": 20, "bf16": 22}
 # Operators that mean something else before this opset, and that the version converter does not translate.
 CHANGED = {"Scan": 9}
+# Attributes of a Constant whose value is no tensor.
+PLAIN = frozenset({"value_float", "value_floats", "value_int", "value_ints", "value_string", "value_strings"})
 
 
-def prepare(loaded: Loaded, low: str) -> tuple[ir.Model, list[str]]:
-    """Prepare ``loaded.model`` in place.
+def prepare(loaded: Loaded, low: str) -> list[str]:
+    """Let `loaded` hold the prepared model.
 
     Returns:
-      The model (another object when the opset was raised), and lines for the user.
+      Lines for the user.
+
+    Raises:
+      OnnxError: MP601.
     """
     notes: list[str] = []
-    model, skeleton = loaded.model, loaded.skeleton
-    if model.functions:
+    found, operators = _survey(loaded.proto.graph)
+    for graph in found[1:]:
+        _check_outputs(graph)
+    if loaded.proto.functions:
+        model = loaded.objects()
         common.InlinePass()(model)
-        skeleton = None
-    found = graphs(model)
-    operators = {(n.domain, n.op_type) for graph in found for n in graph}
-    if low in LOW:
-        model = _raise_opset(model, low, operators, notes)
-    same = model is loaded.model and skeleton is not None
-    if skeleton is not None and same:
-        _take_over(model, _inferred(skeleton))
-    else:
-        loaded.protos.clear()
-        found = graphs(model)
-    if not same or ("", "Constant") in operators:
-        lifted = common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model).modified
-        if lifted:
-            model.ir_version = max(model.ir_version, 4)  # before that, an initializer had to be an input
-    if not same:
-        infer(model)
-    if not same or ("", "CastLike") in operators:
-        for node in [n for graph in found for n in graph if n.op_type == "CastLike"]:
-            settle_cast_like(node)
-    _own_body_outputs(found[1:])
-    return model, notes
+        loaded.take(model)
+        found, operators = _survey(loaded.proto.graph)
+    if low in LOW and _raise_opset(loaded, low, operators, notes):
+        found, operators = _survey(loaded.proto.graph)
+    loaded.proto = inferred(loaded.proto)
+    if ("", "CastLike") in operators:
+        _settle_cast_like(loaded)
+    found = _survey(loaded.proto.graph)[0] if len(found) > 1 else [loaded.proto.graph]
+    lifted = 0
+    for graph in reversed(found):  # from the inside out: what is kept of a graph are copies of its nodes
+        lifted += _lift_constants(graph) if ("", "Constant") in operators else 0
+        if graph is not loaded.proto.graph:
+            _own_outputs(graph)
+    if lifted:  # before version 4, an initializer had to be an input
+        loaded.proto.ir_version = max(loaded.proto.ir_version, 4)
+    return notes
 
 
-def graphs(model: ir.Model) -> list[ir.Graph]:
-    """The main graph and every graph inside it."""
-    found = [model.graph]
-    for graph in found:
-        found += [body for node in graph for _, body in subgraphs(node)]
-    return found
+def unmade(name: str) -> OnnxError:
+    """What is said of a model in which `name` is read, but never made."""
+    return OnnxError("MP601", f"nothing makes the value {name!r}, which a node reads or a body returns",
+                     why="the model is not valid ONNX", try_="onnx.checker.check_model(model)")  # fmt: skip
 
 
-def subgraphs(node: ir.Node) -> list[tuple[str, ir.Graph]]:
-    """(attribute name, body) of a control-flow node."""
-    found: list[tuple[str, ir.Graph]] = []
-    for name, attr in node.attributes.items() if node.attributes else ():
-        if attr.type == ir.AttributeType.GRAPH:
-            found.append((name, attr.value))
-        elif attr.type == ir.AttributeType.GRAPHS:
-            found += [(f"{name}.{i}", body) for i, body in enumerate(attr.value)]
-    return found
+def _settle_cast_like(loaded: Loaded) -> None:
+    model = loaded.objects()
+    for node in [node for graph in objects.graphs(model) for node in graph]:
+        objects.settle_cast_like(node)
+    loaded.take(model)
 
 
-def infer(model: ir.Model) -> None:
-    """Fill in types and shapes: ONNX's own inference, then type variables for operators that it does not know."""
-    with quiet(), _without_weights(model):
-        proto = ir.to_proto(model)
-    _take_over(model, _inferred(proto))
+def sort(loaded: Loaded) -> None:
+    """Put the nodes in order, and infer types again: inference goes once, from first to last.
 
-
-def _inferred(proto: onnx.ModelProto) -> onnx.ModelProto:
+    Raises:
+      OnnxError: MP601, when they form a cycle.
+    """
+    model = loaded.objects()
     try:
-        return onnx.shape_inference.infer_shapes(proto, check_type=False, strict_mode=False, data_prop=True)
-    except (RuntimeError, ValueError):  # an operator's inference function that does not like its input
-        return proto
+        with quiet():
+            common.TopologicalSortPass()(model)
+    except ValueError as error:
+        raise OnnxError("MP601", "the nodes of the model form a cycle", why=str(error)) from error
+    loaded.take(model)
+    loaded.proto = inferred(loaded.proto)
 
 
-def _take_over(model: ir.Model, inferred: onnx.ModelProto) -> None:
-    lacking: list[ir.Node] = []
-    _merge(model.graph, inferred.graph, {}, lacking)
-    for node in lacking:
-        _infer_types(node, model)
-    if any(out.type is None for node in lacking for out in node.outputs):
-        _infer_from_readers(model, lacking)
-
-
-@contextmanager
-def _without_weights(model: ir.Model) -> Iterator[None]:
-    """Large initializers become promises of a file, which shape inference never opens."""
-    held = [(v, v.const_value) for g in graphs(model) for v in g.initializers.values()
-            if v.const_value is not None and v.const_value.nbytes > WEIGHT]  # fmt: skip
-    for value, tensor in held:
-        shape, name = ir.Shape(tensor.shape.numpy()), value.name or ""
-        value.const_value = ir.ExternalTensor("weights", 0, tensor.nbytes, tensor.dtype, shape=shape, name=name)
-    try:
-        yield
-    finally:
-        for value, tensor in held:
-            value.const_value = tensor
-
-
-Types = dict[bytes, tuple[Any, Any]]
-
-
-def _merge(graph: ir.Graph, inferred: onnx.GraphProto, seen: Types, lacking: list[ir.Node]) -> None:
-    """Take over what was inferred, graph by graph: bodies may use one name for different values."""
-    for value, info in zip(graph.inputs, inferred.input, strict=False):
-        if value.type is None:
-            _typed(value, info.type, seen)
-    infos = {info.name: info for info in (*inferred.value_info, *inferred.output)}
-    for node, proto in zip(graph, inferred.node, strict=True):
-        known = True
-        for out in node.outputs:
-            info = infos.get(out.name)
-            if info is not None:
-                _typed(out, info.type, seen)
-            known = known and out.type is not None
-        if not known:
-            lacking.append(node)
-        if not proto.attribute:
-            continue
-        single = onnx.AttributeProto.GRAPH
-        for name, body in subgraphs(node):
-            stem, _, index = name.partition(".")
-            attr = next(attr for attr in proto.attribute if attr.name == stem)
-            _merge(body, attr.g if attr.type == single else attr.graphs[int(index)], seen, lacking)
-
-
-def _typed(value: ir.Value, proto: onnx.TypeProto, seen: Types) -> None:
-    """Give `value` the type and shape of a message; equal ones are one object (shapes of messages are frozen)."""
-    key = proto.SerializeToString()
-    if key not in seen:
-        seen[key] = (ir.serde.deserialize_type_proto_for_type(proto), ir.serde.deserialize_type_proto_for_shape(proto))
-    value.type, value.shape = seen[key]
-
-
-def _infer_types(node: ir.Node, model: ir.Model) -> None:
-    """Give outputs without a type that of an operand with the same type variable."""
-    if not find_schema(node.domain, node.op_type, opset(model, node.domain)):
-        return
-    types = signature(node.domain, node.op_type, opset(model, node.domain), "")
-    known = {types.input(i): v.type for i, v in enumerate(node.inputs) if v is not None and v.type is not None}
-    for index, out in enumerate(node.outputs):
-        if out.type is None and known.get(types.output(index)) is not None:
-            out.type = known[types.output(index)]
-
-
-def opset(model: ir.Model, domain: str) -> int:
+def opset(proto: onnx.ModelProto, domain: str) -> int:
     """The opset version that the model imports of `domain` (1 when it imports none)."""
-    imports = model.graph.opset_imports
+    imports: dict[str, int] = {one.domain: one.version for one in proto.opset_import}
     return imports.get(domain, imports.get("ai.onnx", 1) if not domain else 1)
 
 
-def _raise_opset(model: ir.Model, low: str, operators: set[tuple[str, str]], notes: list[str]) -> ir.Model:
-    """Raise the opset when operators of the model take `low` only in a newer one."""
-    have, want = opset(model, ""), OPSETS[low]
+def _survey(main: onnx.GraphProto) -> tuple[list[onnx.GraphProto], set[tuple[str, str]]]:
+    """`main` and every graph inside it; (domain, operator) of every node."""
+    found, operators = [main], set[tuple[str, str]]()
+    for graph in found:
+        here = {(node.domain, node.op_type) for node in graph.node}
+        if any(may_have_bodies(*one) for one in here - operators) or len(found) > 1:
+            found += [body for node in graph.node if node.attribute for _, body in bodies(node)]
+        operators |= here
+    return found, {(plain_domain(domain), op) for domain, op in operators}
+
+
+def _lift_constants(graph: onnx.GraphProto) -> int:
+    """Make Constant nodes initializers of their graph, those that it returns apart; how many there were."""
+    returned = {info.name for info in graph.output}
+    kept: list[onnx.NodeProto] = []
+    for node in graph.node:
+        lifts = node.op_type == "Constant" and not plain_domain(node.domain) and node.output[0] not in returned
+        tensor = _constant(node) if lifts else None
+        if tensor is None:
+            kept.append(node)
+        else:
+            graph.initializer.add().CopyFrom(tensor)
+            graph.initializer[-1].name = node.output[0]
+    lifted = len(graph.node) - len(kept)
+    if lifted:
+        twins = onnx.GraphProto()
+        twins.node.extend(kept)
+        del graph.node[:]
+        graph.node.MergeFrom(twins.node)
+    return lifted
+
+
+def _constant(node: onnx.NodeProto) -> onnx.TensorProto | None:
+    """The tensor that a Constant gives; None for a sparse one."""
+    if len(node.attribute) != 1 or node.attribute[0].ref_attr_name:
+        return None
+    attr = node.attribute[0]
+    if attr.name == "value":
+        tensor: onnx.TensorProto = attr.t
+        return tensor
+    if attr.name not in PLAIN:
+        return None
+    value = onnx.helper.get_attribute_value(attr)
+    if attr.name.startswith("value_string"):
+        texts = value if isinstance(value, list) else [value]
+        dims = [len(texts)] if isinstance(value, list) else []
+        return onnx.helper.make_tensor("", onnx.TensorProto.STRING, dims, texts)
+    return numpy_helper.from_array(np.array(value, np.int64 if "int" in attr.name else np.float32))
+
+
+def _check_outputs(body: onnx.GraphProto) -> None:
+    """A body returns only what is its own."""
+    own = {name for node in body.node for name in node.output}
+    own |= {one.name for one in (*body.input, *body.initializer)} | {one.values.name for one in body.sparse_initializer}
+    for info in body.output:
+        if info.name not in own:
+            raise unmade(info.name)
+
+
+def _own_outputs(graph: onnx.GraphProto) -> None:
+    """Bodies give what they make: one that returns a value from outside, or an input, returns a copy."""
+    made = {name for node in graph.node for name in node.output}
+    for index, info in enumerate(graph.output):
+        if info.name not in made:
+            name = f"{info.name}_returned_{index}"
+            graph.node.add(op_type="Identity", input=[info.name], output=[name])
+            info.name = name
+
+
+def _raise_opset(loaded: Loaded, low: str, operators: set[tuple[str, str]], notes: list[str]) -> bool:
+    """Raise the opset when operators of the model take `low` only in a newer one; whether that was done."""
+    have, want = opset(loaded.proto, ""), OPSETS[low]
     if have >= want:
-        return model
-    operators = {(domain, op) for domain, op in operators if domain in ("", "ai.onnx")}
-    gained = sorted(op for name, op in operators if _takes(name, op, want, low) and not _takes(name, op, have, low))
-    changed = any(op in CHANGED and have < CHANGED[op] for _, op in operators)
+        return False
+    standard = {op for domain, op in operators if not domain}
+    gained = sorted(op for op in standard if _takes(op, want, low) and not _takes(op, have, low))
+    changed = any(op in CHANGED and have < CHANGED[op] for op in standard)
     if not gained or changed:
-        return model
+        return False
     from onnxscript import version_converter
 
-    raised = model.clone()
+    raised = loaded.objects()
     with quiet():
         try:
             version_converter.convert_version(raised, want, fallback=have < 18)
         except Exception as error:  # the converter raises what it likes; the old opset still works
             notes.append(f"opset {have} is kept, raising it met a {type(error).__name__}: {_list(gained)} stay FP32")
-            return model
-    if opset(raised, "") != want:
+            return False
+    if objects.opset(raised, "") != want:
         notes.append(f"opset {have} is kept, the converter does not know all operators: {_list(gained)} stay FP32")
-        return model
+        return False
     least = onnx.helper.find_min_ir_version_for([onnx.helper.make_opsetid("", want)])
     raised.ir_version = max(raised.ir_version, least)
     notes.append(f"opset raised from {have} to {want}, in which {_list(gained)} take {low}")
-    return raised
+    loaded.take(raised)
+    return True
 
 
 def _list(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _takes(domain: str, op: str, version: int, low: str) -> bool:
+def _takes(op: str, version: int, low: str) -> bool:
     """True when a result of `op` can be `low`."""
-    types = signature(domain, op, version, "")
+    types = signature("", op, version, "")
     return any(low in types.allowed.get(variable, ()) for variable in types.outputs)
-
-
-def _infer_from_readers(model: ir.Model, lacking: list[ir.Node]) -> None:
-    """What a custom operator gives has the type that its readers need: that of their other operands and results."""
-    for node in reversed(lacking):
-        for out in node.outputs:
-            for reader, slot in out.uses():
-                out.type = out.type or _needed(reader, slot, model)
-    for node in lacking:
-        _infer_types(node, model)
-
-
-def _needed(reader: ir.Node, slot: int, model: ir.Model) -> Any:
-    """The type of the operands and results of `reader` that share a type variable with operand `slot`."""
-    version = opset(model, reader.domain)
-    if not find_schema(reader.domain, reader.op_type, version):
-        return None
-    types = signature(reader.domain, reader.op_type, version, "")
-    variable = types.input(slot)
-    peers = [v for i, v in enumerate(reader.inputs) if v is not None and i != slot and types.input(i) == variable]
-    peers += [v for i, v in enumerate(reader.outputs) if types.output(i) == variable]
-    known = (value.type for value in peers if variable and isinstance(value.type, ir.TensorType))
-    return next(known, None)
-
-
-def settle_cast_like(node: ir.Node) -> None:
-    """CastLike takes its type from a value that may change its own: write down the type that it has now."""
-    if node.op_type != "CastLike" or node.domain or node.outputs[0].dtype is None:
-        return
-    attrs = [ir.AttrInt64("to", node.outputs[0].dtype)]
-    attrs += [attr for name, attr in node.attributes.items() if name == "saturate"]
-    props = node.metadata_props
-    _replace(node, ir.Node("", "Cast", [node.inputs[0]], attrs, name=node.name, metadata_props=props))
-
-
-def _replace(old: ir.Node, new: ir.Node) -> None:
-    graph = old.graph
-    assert graph is not None
-    before, after = old.outputs[0], new.outputs[0]
-    after.name, after.type, after.shape = before.name, before.type, before.shape
-    graph.insert_before(old, new)
-    before.replace_all_uses_with(after, replace_graph_outputs=True)
-    graph.remove(old, safe=True)
-
-
-def _own_body_outputs(bodies: list[ir.Graph]) -> None:
-    """Bodies give what they make: one that returns a value from outside, or an input, returns a copy."""
-    for graph in bodies:
-        for index, out in enumerate(graph.outputs):
-            maker = out.producer()
-            if maker is not None and maker.graph is graph:
-                continue
-            copy = ir.Node("", "Identity", [out], name=None)
-            copy.outputs[0].name = f"{out.name}_returned_{index}"
-            copy.outputs[0].type, copy.outputs[0].shape = out.type, out.shape
-            graph.append(copy)
-            graph.outputs[index] = copy.outputs[0]

@@ -37,14 +37,36 @@ DTYPE_ATTRIBUTES = {
 
 
 @cache
-def dtype_name(element: Any) -> str:
-    """The precision graph's name of an `onnx_ir.DataType` (None: "unknown")."""
-    return "unknown" if element is None else DTYPES.get(element.name, element.name.lower())
+def dtype_name(element: int) -> str:
+    """The precision graph's name of an element type.
+
+    Raises:
+      ValueError: when there is no such type.
+    """
+    name = onnx.TensorProto.DataType.Name(element)
+    return DTYPES.get(name, name.lower())
+
+
+@cache
+def data_type(dtype: str) -> int:
+    """The element type that the precision graph calls `dtype`."""
+    return int(next(number for number in onnx.TensorProto.DataType.values() if dtype_name(number) == dtype))
+
+
+def plain_domain(domain: str) -> str:
+    """ONNX's own domain has two names: "" for both."""
+    return "" if domain == "ai.onnx" else domain
 
 
 def op_name(domain: str, op: str) -> str:
     """How the rules name an operator: "onnx::MatMul", "com.microsoft::FusedMatMul"."""
-    return f"{domain if domain not in ('', 'ai.onnx') else 'onnx'}::{op}"
+    return f"{plain_domain(domain) or 'onnx'}::{op}"
+
+
+def op_of(name: str) -> tuple[str, str]:
+    """(domain, operator) of what the rules call `name`."""
+    domain, _, op = name.partition("::")
+    return "" if domain == "onnx" else domain, op
 
 
 @cache
@@ -64,7 +86,7 @@ def signature(domain: str, op: str, opset: int, provider: str) -> Signature:
     schema = find_schema(domain, op, opset)
     if schema is None or (op in FP32_SIDES and not domain) or op in DTYPE_ATTRIBUTES:
         return Signature(why="its elements keep their type" if schema is not None else UNKNOWN.why)
-    held = _kernel_types(op if domain in ("", "ai.onnx") else f"{domain}::{op}", provider)
+    held = _kernel_types(op if not plain_domain(domain) else f"{domain}::{op}", provider)
     constraints = {c.type_param_str: frozenset(c.allowed_type_strs) for c in schema.type_constraints}
     allowed: dict[str, frozenset[str]] = {}
 
@@ -84,11 +106,22 @@ def signature(domain: str, op: str, opset: int, provider: str) -> Signature:
 
 def find_schema(domain: str, op: str, opset: int) -> Any:
     """The schema of `op` at `opset`, or None when nobody knows it."""
-    domain = "" if domain == "ai.onnx" else domain
+    domain = plain_domain(domain)
     try:
         return onnx.defs.get_schema(op, opset, domain)
     except onnx.defs.SchemaError:
         return _runtime_schemas().get((domain, op))
+
+
+@cache
+def may_have_bodies(domain: str, op: str) -> bool:
+    """True when nodes of `op` may have graphs as attributes: those of unknown operators, too."""
+    try:
+        attributes = onnx.defs.get_schema(op, plain_domain(domain)).attributes
+    except onnx.defs.SchemaError:
+        return True
+    kinds = onnx.defs.OpSchema.AttrType
+    return any(attr.type in (kinds.GRAPH, kinds.GRAPHS) for attr in attributes.values())
 
 
 @cache

@@ -14,10 +14,9 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
-from mpcompile.frontends.onnx_emit import DATA_TYPES
-from mpcompile.frontends.onnx_prepare import graphs, infer, opset, settle_cast_like
+from mpcompile.frontends.onnx_objects import graphs, infer, opset, settle_cast_like
 from mpcompile.frontends.onnx_schema import signature
-from mpcompile.frontends.onnx_write import NUMPY_TYPES
+from mpcompile.frontends.onnx_tensors import DATA_TYPES, NUMPY_TYPES
 
 FLOATS = set(DATA_TYPES.values())
 

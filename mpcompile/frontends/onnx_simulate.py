@@ -13,7 +13,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from mpcompile.frontends.onnx_prepare import graphs
+from mpcompile.frontends.onnx_objects import graphs
 
 LOW_TYPES = {ir.DataType.FLOAT16: np.float16, ir.DataType.BFLOAT16: ml_dtypes.bfloat16}
 # They move elements and round nothing.

@@ -9,35 +9,24 @@ This file decides what is different; `mpcompile.frontends.onnx_emit` writes it d
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
-from typing import Any
 
-import ml_dtypes
-import numpy as np
 import onnx
 import onnx_ir as ir
 
 from mpcompile.frontends.onnx import OnnxCapture
 from mpcompile.frontends.onnx_emit import (
-    DATA_TYPES,
     Carrier,
     Edits,
     NewCast,
     Written,
-    carrier_of,
     decision,
     emit,
     header,
-    place,
 )
-from mpcompile.frontends.onnx_facts import flat, release
-from mpcompile.graph import LOW, Node, PrecisionGraph
+from mpcompile.frontends.onnx_tensors import DATA_TYPES
+from mpcompile.graph import CAST_OP, LOW, Node, PrecisionGraph
 from mpcompile.rules.table import load_kinds
-
-NUMPY_TYPES: Mapping[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
-# Tensors with more elements are converted when they are saved, one at a time.
-LAZY = 1 << 18
 
 
 def write(capture: OnnxCapture, graph: PrecisionGraph, *, simulate: bool = False, annotated: bool = True,
@@ -59,7 +48,7 @@ def write(capture: OnnxCapture, graph: PrecisionGraph, *, simulate: bool = False
 def annotate(model: ir.Model, graph: PrecisionGraph, nodes: Mapping[str, ir.Node]) -> None:
     """Write verdict, precision, reason, module and source line of every node into its metadata."""
     for key, made in nodes.items():
-        made.metadata_props.update((*decision(graph.nodes[key]), *place(graph.nodes[key])))
+        made.metadata_props.update(decision(graph.nodes[key]))
     model.metadata_props.update(header(graph))
 
 
@@ -70,138 +59,158 @@ class _Planner:
         self.capture, self.graph, self.simulate = capture, graph, simulate
         self.edits = Edits()
         self.moved: dict[str, Carrier] = {}
-        self.own: dict[ir.Value, Carrier] = {}
+        self.own: dict[str, Carrier] = {}
         # Graph inputs that are given low: name -> the input itself; readers in FP32 read a cast of it.
         self.lowered: dict[str, Carrier] = {}
         self.views = {name for name, kind in load_kinds().items() if kind.fusion == "view"}
-        self.converted: list[tuple[ir.Value, Carrier]] = []
-        self.taken = {value.name for value in capture.values.values()}
+        self.converted: list[Carrier] = []
+        # Inputs of all graphs, which callers and control nodes give.
+        self.inputs = {region.names[name] for region in capture.regions.values() for name in region.given}
+        # Initializers that are read as they are.
+        self.kept = set(capture.graph.outputs)
+        self.taken: set[str] = set()
+        # Results that the plan gives another type.
+        given, planned = capture.graph.values, graph.values
+        dtypes = ((name, value.dtype, planned[name].dtype) for name, value in given.items() if value.producer)
+        self.changed = {name: dtype for name, before, dtype in dtypes if before != dtype}
 
     def all(self) -> None:
+        given = self.capture.graph.nodes
         for node in self.graph.nodes.values():
-            if node.is_cast:
+            if node.op == CAST_OP:
                 self.cast(node)
-            elif node.id in self.capture.nodes:
-                self.node(node)
+                continue
+            before = given.get(node.id)
+            if before is not None:
+                self.node(node, before)
+        if not self.simulate:
+            self.edits.types.update(self.changed)
         self.outputs()
+        self.follow_names()
         self.drop_initializers()
         self.drop_casts()
 
     def carrier(self, name: str) -> Carrier:
         """What carries the plan's value `name`."""
         held = self.moved.get(name)
-        return held if held is not None else self.own_carrier(self.capture.values[name])
+        return held if held is not None else self.own_carrier(name)
 
-    def own_carrier(self, value: ir.Value) -> Carrier:
-        """`value` itself; one object, so that a new name reaches all who read it."""
-        held = self.own.get(value)
+    def own_carrier(self, name: str) -> Carrier:
+        """The value itself; one object, so that a new name reaches all who read it."""
+        held = self.own.get(name)
         if held is None:
-            held = self.own[value] = carrier_of(value)
+            value = self.capture.graph.values[name]
+            held = self.own[name] = Carrier(self.capture.own(name), value.dtype, value)
         return held
 
     def lower_inputs(self, low: str) -> None:
         """Let FP32 inputs be given in `low`."""
         for name in self.graph.inputs:
-            value = self.capture.values[name]
-            if value.dtype == ir.DataType.FLOAT and not value.is_initializer():
-                self.edits.types[value] = low
-                self.lowered[name] = given = Carrier(value.name or "", low, value.graph, value)
-                self.moved[name] = self.cast_of(given, "fp32", f"{name}_fp32_given")
+            value = self.capture.graph.values[name]
+            if value.dtype == "fp32" and name not in self.capture.tensors:
+                self.edits.types[name] = low
+                self.lowered[name] = given = Carrier(self.capture.own(name), low, value)
+                self.moved[name] = self.cast_of(given, "fp32", self.fresh(f"{name}_fp32_given"))
 
     # ------------------------------------------------------------------------------------------------------- nodes
 
-    def node(self, node: Node) -> None:
-        """Redirect the operands of `node`; give its results their planned types."""
-        before = self.capture.graph.nodes[node.id]
+    def node(self, node: Node, before: Node) -> None:
+        """Redirect the operands of `node`; round its results, where nothing computes in the low type."""
         if node.inputs != before.inputs or not self.moved.keys().isdisjoint(node.inputs):
             self.redirect(node, before)
-        if node.precision in LOW:
+        else:
+            self.kept.update([name for name in node.inputs if name in self.capture.tensors])
+        if node.op == "onnx::Attention" and node.precision in LOW:
             self.fp32_core(node)
-        for name in node.outputs:
-            dtype = self.graph.values[name].dtype
-            if dtype == self.capture.graph.values[name].dtype:
-                continue
-            if not self.simulate:
-                self.edits.types[self.capture.values[name]] = dtype
-            elif dtype in LOW and node.kind not in self.views and self.capture.values[name].name:
-                self.moved[name] = self.round(self.carrier(name), dtype)
+        if self.simulate and node.kind not in self.views:
+            for name in node.outputs:
+                dtype = self.changed.get(name, "")
+                if dtype in LOW and self.capture.own(name):
+                    source = self.carrier(name)
+                    self.moved[name] = self.round(source, dtype, self.fresh(f"{source.name}_{dtype}_rounded"))
 
     def redirect(self, node: Node, before: Node) -> None:
-        made = self.capture.nodes[node.id]
-        own, reads = len(made.inputs), self.edits.reads
+        moved, reads = self.moved, list[tuple[int, Carrier]]()
         for slot, name, old in zip(node.slots, node.inputs, before.inputs, strict=True):
-            carrier = self.moved.get(name)
-            if carrier is None:
-                if name == old:
-                    continue
-                carrier = self.carrier(name)
-            if slot < own:
-                reads.setdefault(made, {})[slot] = carrier
+            carrier = moved.get(name)
+            if carrier is not None:
+                reads.append((slot, carrier))
                 continue
-            body, index = self.capture.returned[node.id][slot - own]
-            self.edits.returns.setdefault(body, {})[index] = carrier
+            self.kept.add(name)
+            if name != old:
+                reads.append((slot, self.own_carrier(name)))
+        if node.id in self.capture.returned:
+            reads = self.redirect_returns(node, reads)
+        if reads:
+            self.edits.at(node.id).reads = tuple(reads)
+
+    def redirect_returns(self, node: Node, reads: list[tuple[int, Carrier]]) -> list[tuple[int, Carrier]]:
+        """Let the bodies of `node` return what it reads beyond its own operands; the rest."""
+        own, places = self.capture.operands[node.id], self.capture.returned[node.id]
+        for slot, carrier in reads:
+            if slot >= own:
+                body, index = places[slot - own]
+                self.edits.returns.setdefault(body, {})[index] = carrier
+        return [(slot, carrier) for slot, carrier in reads if slot < own]
 
     def fp32_core(self, node: Node) -> None:
         """Ask fused attention for its softmax in FP32, where its author said nothing."""
-        if node.op != "onnx::Attention" or self.simulate or "softmax_precision" in node.attrs:
-            return
-        attr = ir.AttrInt64("softmax_precision", ir.DataType.FLOAT)
-        self.edits.attributes[self.capture.nodes[node.id]] = [attr]
+        if not self.simulate and "softmax_precision" not in node.attrs:
+            attr = onnx.helper.make_attribute("softmax_precision", int(DATA_TYPES["fp32"]))
+            self.edits.at(node.id).attributes = (attr,)
 
     def cast(self, cast: Node) -> None:
-        """The value that carries a planned cast."""
+        """The value that carries a planned cast; its name is free, as all names of the plan are."""
         read, to, name = cast.inputs[0], str(cast.attrs["to"]), cast.outputs[0]
-        source = self.carrier(read)
         if read in self.lowered:
             given = self.lowered[read]
-            self.moved[name] = source if self.simulate or to != given.dtype else given
-            return
-        fixed = self.is_fixed(source)
+            self.moved[name] = self.moved[read] if self.simulate or to != given.dtype else given
+        elif self.is_fixed(read) and not (self.simulate and to == "fp32"):
+            self.moved[name] = self.constant(read, name, to)
+        else:
+            self.moved[name] = self.cast_value(self.carrier(read), to, name, cast.origin or "inserted")
+
+    def cast_value(self, source: Carrier, to: str, name: str, origin: str) -> Carrier:
+        """A planned cast of what is no constant."""
         if self.simulate and source.dtype == "fp32":
             # The source is FP32 in any case: going up is free, going down is a round trip.
-            if to == "fp32":
-                self.moved[name] = source
-            else:
-                self.moved[name] = self.constant(source, name, to) if fixed else self.round(source, to, name)
-            return
-        if fixed:
-            self.moved[name] = self.constant(source, name, to)
-            return
-        self.moved[name] = self.cast_of(source, to, name, cast.origin or "inserted")
-        if self.simulate and to in LOW:
-            self.moved[name] = self.cast_of(self.moved[name], "fp32", f"{name}_up")
+            return source if to == "fp32" else self.round(source, to, name)
+        made = self.cast_of(source, to, name, origin)
+        return self.cast_of(made, "fp32", self.fresh(f"{name}_up")) if self.simulate and to in LOW else made
 
     # ------------------------------------------------------------------------------------------------------- pieces
 
-    def is_fixed(self, source: Carrier) -> bool:
+    def is_fixed(self, name: str) -> bool:
         """True for an initializer that may be converted now: not one that a caller can override."""
-        value = source.value
-        own = source is self.own.get(value) and value.is_initializer()
-        return own and not value.is_graph_input() and value.const_value is not None
+        return name in self.capture.tensors and name not in self.inputs
 
-    def constant(self, source: Carrier, name: str, to: str) -> Carrier:
-        """A second initializer beside that of `source`, converted to `to`."""
-        origin = source.value
-        made = Carrier(self.fresh(name), "fp32" if self.simulate else to, origin.graph, origin)
-        shape = origin.shape.numpy()  # type: ignore[union-attr]
-        tensor = convert(origin.const_value, to, made.name, self.simulate, shape)
-        self.edits.tensors.setdefault(origin.graph, []).append((made, tensor))  # type: ignore[arg-type]
-        self.converted.append((origin, made))
+    def constant(self, origin: str, name: str, to: str) -> Carrier:
+        """A second initializer beside `origin`, converted to `to`."""
+        value = self.capture.graph.values[origin]
+        made = Carrier(name, "fp32" if self.simulate else to, value)
+        self.edits.tensors.setdefault(value.scope, []).append((made, to))
+        self.converted.append(made)
         return made
 
-    def round(self, source: Carrier, to: str, name: str = "") -> Carrier:
+    def round(self, source: Carrier, to: str, name: str) -> Carrier:
         """`source` through the low type and back to FP32."""
-        name = name or f"{source.name}_{to}_rounded"
-        return self.cast_of(self.cast_of(source, to, f"{name}_down"), "fp32", name)
+        return self.cast_of(self.cast_of(source, to, self.fresh(f"{name}_down")), "fp32", name)
 
     def cast_of(self, source: Carrier, to: str, name: str, origin: str = "") -> Carrier:
-        """A Cast right behind the maker of `source`, or first in its graph."""
-        result = Carrier(self.fresh(name), to, source.anchor, source.value)
-        self.edits.after.setdefault(source.anchor, []).append(NewCast(source, result, origin))
+        """A Cast right behind the maker of `source`, or first in its graph; `name` is free."""
+        value = source.value
+        result = Carrier(name, to, value)
+        cast = NewCast(source, result, origin)
+        if value.producer:
+            edit = self.edits.at(value.producer)
+            edit.after = (*edit.after, cast)
+        else:
+            self.edits.first.setdefault(value.scope, []).append(cast)
         return result
 
     def fresh(self, name: str) -> str:
-        while name in self.taken:
+        """`name`, or one like it that is free."""
+        while name in self.taken or name in self.graph.values or name in self.capture.graph.values:
             name += "_"
         self.taken.add(name)
         return name
@@ -210,64 +219,47 @@ class _Planner:
 
     def outputs(self) -> None:
         """Point the graph's outputs at what the plan returns; the names stay with the outputs."""
-        graph = self.capture.model.graph
-        names = [value.name for value in graph.outputs]
-        returns = self.edits.returns.setdefault(graph, {})
-        for index, name in enumerate(self.graph.outputs):
-            carrier, before = self.carrier(name), graph.outputs[index]
-            if name not in self.moved and carrier.value is before:
+        given = self.capture.graph.outputs
+        names = [self.capture.own(name) for name in given]
+        returns = self.edits.returns.setdefault("", {})
+        for index, (name, before) in enumerate(zip(self.graph.outputs, given, strict=True)):
+            carrier = self.carrier(name)
+            if name not in self.moved and carrier.value.name == before:
                 continue
             dtype = self.graph.values[name].dtype
             if self.simulate and dtype in LOW and carrier.dtype == "fp32":
-                carrier = self.cast_of(carrier, dtype, f"{carrier.name}_given")
+                carrier = self.cast_of(carrier, dtype, self.fresh(f"{carrier.name}_given"))
             returns[index] = carrier
             if before not in self.edits.names and carrier.name not in names:
-                was = self.graph.values[self.capture.graph.outputs[index]].dtype
-                self.rename(before, self.fresh(f"{before.name}_{was}_before"))
-                carrier.name = str(before.name)
+                new = self.fresh(f"{names[index]}_{self.graph.values[before].dtype}_before")
+                self.own_carrier(before).name = self.edits.names[before] = new
+                carrier.name = names[index]
 
-    def rename(self, value: ir.Value, name: str) -> None:
-        """Let `value` be called `name` where it is made and by all who read it."""
-        self.edits.names[value] = name
-        carrier = self.own_carrier(value)
-        carrier.name = name
-        for node, slot in value.uses():
-            self.edits.reads.setdefault(node, {}).setdefault(slot, carrier)
+    def follow_names(self) -> None:
+        """Let all who read a renamed value read it by its new name."""
+        names = self.edits.names
+        for node in self.capture.graph if names else ():
+            read = [(slot, self.own[name]) for slot, name in zip(node.slots, node.inputs, strict=True) if name in names]
+            if read:
+                edit = self.edits.at(node.id)
+                moved = {slot for slot, _ in edit.reads}
+                edit.reads = (*edit.reads, *(pair for pair in read if pair[0] not in moved))
 
     def drop_initializers(self) -> None:
         """Leave out initializers that nobody reads any more; a sole copy takes over the name."""
-        reads = self.edits.reads
-        for origin, made in self.converted:
-            own = self.own[origin]
-            read = any(reads.get(node, {}).get(slot, own) is own for node, slot in origin.uses())
-            if read or origin in self.edits.dropped or origin.is_graph_output():
-                continue
-            self.edits.dropped.add(origin)
-            made.name = str(origin.name)
+        for made in self.converted:
+            origin = made.value.name
+            if origin not in self.kept and origin not in self.edits.dropped:
+                self.edits.dropped.add(origin)
+                made.name = self.capture.own(origin)
 
     def drop_casts(self) -> None:
         """Leave out the casts of lowered inputs that nobody reads."""
         if not self.lowered:
             return
-        used = {id(c) for reads in self.edits.reads.values() for c in reads.values()}
-        used |= {id(c) for returns in self.edits.returns.values() for c in returns.values()}
-        used |= {id(cast.source) for casts in self.edits.after.values() for cast in casts}
-        first = self.edits.after.get(self.capture.model.graph, [])
+        edits, first = self.edits.nodes.values(), self.edits.first.get("", [])
+        used = {id(carrier) for edit in edits for _, carrier in edit.reads}
+        used |= {id(carrier) for returns in self.edits.returns.values() for carrier in returns.values()}
+        used |= {id(cast.source) for casts in (first, *(edit.after for edit in edits)) for cast in casts}
         spare = {id(self.moved[name]) for name in self.lowered} - used
         first[:] = [cast for cast in first if id(cast.result) not in spare]
-
-
-def convert(tensor: Any, to: str, name: str, simulate: bool, shape: tuple[int, ...]) -> Any:
-    """`tensor` rounded to `to`, to nearest even: a message, or for a large one a promise to convert it when saved."""
-
-    def now() -> Any:
-        with np.errstate(over="ignore"):  # FLT_MAX as a bound becomes infinity: no bound, as it was meant
-            low = flat(tensor).astype(NUMPY_TYPES[to])
-        release(tensor)
-        return low.astype(np.float32) if simulate else low
-
-    dtype = DATA_TYPES["fp32" if simulate else to]
-    if math.prod(shape) > LAZY:
-        return ir.LazyTensor(lambda: ir.Tensor(now().reshape(shape), dtype=dtype), dtype=dtype, shape=ir.Shape(shape),
-                             name=name)  # fmt: skip
-    return onnx.TensorProto(name=name, data_type=int(dtype), dims=shape, raw_data=now().tobytes())

@@ -73,7 +73,7 @@ def record(capture: OnnxCapture, feeds: Sequence[Feeds], low: str, slice_bytes: 
     The main graph's values are fetched in slices of about `slice_bytes`, each in a run of its own.
     """
     seen = record_bodies(capture, feeds, low)
-    inputs = {capture.values[name].name: name for name in capture.graph.inputs
+    inputs = {capture.own(name): name for name in capture.graph.inputs
               if capture.graph.values[name].dtype == "fp32"}  # fmt: skip
     given = [{inputs[key]: np.asarray(array) for key, array in one.items() if key in inputs} for one in feeds]
     for found in chain(given, *(values(capture, names, feeds) for names in _slices(capture, slice_bytes))):
@@ -87,9 +87,9 @@ def record(capture: OnnxCapture, feeds: Sequence[Feeds], low: str, slice_bytes: 
 def values(capture: OnnxCapture, names: Sequence[str], feeds: Sequence[Feeds],
            model: ir.Model | None = None) -> Iterator[dict[str, Any]]:  # fmt: skip
     """The values `names` for each sample; `model` is the capture's own unless a rewritten one is given."""
-    target = (model or capture.model).clone()
+    target = capture.loaded.objects() if model is None else model.clone()
     by_name = {out.name: out for node in target.graph for out in node.outputs}
-    onnx_names = {name: capture.values[name].name if model is None else name for name in names}
+    onnx_names = {name: capture.own(name) if model is None else name for name in names}
     present = {name: by_name[key] for name, key in onnx_names.items() if key in by_name}
     target.graph.outputs.clear()
     target.graph.outputs.extend(present.values())
@@ -116,7 +116,7 @@ def _slices(capture: OnnxCapture, limit: int) -> Iterator[list[str]]:
     for node in capture.graph:
         for name in node.outputs if not node.scope else ():
             value = capture.graph.values[name]
-            if value.dtype != "fp32" or not capture.values[name].name:
+            if value.dtype != "fp32" or not capture.own(name):
                 continue
             bytes_ = value.numel * ITEMSIZE["fp32"]
             if group and size + bytes_ > limit:

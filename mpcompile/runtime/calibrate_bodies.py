@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from mpcompile.frontends.onnx import OnnxCapture
-from mpcompile.frontends.onnx_prepare import graphs, opset, subgraphs
+from mpcompile.frontends.onnx import OnnxCapture, region_path
+from mpcompile.frontends.onnx_objects import opset, subgraphs
 from mpcompile.passes.measured_hazards import SMALLEST, Measured
 from mpcompile.runtime import ort
 
@@ -23,16 +23,13 @@ CONTROL = ("If", "Loop", "Scan")
 
 def record_bodies(capture: OnnxCapture, feeds: Sequence[Mapping[str, Any]], low: str) -> dict[str, Measured]:
     """Ranges of the FP32 values of all bodies, over all samples."""
-    inner = {capture.values[name]: name for node in capture.graph if node.scope for name in node.outputs
-             if capture.graph.values[name].dtype == "fp32" and capture.values[name].name}  # fmt: skip
-    if not inner:
+    wanted = {name for node in capture.graph if node.scope for name in node.outputs
+              if capture.graph.values[name].dtype == "fp32" and capture.own(name)}  # fmt: skip
+    if not wanted:
         return {}
-    target = capture.model.clone()
-    pairs = zip(graphs(capture.model), graphs(target), strict=True)
-    watch = _Watch(low, opset(target, ""), {
-        twin: inner[out] for one, other in pairs for node, copy in zip(one, other, strict=True)
-        for out, twin in zip(node.outputs, copy.outputs, strict=True) if out in inner
-    })  # fmt: skip
+    target = capture.loaded.objects()
+    inner = {value: name for value, name in _results(capture, target.graph, "") if name in wanted}
+    watch = _Watch(low, opset(target, ""), inner)
     found = [row for node in list(target.graph) for row in watch.control(node)]
     if not found:
         return {}
@@ -50,6 +47,14 @@ def _read(names: Iterable[str], rows: Any) -> Iterator[tuple[str, Measured]]:
     for name, (least, most, vanishing) in zip(names, rows.tolist(), strict=True):
         if np.isfinite(most):
             yield name, Measured(-least, most, max(vanishing, 0.0))
+
+
+def _results(capture: OnnxCapture, graph: ir.Graph, scope: str) -> Iterator[tuple[ir.Value, str]]:
+    """The results of all nodes in `graph` and in its bodies, with their names in the precision graph."""
+    for key, node in zip(capture.regions[scope].ids, graph, strict=True):
+        yield from zip(node.outputs, capture.graph.nodes[key].outputs, strict=True)
+        for name, body in subgraphs(node):
+            yield from _results(capture, body, region_path(scope, key, name))
 
 
 Rows = tuple[ir.Value, list[str]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,7 @@ from onnx import numpy_helper
 from onnx_models import noise, parse
 
 from mpcompile.errors import OnnxError
-from mpcompile.onnx_api import convert
+from mpcompile.onnx_api import convert, no_garbage_collection
 from mpcompile.runtime.ort import run, session
 
 TOLERANCE = {"fp16": 2e-2, "bf16": 8e-2}
@@ -294,3 +296,87 @@ def test_what_onnx_ir_cannot_read_is_an_error_of_ours() -> None:
     given = parse("g (float[4, 8] x) => (float[4, 8] y) { h = Relu(x)\n h = Relu(x)\n y = Add(h, h) }")
     with pytest.raises(OnnxError, match=r"MP601(.|\n)*redeclared"):
         convert(given, "fp16")
+
+
+def test_descriptions_of_values_in_any_order_stale_and_twice() -> None:
+    """What a model says of its values beside the nodes need be neither in their order nor true of this graph."""
+    text = "g (float[4, 8] x) => (float[4, 8] y) { h = MatMul(x, w)\n e = Exp(h)\n y = MatMul(e, w) }"
+    plain, given = parse(text, w=W), parse(text, w=W)
+    for name, shape in (("gone", [2]), ("y", [4, 8]), ("e", [4, 8]), ("h", [4, 8]), ("w", [8, 8]), ("h", [4, 8])):
+        given.graph.value_info.append(onnx.helper.make_tensor_value_info(name, 1, shape))
+    want, got = convert(plain, "fp16", keep_io=False).model, convert(given, "fp16", keep_io=False).model
+    types = [{info.name: info.type.tensor_type.elem_type for info in made.graph.value_info} for made in (want, got)]
+    assert types[0] == types[1]
+    assert list(got.graph.node) == list(want.graph.node)
+    assert "gone" not in types[1]
+    assert "y" not in types[1]
+
+
+def test_types_that_no_inference_gives_are_written() -> None:
+    """ONNX knows nothing of this operator, ONNX Runtime's schema does."""
+    given = parse("g (float[4, 8] x) => (float[4, 8] y) { h = com.microsoft.QuickGelu(x)\n y = MatMul(h, w) }",
+                  domains=MICROSOFT, w=W)  # fmt: skip
+    made = convert(given, "fp16")
+    assert made.capture.graph.values["h"].dtype == "fp32"
+    told = {info.name: info.type.tensor_type.elem_type for info in made.model.graph.value_info}
+    assert told["h"] == onnx.TensorProto.FLOAT16
+
+
+def test_constants_of_a_body_in_a_body_are_converted_once() -> None:
+    given = parse(
+        """g (float[4, 8] x, bool c) => (float[4, 8] y) { k0 = Constant <value_int = 3> ()
+        y = If(c) <then_branch = a () => (float[4, 8] t) { t = If(c) <then_branch = a2 () => (float[4, 8] t2) {
+            k = Constant <value_floats = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]> ()
+            m = MatMul(x, w)
+            t2 = Add(m, k) }, else_branch = b2 () => (float[4, 8] x2) { x2 = Relu(x) }> },
+            else_branch = b () => (float[4, 8] e) { e = Relu(x) }> }""",
+        w=W,
+    )
+    made = convert(given, "fp16")
+    assert not [node for node in made.capture.graph if node.op == "onnx::Constant"]
+    assert made.capture.graph.values["k"].range == (1.0, 8.0)
+
+
+def test_sequences_keep_their_type_when_inputs_are_given_low() -> None:
+    given = parse("g (seq(float[4, 8]) xs, float[4, 8] x) => (float[4, 8] y) { s = SequenceAt(xs, i)\n y = Add(s, x) }",
+                  i=FIRST)  # fmt: skip
+    made = convert(given, "fp16", keep_io=False, provider="cpu")
+    assert made.model.graph.input[0] == given.graph.input[0]
+    assert made.model.graph.input[1].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
+
+
+def test_a_control_node_and_a_node_in_its_body_may_share_a_name() -> None:
+    given = parse("""g (float[4, 8] x, bool c) => (float[4, 8] y) { y = If(c) <
+        then_branch = a () => (float[4, 8] t) { t = Relu(x) }, else_branch = b () => (float[4, 8] e) { e = Tanh(x) }> }""")
+    control = given.graph.node[0]
+    control.name = control.attribute[0].g.node[0].name = control.attribute[1].g.node[0].name = "same"
+    made = convert(given, "fp16")
+    assert {node.id for node in made.capture.graph} == {"same", "same_1", "same_2"}
+
+
+def test_external_data_that_is_not_there_is_an_error_of_ours(tmp_path: Path) -> None:
+    given = parse("g (float[4, 8] x) => (float[4, 8] y) { y = MatMul(x, w) }", w=noise(8, 8))
+    tensor = given.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key="location", value="gone.data")
+    onnx.save(given, tmp_path / "m.onnx")
+    with pytest.raises(OnnxError, match=r"MP601(.|\n)*gone.data"):
+        convert(tmp_path / "m.onnx", "fp16")
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_was_made_without_collection_is_old_and_what_the_caller_froze_stays_frozen(frozen: bool) -> None:
+    found: list[list[int]] = []
+    if frozen:
+        gc.freeze()
+    count = gc.get_freeze_count()
+    try:
+        with no_garbage_collection():
+            assert not gc.isenabled()
+            found.append([])
+        assert gc.isenabled()
+        assert gc.get_freeze_count() == count
+        assert frozen or any(one is found[0] for one in gc.get_objects(2))
+    finally:
+        gc.unfreeze()

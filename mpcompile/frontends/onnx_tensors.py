@@ -1,0 +1,88 @@
+"""The elements of initializers, which are messages or tensors of `onnx_ir`: read, rounded, written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+NUMPY_TYPES: Mapping[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
+DATA_TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+FLOAT, FP32 = onnx.TensorProto.FLOAT, np.dtype(np.float32)
+# Elements read at once when the range of a large tensor is taken.
+SLICE = 1 << 24
+
+
+def range_of(tensor: Any) -> tuple[float, float] | None:
+    """Smallest and largest element of a float tensor, infinities included; None when it is empty or all NaN."""
+    found = _range(flat(tensor))
+    release(tensor)
+    return found
+
+
+def flat(tensor: Any) -> Any:
+    """The elements of a tensor, a message or one of `onnx_ir`, in one dimension; FP32 bytes without detours."""
+    if isinstance(tensor, onnx.TensorProto):
+        held = tensor.raw_data if tensor.data_type == FLOAT else b""
+        if held:
+            return np.frombuffer(held, "<f4")
+        tensor = ir.serde.deserialize_tensor(tensor)
+    return tensor.numpy().reshape(-1)
+
+
+def release(tensor: Any) -> None:
+    """Give back the memory through which a tensor's file was read; it is opened again when needed."""
+    if not isinstance(tensor, onnx.TensorProto) and isinstance(tensor, ir.ExternalTensor):
+        tensor.release()
+
+
+def _range(array: Any) -> tuple[float, float] | None:
+    low, high = math.inf, -math.inf
+    for start in range(0, array.size, SLICE):
+        part = array[start : start + SLICE]
+        if part.dtype != np.float32:
+            part = part.astype(np.float32)
+        least, most = float(np.minimum.reduce(part)), float(np.maximum.reduce(part))
+        if least != least:  # a NaN among them: look past it, which takes longer
+            least, most = float(np.fmin.reduce(part)), float(np.fmax.reduce(part))
+        low, high = min(low, least), max(high, most)
+    return (low, high) if low <= high else None  # not so when there is nothing but NaN
+
+
+def rounded(held: Any, to: str, dtype: str) -> Any:
+    """The elements of a tensor, rounded to `to` and given as `dtype`."""
+    low = flat(held).astype(NUMPY_TYPES[to])
+    release(held)
+    return low if dtype == to else low.astype(NUMPY_TYPES[dtype])
+
+
+def lazy(held: Any, to: str, dtype: str, shape: Sequence[Any], name: str) -> ir.LazyTensor:
+    """A promise to round a tensor."""
+
+    def now() -> ir.Tensor[Any]:
+        with np.errstate(over="ignore"):
+            return ir.Tensor(rounded(held, to, dtype).reshape(shape), dtype=DATA_TYPES[dtype])
+
+    return ir.LazyTensor(now, dtype=DATA_TYPES[dtype], shape=ir.Shape(shape), name=name)
+
+
+def fill(made: onnx.TensorProto, held: Any) -> None:
+    """Serialise a tensor whole, wherever its bytes are."""
+    if isinstance(held, onnx.TensorProto):
+        made.CopyFrom(held)
+        return
+    if not isinstance(held, ir.ExternalTensor):
+        ir.serde.serialize_tensor_into(made, held)
+        return
+    made.data_type, made.name = int(held.dtype), held.name or ""
+    made.dims.extend(held.shape.numpy())
+    made.raw_data = held.tobytes()
+    release(held)
+
+
+__all__ = ["DATA_TYPES", "NUMPY_TYPES", "fill", "flat", "lazy", "range_of", "release", "rounded"]
