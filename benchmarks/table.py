@@ -1,4 +1,4 @@
-"""Print the README's CPU table from the files that `mpcompile bench` wrote.
+"""Print the README's tables from the files that `mpcompile bench` and `kernels.py` wrote.
 
 python benchmarks/table.py
 """
@@ -25,8 +25,53 @@ HEAD = (
 )
 
 
+GPU = [
+    ("h100-bf16.json", "gpt2", "GPT-2 124M, 16 x 1024 tokens, BF16"),
+    ("h100-fp16.json", "gpt2", "the same, FP16 (GradScaler, dynamic scale)"),
+    ("h100-bf16-micro.json", "gpt2", "the same, BF16, as 8 microbatches of 2"),
+    ("h100-bf16.json", "bert", "BERT-base, 32 x 512 tokens, BF16"),
+    ("h100-bf16.json", "resnet", "ResNet-50, 256 images, channels_last, BF16"),
+    ("h100-bf16.json", "mlp", "MLP, 4 layers of 4096, 4096 rows, BF16"),
+]
+PROFILED = {"vit": "ViT-B/16, 128 images, BF16 (profile)", "llama": "Llama 1B, 4 x 2048 tokens, BF16 (profile)"}
+GPU_HEAD = (
+    "| | eager FP32 | eager TF32 | compiled FP32 | pure BF16 | drop-in | peak | step | peak | `remake=True` | peak | MFU |\n"
+    "|---|---|---|---|---|---|---|---|---|---|---|---|"
+)
+
+
 def main() -> None:
     print(table(load("cpu-bf16.json"), load("cpu-bf16-micro.json")))
+    print()
+    print(gpu_table())
+
+
+def gpu_table() -> str:
+    """Speeds and peaks as ratios to torch.compile + autocast + fused AdamW; MFU in per cent, of the faster of our ways."""
+    rows = [GPU_HEAD]
+    for file, model, name in GPU:
+        ways = by_name(load(file), model)
+        cells = [speed(ways, way) for way in ("eager FP32", "eager TF32", "compile FP32", "pure BF16")]
+        for way in ("mpcompile", "mpcompile step", "mpcompile step remake"):
+            cells += [speed(ways, way), f"{ways[way]['peak'] / ways[PEER]['peak']:.2f}" if way in ways else ""]
+        best = max(ways[way]["mfu"] for way in ways if way.startswith("mpcompile"))
+        rows.append(f"| {name} | {' | '.join([*cells, f'{100 * best:.0f} %'])} |")
+    profiles = load("h100-kernels.json")["models"]
+    for model, name in PROFILED.items():
+        wall = {way: one["wall"] for way, one in profiles[model].items()}
+        cells = [
+            "",
+            "",
+            "",
+            "",
+            f"{wall[PEER] / wall['mpcompile']:.2f}",
+            "",
+            "",
+            "",
+            f"{wall[PEER] / wall['mpcompile step']:.2f}",
+        ]
+        rows.append(f"| {name} | {' | '.join([*cells, '', ''])} |")
+    return "\n".join(rows)
 
 
 def load(name: str) -> dict[str, Any]:

@@ -12,15 +12,15 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def test_the_cpu_table_is_what_its_script_prints() -> None:
+def test_the_tables_are_what_their_script_prints() -> None:
     spec = importlib.util.spec_from_file_location("table", ROOT / "benchmarks" / "table.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    shown = re.search(r"<!-- cpu table.*?-->\n(.*?)\n<!-- end -->", README, re.DOTALL)
-    assert shown is not None
-    assert shown[1] == module.table(module.load("cpu-bf16.json"), module.load("cpu-bf16-micro.json"))
+    shown = re.findall(r"<!-- (cpu|gpu) table.*?-->\n(.*?)\n<!-- end -->", README, re.DOTALL)
+    cpu = module.table(module.load("cpu-bf16.json"), module.load("cpu-bf16-micro.json"))
+    assert dict(shown) == {"cpu": cpu, "gpu": module.gpu_table()}
 
 
 def test_the_step_options_are_those_measured() -> None:
