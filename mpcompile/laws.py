@@ -128,7 +128,11 @@ def precision(graph: PrecisionGraph) -> Iterator[Breach]:
             continue
         for operand, name in enumerate(node.inputs if not is_cast or node.operands else ()):
             dtype = values[name].dtype
-            if dtype != own and dtype in CASTABLE and (want := node.reads_at(operand)) not in ("any", dtype):
+            if (
+                (dtype != own or node.operands)
+                and dtype in CASTABLE
+                and (want := node.reads_at(operand)) not in ("any", dtype)
+            ):
                 yield Breach("MP401", f"node {node.id!r} reads {name!r} as {dtype}, but needs {want}", node.id)
         told = is_cast or node.out_dtype or node.results
         for output, name in enumerate(node.outputs):

@@ -46,6 +46,11 @@ def gives_low(graph: PrecisionGraph) -> None:
     graph.values["exp"].dtype = "bf16"
 
 
+def reads_low_where_fp32_is_fixed(graph: PrecisionGraph) -> None:
+    """A low node may have operands that stay FP32 whatever it is."""
+    graph.nodes["mm"].operands = {graph.nodes["mm"].slots[1]: "fp32"}
+
+
 def undecided(graph: PrecisionGraph) -> None:
     graph.nodes["exp"].precision = ""
 
@@ -125,7 +130,7 @@ def splits_a_group(graph: PrecisionGraph) -> None:
 
 
 BREAKS: dict[Callable[[PrecisionGraph], None], str] = {
-    reads_low: "MP401", gives_low: "MP401", undecided: "MP401",
+    reads_low: "MP401", gives_low: "MP401", undecided: "MP401", reads_low_where_fp32_is_fixed: "MP401",
     casts_integers: "MP402", casts_to_nothing: "MP402",
     casts_twice: "MP403", casts_to_itself: "MP403",
     reads_stale: "MP407",
