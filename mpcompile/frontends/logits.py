@@ -50,6 +50,8 @@ def region_of(loss: fx.Node, value_of: ValueOf) -> Region | None:
     """
     if argument(loss, 2, "weight", None) is not None or value_of(loss.args[1]).is_floating_point():
         return None
+    if value_of(loss.args[0]).dim() != 2:
+        return None  # the classes would be another dimension than the linear's
     between, node = list[fx.Node](), loss.args[0]
     while isinstance(node, fx.Node) and len(node.users) == 1 and node.target in (*_ROW_OPS, aten.to.dtype):
         between.insert(0, node)

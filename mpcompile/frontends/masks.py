@@ -38,7 +38,8 @@ def fold_masks(module: fx.GraphModule) -> dict[str, int]:
       How many masks were dropped ("all") and how many became ``is_causal`` ("causal").
     """
     graph = module.graph
-    masked = {node: mask for node in graph.find_nodes(op="call_function", target=ATTENTION) if (mask := _mask(node))}
+    attentions = graph.find_nodes(op="call_function", target=ATTENTION)
+    masked = {node: mask for node in attentions if (mask := _mask(node)) and not _widens(node)}
     constants = _constants(graph) if masked else {}
     kinds: dict[tuple[fx.Node, int], Kind] = {}
     done = Counter[str]()
@@ -77,6 +78,13 @@ def kind_of(mask: Tensor, square: int) -> Kind:
 def _mask(node: fx.Node) -> fx.Node | None:
     found = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
     return found if isinstance(found, fx.Node) else None
+
+
+def _widens(node: fx.Node) -> bool:
+    """Whether the result has rows that the queries have not: a mask may be broadcast over more of them."""
+    query = node.args[0]
+    assert isinstance(query, fx.Node)
+    return bool(node.meta["val"].shape[:-1] != query.meta["val"].shape[:-1])
 
 
 def _square(node: fx.Node) -> int:

@@ -97,8 +97,7 @@ def find(module: fx.GraphModule, value_of: ValueOf) -> list[Region]:
         region = region_of(loss, value_of) if argument(loss, 3, "reduction", 1) == 1 else None
         if region is None:
             continue
-        logits = value_of(loss.args[0])
-        if logits.dim() == 2 and 4 * _hint(logits.numel()) > WORTH_BYTES:
+        if 4 * _hint(value_of(loss.args[0]).numel()) > WORTH_BYTES:
             found.append(region)
     return found
 

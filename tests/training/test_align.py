@@ -78,6 +78,29 @@ class Head(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), y[:, : logits.shape[1]].flatten(), label_smoothing=self.smoothing)
 
 
+class Positions(Head):
+    """A loss over the second dimension, which is not the classifier's."""
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.head(self.body(x)), y)
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize("compiled", [True, False])
+def test_classes_that_are_not_the_last_dimension_are_left_alone(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_region, "WORTH_BYTES", 1)
+    monkeypatch.setattr("mpcompile.runtime.dynamo.compile_inductor", lambda module, *_, **__: module)
+    torch.manual_seed(0)
+    model, x, y = Positions(True, lambda t: t), torch.randn(4, 9, 16), torch.randint(0, 9, (4, CLASSES))
+    expected = model(x, y).item()
+    mp = mpcompile(model, "bf16", low=["*"], backend="inductor" if compiled else "eager")
+    step = mp.train_step(torch.optim.SGD(model.parameters(), lr=0.1), backend="eager")
+    assert mp(x, y).item() == pytest.approx(expected, rel=0.01)
+    assert step(x, y).loss.item() == pytest.approx(expected, rel=0.01)
+
+
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize(
     ("model", "pieces"),

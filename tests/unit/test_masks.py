@@ -140,6 +140,18 @@ def test_the_numbers_stay(mask: Mask) -> None:
     torch.testing.assert_close(grad, wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_a_mask_that_gives_the_result_more_rows_stays() -> None:
+    class Wider(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            mask = torch.ones(3, 1, SIZE, SIZE, dtype=torch.bool)
+            return F.scaled_dot_product_attention(x[None, :1], x[None, :1], x[None, :1], attn_mask=mask)
+
+    done, (left, attention) = folded(Wider())
+    assert attention.meta["val"].shape == (3, 1, SIZE, 8)
+    assert done == {}
+    assert left is not None
+
+
 def test_an_attention_with_dropout_keeps_it() -> None:
     class Dropping(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
