@@ -10,9 +10,10 @@ of its region in ``scope``, and stands before the control node that owns the reg
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from functools import cache
+from typing import Any, Literal, NoReturn
 
 import networkx as nx
 
@@ -30,6 +31,29 @@ ITEMSIZE: Mapping[str, int] = {
     "fp64": 8, "complex128": 16, "complex64": 8, "complex32": 4, "fp32": 4, "fp16": 2, "bf16": 2,
     "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "uint16": 2, "uint32": 4, "uint64": 8, "bool": 1,
 }  # fmt: skip
+
+
+class _Nothing(dict[Any, Any]):
+    """An empty dict that stays empty."""
+
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        raise TypeError("nodes share this empty dict: give the node a dict of its own")
+
+    __setitem__ = setdefault = update = __ior__ = _refuse
+
+
+# What nodes have in common that have no attributes, or no operands or results of their own: most of a large graph.
+NOTHING: dict[Any, Any] = _Nothing()
+
+
+def _nothing() -> dict[Any, Any]:
+    return NOTHING
+
+
+@cache
+def first_slots(count: int) -> tuple[int, ...]:
+    """The slots of `count` operands of which none is left out."""
+    return tuple(range(count))
 
 
 @dataclass(slots=True)
@@ -74,6 +98,7 @@ class Node:
 
     ``inputs[i]`` is the name of the value read at operand slot ``slots[i]`` (the position of the argument in the
     op's schema; the tensors of a list argument share its slot).  ``attrs`` holds every non-tensor argument.
+    Empty ``attrs``, ``operands`` and ``results`` are one sealed dict that all nodes share: do not change it, replace it.
     The last block is written by passes.
     """
 
@@ -81,8 +106,8 @@ class Node:
     op: str
     inputs: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
-    slots: list[int] = field(default_factory=list)
-    attrs: dict[str, Any] = field(default_factory=dict)
+    slots: Sequence[int] = ()  # a tuple once the node is made
+    attrs: dict[str, Any] = field(default_factory=_nothing)
     module: str = ""
     source: str = ""
     phase: Phase = "forward"
@@ -103,22 +128,24 @@ class Node:
     reason: str = ""
     decided_by: DecidedBy = "rule"
     # Operand slot -> "fp32" (stays FP32 whatever the node's precision) or "any" (read as it comes).
-    operands: dict[int, str] = field(default_factory=dict)
+    operands: dict[int, str] = field(default_factory=_nothing)
     # Output index -> "fp32" (statistics such as mean and rstd).
-    results: dict[int, str] = field(default_factory=dict)
+    results: dict[int, str] = field(default_factory=_nothing)
     # Casts only (op == CAST_OP, attrs["to"]).
     origin: CastOrigin | Literal[""] = ""
 
     def __post_init__(self) -> None:
-        if len(self.slots) != len(self.inputs):
-            self.slots = list(range(len(self.inputs)))
+        count = len(self.inputs)
+        self.slots = tuple(self.slots) if len(self.slots) == count else first_slots(count)
 
     def copy(self) -> Node:
         """A twin, field by field: a third of the time that the constructor takes, and a large graph is mostly copying."""
         twin = Node.__new__(Node)
         twin.id, twin.op, twin.module, twin.source = self.id, self.op, self.module, self.source
-        twin.inputs, twin.outputs, twin.slots = self.inputs.copy(), self.outputs.copy(), self.slots.copy()
-        twin.attrs, twin.operands, twin.results = self.attrs.copy(), self.operands.copy(), self.results.copy()
+        twin.inputs, twin.outputs, twin.slots = self.inputs.copy(), self.outputs.copy(), tuple(self.slots)
+        twin.attrs = self.attrs.copy() if self.attrs else NOTHING
+        twin.operands = self.operands.copy() if self.operands else NOTHING
+        twin.results = self.results.copy() if self.results else NOTHING
         twin.phase, twin.scope, twin.group, twin.flops = self.phase, self.scope, self.group, self.flops
         twin.region, twin.autocast, twin.out_dtype = self.region, self.autocast, self.out_dtype
         twin.kind, twin.verdict, twin.precision = self.kind, self.verdict, self.precision

@@ -147,7 +147,7 @@ def _operands(node: Node, rule: Rule) -> None:
 def _low_table(graph: PrecisionGraph, node: Node) -> None:
     """A frozen table that is low already is read as it is: in FP32, every step would cast all of it."""
     if node.inputs and (dtype := graph.values[node.inputs[0]].dtype) in LOW:
-        node.operands[node.slots[0]], node.out_dtype = "any", dtype
+        node.operands, node.out_dtype = {**node.operands, node.slots[0]: "any"}, dtype
         node.reason = f"gathers rows of a table that the model has in {dtype} already"
 
 

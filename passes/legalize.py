@@ -14,7 +14,7 @@ share a type variable, and which precisions that variable may be.  From it follo
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import ClassVar
@@ -105,7 +105,7 @@ class Legalize:
             plain = seen[key] = self._has_one_type(signature, node.slots, given, made)
         return plain
 
-    def _has_one_type(self, signature: Signature, slots: list[int], given: list[str], made: list[str]) -> bool:
+    def _has_one_type(self, signature: Signature, slots: Sequence[int], given: list[str], made: list[str]) -> bool:
         """True when all floats of such a node are of one type variable, which may be low; or when it has none."""
         found = {*given, *made}
         if not LOW.isdisjoint(found) or "unknown" in found:
@@ -165,7 +165,7 @@ class Legalize:
             if dtype not in CASTABLE or variable == main:
                 continue
             if variable in pinned or self.low not in signature.allowed.get(variable, FP32_ONLY):
-                node.operands[slot] = "fp32"
+                node.operands = {**node.operands, slot: "fp32"}
             elif node.operands.get(slot) == "any":
                 del node.operands[slot]
         for index, dtype in gives.items():
@@ -173,7 +173,7 @@ class Legalize:
             free = variable not in variables and variable != main
             refused = variable in pinned or self.low not in signature.allowed.get(variable, FP32_ONLY)
             if dtype in CASTABLE and variable != main and (free or refused):
-                node.results[index] = "fp32"
+                node.results = {**node.results, index: "fp32"}
 
     def _quantized(self, graph: PrecisionGraph) -> Iterator[tuple[Node, str]]:
         if {*self.quantize, *self.dequantize}.isdisjoint([node.op for node in graph]):
@@ -208,8 +208,8 @@ def _unknown(signature: Signature, reads: dict[int, str], gives: dict[int, str])
 def _leave(node: Node, reads: dict[int, str], gives: dict[int, str]) -> None:
     """Half precision that the model has already: read and give what is there."""
     dtypes = {index: dtype for index, dtype in gives.items() if dtype in CASTABLE}
-    node.operands.update({slot: "fp32" if dtype == "fp32" else "any" for slot, dtype in reads.items()})
-    node.results.update(dtypes)
+    node.operands = node.operands | {slot: "fp32" if dtype == "fp32" else "any" for slot, dtype in reads.items()}
+    node.results = node.results | dtypes
     first = next(iter(dtypes.values()), "")
     if len(set(dtypes.values())) == 1:
         node.out_dtype = first

@@ -11,6 +11,7 @@ from) and hands over the type variables of every operator's schema.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ from mpcompile.frontends.onnx_load import Loaded, load, unreadable
 from mpcompile.frontends.onnx_prepare import opset, prepare, sort, unmade
 from mpcompile.frontends.onnx_schema import dtype_name, op_name, plain_domain, signature
 from mpcompile.frontends.onnx_tensors import range_of
-from mpcompile.graph import CASTABLE, Node, PrecisionGraph, Role, Value
+from mpcompile.graph import CASTABLE, NOTHING, Node, PrecisionGraph, Role, Value
 from mpcompile.passes.legalize import Signature
 
 
@@ -260,13 +261,13 @@ class _Reader:
         own = node.name
         key = self.fresh(own, op_type)
         read = node.input[:]
-        attrs = facts.attributes(given) if given else {}
+        attrs = facts.attributes(given) if given else NOTHING
         inner = self.bodies(node, key, scope, names) if given else []
         inputs = [names[name] for name in read if name]
-        slots = [slot for slot, name in enumerate(read) if name]
-        if inner:
+        slots: Sequence[int] = ()  # none left out
+        if inner or len(inputs) < len(read):
+            slots = [*(slot for slot, name in enumerate(read) if name), *range(len(read), len(read) + len(inner))]
             inputs += inner
-            slots += range(len(read), len(read) + len(inner))
         results = node.output[:]
         op, types = self.rule(node.domain, op_type, attrs, len(results))
         module = source = ""

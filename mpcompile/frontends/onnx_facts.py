@@ -99,7 +99,7 @@ def source_of(props: Mapping[str, str]) -> str:
 
 def flops_of(node: Node, op: str, values: Mapping[str, Value]) -> int:
     """Floating-point operations of an `op` of `FLOPS`, counted as multiply and add; 0 where sizes are not known."""
-    if node.slots[:2] != [0, 1]:
+    if node.slots[:2] != (0, 1):
         return 0
     left, right, out = (_sizes(values[name]) for name in (*node.inputs[:2], node.outputs[0]))
     return FLOPS[op](node, left, right, out) if left and right else 0

@@ -313,10 +313,10 @@ def _settle_precision(graph: PrecisionGraph, node: Node, low: str) -> None:
         if dtype and dtype != node.precision:
             slot = node.slots[operand]
             mixed = {reads[i] for i, s in enumerate(node.slots) if s == slot} != {dtype}
-            node.operands[slot] = "fp32" if dtype == "fp32" and not mixed else "any"
+            node.operands = {**node.operands, slot: "fp32" if dtype == "fp32" and not mixed else "any"}
     for output, dtype in enumerate(gives):
         if dtype and dtype != node.precision:
-            node.results[output] = dtype
+            node.results = {**node.results, output: dtype}
 
 
 def _cast_origin(graph: PrecisionGraph, node: Node) -> CastOrigin:

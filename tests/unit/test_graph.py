@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import fields
 from typing import Any
 
-from mpcompile.graph import Node, PrecisionGraph, Value
+import pytest
+
+from mpcompile.graph import NOTHING, Node, PrecisionGraph, Value
 
 
 def filled(kind: type, containers: dict[str, Any]) -> Any:
@@ -18,13 +21,33 @@ def filled(kind: type, containers: dict[str, Any]) -> Any:
 
 def test_a_node_s_copy_has_every_field_and_containers_of_its_own() -> None:
     containers = {
-        "inputs": ["x"], "outputs": ["y"], "slots": [3], "attrs": {"a": 1}, "operands": {0: "any"}, "results": {1: "fp32"}
+        "inputs": ["x"], "outputs": ["y"], "slots": (3,), "attrs": {"a": 1}, "operands": {0: "any"}, "results": {1: "fp32"}
     }  # fmt: skip
     node = filled(Node, containers)
     twin = node.copy()
     assert twin is not node
     assert twin == node
-    assert all(getattr(twin, name) is not held for name, held in containers.items())
+    assert all(getattr(twin, name) is not held for name, held in containers.items() if name != "slots")
+
+
+def test_nodes_share_an_empty_dict_that_nobody_can_fill() -> None:
+    one, other = Node("a", "op", ["x"]), Node("b", "op", attrs={}).copy()
+    assert one.attrs is one.operands is one.results is other.attrs is NOTHING
+    for fill in (dict.__setitem__, dict.setdefault):
+        with pytest.raises(TypeError, match="a dict of its own"):
+            getattr(one.attrs, fill.__name__)("a", 1)
+    for fill in (dict.update, dict.__ior__):
+        with pytest.raises(TypeError, match="a dict of its own"):
+            getattr(one.attrs, fill.__name__)({"a": 1})
+    assert NOTHING == {} == copy.deepcopy(NOTHING)
+
+
+def test_slots_are_counted_and_no_list_of_the_caller_s_is_kept() -> None:
+    given = [0, 2]
+    node = Node("a", "op", ["x", "y"], slots=given)
+    given.append(3)
+    assert node.slots == (0, 2)
+    assert Node("b", "op", ["x", "y"]).slots == (0, 1)
 
 
 def test_a_graph_s_copy_has_values_with_every_field() -> None:

@@ -27,8 +27,8 @@ class Wreck:
     def apply(self, graph: PrecisionGraph) -> PassResult:
         for node in graph:
             node.inputs.clear()
-            node.attrs["broken"] = True
-            node.operands[0] = "fp32"
+            node.attrs = {**node.attrs, "broken": True}
+            node.operands = {**node.operands, 0: "fp32"}
         for value in graph.values.values():
             value.dtype = "int8"
         graph.outputs.clear()
