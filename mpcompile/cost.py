@@ -179,7 +179,7 @@ class CostModel:
 
     def _root(self, value: Value) -> Value:
         """What a chain of views shows; `value` itself when no view makes it."""
-        maker = self.graph.nodes.get(value.producer)
+        maker = self.graph.nodes.get(value.producer) if value.producer else None
         return value if maker is None or maker.kind not in self._views else self.graph.values[self.base(value.name)]
 
     def is_far(self, reader: Node) -> bool:

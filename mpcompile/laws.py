@@ -7,6 +7,7 @@ bytes whatever the node order) speak of runs, not of one graph: the property tes
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
@@ -148,7 +149,7 @@ def never_cast(graph: PrecisionGraph) -> Iterator[Breach]:
     """Law 2: our casts go from one of fp32, fp16, bf16 to another one."""
     for cast in graph.casts():
         source, to = graph.values[cast.inputs[0]], cast.attrs.get("to")
-        if not source.castable or to not in CASTABLE:
+        if source.dtype not in CASTABLE or to not in CASTABLE:
             yield Breach("MP402", f"cast {cast.id!r} turns {source.name!r} from {source.dtype} into {to}", cast.id)
 
 
@@ -175,8 +176,10 @@ def few_casts(graph: PrecisionGraph) -> Iterator[Breach]:
     """
     seen: dict[tuple[str, str, str, int], str] = {}
     written: dict[str, int] = {}
-    writing = writers(graph)
-    for node in graph.nodes.values() if writing else graph.casts():
+    writing, casts = writers(graph), graph.casts()
+    if not writing and lean(graph, casts):
+        return
+    for node in graph.nodes.values() if writing else casts:
         for alias in writing.get(node.id, ()) if writing else ():
             written[alias] = written.get(alias, 0) + 1
         if node.op != CAST_OP:
@@ -191,6 +194,21 @@ def few_casts(graph: PrecisionGraph) -> Iterator[Breach]:
             yield Breach("MP403", f"casts {first!r} and {node.id!r} both turn {source.name!r} into {to}", node.id)
         if source.dtype == to:
             yield Breach("MP403", f"cast {node.id!r} turns {to} into {to}", node.id)
+
+
+def lean(graph: PrecisionGraph, casts: list[Node]) -> bool:
+    """True when no two of `casts` turn one value into one type, none reads another one, and each has something to do.
+
+    A quick look, which asks for nothing that is written in between.
+    """
+    read: defaultdict[str, list[str]] = defaultdict(list)
+    for cast in casts:
+        read[cast.attrs["to"]].append(cast.inputs[0])
+    given, values = {cast.outputs[0] for cast in casts}, graph.values
+    return not any(
+        len(set(names)) < len(names) or not given.isdisjoint(names) or to in [values[name].dtype for name in names]
+        for to, names in read.items()
+    )
 
 
 def kept_casts(graph: PrecisionGraph, original: PrecisionGraph) -> Iterator[Breach]:

@@ -325,7 +325,7 @@ def plan(policy: Policy, options: Options, model: Any,
 def _call_by_name(graph: PrecisionGraph) -> None:
     """What the model has in half precision already runs in that, whatever the policy."""
     for node in graph:
-        if node.kind != "cast" and not node.is_cast and node.out_dtype in LOW:
+        if node.out_dtype in LOW and node.kind != "cast" and not node.is_cast:
             node.precision, node.verdict = node.out_dtype, "propagate"  # type: ignore[assignment]
 
 

@@ -102,7 +102,9 @@ class _Plan:
         self._stored()
         self._readers()
         for name, readers in self.apart.items():
-            self._casts(self.graph.values[name], self.sides[name], readers)
+            # Paid in every plan, or in none, where nobody is free.
+            if (side := self.sides[name]) not in _FIXED or not _FIXED.issuperset([at for at, _ in readers]):
+                self._casts(self.graph.values[name], side, readers)
         self.settle(self.problem.solve().tolist())
 
     def vertices(self) -> None:
@@ -196,8 +198,6 @@ class _Plan:
 
     def _casts(self, value: Value, side: int, readers: list[tuple[int, bool]]) -> None:
         """At most one copy per direction and distance: a low one for low readers, an FP32 one for FP32 readers."""
-        if side in _FIXED and _FIXED.issuperset([at for at, _ in readers]):
-            return  # paid in every plan, or in none
         if len(readers) == 1:
             at, far = readers[0]
             if side != SOURCE and at != SINK:

@@ -70,7 +70,8 @@ class Classify:
             for option, globs in (("low", self.force_low), ("keep_fp32", self.keep_fp32)):
                 if globs:
                     refuse_unmatched(names.unmatched(globs), option, names.found)
-        before = [*map(_DECISION, graph)]
+        # A node without a kind gets one; where all have theirs, an earlier run may have decided the same.
+        before = None if any(not node.kind for node in graph) else [*map(_DECISION, graph)]
         wide = {name for name, value in graph.values.items() if value.dtype in _WIDE}
         for node in graph:
             self._decide(graph, node, rules, wide)
@@ -79,7 +80,7 @@ class Classify:
         wanted |= {id_: ("fp32", f"keep_fp32={text!r}") for id_, text in names.matches(self.keep_fp32).items()}
         for id_, (verdict, reason) in wanted.items():
             _override(graph.nodes[id_], verdict, reason)
-        return PassResult(before != [*map(_DECISION, graph)])
+        return PassResult(before is None or before != [*map(_DECISION, graph)])
 
     def _decide(self, graph: PrecisionGraph, node: Node, rules: Rules, wide: set[str]) -> None:
         if node.op == CAST_OP:

@@ -55,6 +55,8 @@ class _Sweep:
         for row in HAZARDS:
             for name in row.at if facts.low in row.low else ():
                 self.starts.setdefault(name, []).append(row)
+        # Operations that some hazard reaches: at others nothing goes on.
+        self.moves = {name for row in HAZARDS if facts.low in row.low for name in row.carries | row.ends}
         self.carried: dict[str, dict[Hazard, Trail]] = {}
         self.fixed = {name for name, value in self.values.items() if value.role in ("constant", "buffer")}
         self.raised: dict[str, str] = {}
@@ -64,7 +66,7 @@ class _Sweep:
         name = base(node.op)
         starts = self.starts.get(name, ())
         came: dict[Hazard, Trail] = {}
-        for given in reversed(node.inputs) if self.carried else ():
+        for given in reversed(node.inputs) if self.carried and (starts or name in self.moves) else ():
             if given in self.carried:
                 came |= self.carried[given]
         fixed = node.kind != "random" and self.fixed.issuperset(node.inputs)

@@ -85,9 +85,10 @@ class _Writer:
         """The name of `name` cast `to`, for `reader` ("" for the end of the graph)."""
         source = self.graph.values[name]
         key = name if not source.alias else (name, self.written.get(source.alias, 0))
-        made = self.casts[to].get(key)
+        casts = self.casts[to]
+        made = casts.get(key)
         if made is None:
-            self.casts[to][key] = made = make_cast(self.graph, source, to)
+            casts[key] = made = make_cast(self.graph, source, to)
             self.made.append((source, made))
             if source.alias:
                 self.before.setdefault(reader, []).append(made)
@@ -129,18 +130,20 @@ def place(graph: PrecisionGraph, order: list[Node], casts: list[tuple[Value, Nod
 
     Casts of graph inputs stand at the beginning; those of the inputs of an inner region before their first reader.
     """
-    after: defaultdict[str, list[Node]] = defaultdict(list)
+    after: dict[str, list[Node]] = {}
     waiting: dict[str, Node] = {}
     for source, cast in casts:
         if source.scope and not source.producer:
             waiting[cast.outputs[0]] = cast
+        elif (found := after.get(source.producer)) is not None:
+            found.append(cast)
         else:
-            after[source.producer].append(cast)
+            after[source.producer] = [cast]
     placed = after.pop("", [])
     for node in order:
         if waiting:
             placed += [waiting.pop(name) for name in node.inputs if name in waiting]
         placed.append(node)
-        if node.id in after:
-            placed += after[node.id]
+        if (found := after.get(node.id)) is not None:
+            placed += found
     graph.rebuild_order([*placed, *waiting.values()])

@@ -12,6 +12,7 @@ from functools import cache
 from itertools import chain
 from typing import ClassVar
 
+from mpcompile import laws
 from mpcompile.graph import CAST_OP, ITEMSIZE, Node, PrecisionGraph, Value
 from mpcompile.passes.base import PassResult
 from mpcompile.passes.insert_casts import make_cast, place
@@ -43,20 +44,16 @@ def _worth_a_look(graph: PrecisionGraph) -> bool:
 
     What is found first costs least: a graph that is worth it shows so early.
     """
-    nodes, views, casts = graph.nodes, _views(), graph.casts()
-    seen = set()
-    for cast in casts:
-        source, to = graph.values[cast.inputs[0]], cast.attrs["to"]
-        maker = nodes.get(source.producer)
-        if source.dtype == to or (source.name, to) in seen:
-            return True
-        if maker is not None and (maker.kind in views or maker.op == CAST_OP):
-            return True
-        seen.add((source.name, to))
-    given = {cast.outputs[0] for cast in casts}
-    if any(node.kind in views and not given.isdisjoint(node.inputs) for node in nodes.values()):
+    casts, kinds, nodes = graph.casts(), _views(), graph.nodes.values()
+    if not laws.lean(graph, casts):
+        return True
+    views = [node for node in nodes if node.kind in kinds]
+    shown, given = {name for view in views for name in view.outputs}, {cast.outputs[0] for cast in casts}
+    if any(cast.inputs[0] in shown for cast in casts if shown):
+        return True
+    if any(not given.isdisjoint(view.inputs) for view in views):
         return True  # one that may sink
-    return not given <= {*graph.outputs, *chain.from_iterable([node.inputs for node in nodes.values()])}
+    return bool(given.difference(graph.outputs, chain.from_iterable([node.inputs for node in nodes])))
 
 
 @cache

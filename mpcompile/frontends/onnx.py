@@ -23,7 +23,7 @@ from mpcompile.frontends.onnx_infer import bodies, complete
 from mpcompile.frontends.onnx_load import Loaded, load, unreadable
 from mpcompile.frontends.onnx_prepare import opset, prepare, sort, unmade
 from mpcompile.frontends.onnx_schema import dtype_name, op_name, plain_domain, signature
-from mpcompile.frontends.onnx_tensors import range_of
+from mpcompile.frontends.onnx_tensors import ranges_of
 from mpcompile.graph import CASTABLE, NOTHING, Node, PrecisionGraph, Role, Value
 from mpcompile.passes.legalize import Signature
 
@@ -221,6 +221,7 @@ class _Reader:
         return known
 
     def initializers(self, graph: onnx.GraphProto, scope: str, region: Region) -> None:
+        floats: dict[str, Any] = {}
         for tensor in graph.initializer:
             own = tensor.name
             held = self.capture.loaded.held(tensor, main=not scope)
@@ -232,8 +233,10 @@ class _Reader:
                 role: Role = "constant" if numel <= 1 else "parameter"
                 name = self.value(own, (dtype, shape, numel), scope, region.names, role)
                 if dtype in CASTABLE:
-                    self.graph.values[name].range = range_of(held)
+                    floats[name] = held
             self.capture.tensors[name] = held
+        for name, limits in zip(floats, ranges_of([*floats.values()]), strict=True):
+            self.graph.values[name].range = limits
 
     def value(self, own: str, known: facts.Known, scope: str, names: Names, role: Role, producer: str = "") -> str:
         """Take up a value of the model under a name of its own."""

@@ -76,11 +76,14 @@ class _Planner:
 
     def all(self) -> None:
         given = self.capture.graph.nodes
+        in_order = iter(given.values())  # the order is mostly the same, which saves the look-up
         for node in self.graph.nodes.values():
             if node.op == CAST_OP:
                 self.cast(node)
                 continue
-            before = given.get(node.id)
+            before = next(in_order, None)
+            if before is None or before.id is not node.id:
+                before = given.get(node.id)
             if before is not None:
                 self.node(node, before)
         if not self.simulate:
