@@ -80,6 +80,8 @@ class CostModel:
         self._keep_output = frozenset(name for name, kind in self._kinds.items() if kind.saves == "output")
         self._views = frozenset(name for name, kind in self._kinds.items() if kind.fusion == "view")
         nodes = self.graph.nodes.values()
+        # What views show; asked for by name, which spares a look at each maker.
+        self._shown = {name for node in nodes if node.kind in self._views for name in node.outputs}
         # Values that a reader saves for the backward.
         self._saved = {name for node in nodes if node.kind in self._keep_inputs for name in node.inputs}
         # How many fused readers a value has.
@@ -179,8 +181,7 @@ class CostModel:
 
     def _root(self, value: Value) -> Value:
         """What a chain of views shows; `value` itself when no view makes it."""
-        maker = self.graph.nodes.get(value.producer) if value.producer else None
-        return value if maker is None or maker.kind not in self._views else self.graph.values[self.base(value.name)]
+        return self.graph.values[self.base(value.name)] if value.name in self._shown else value
 
     def is_far(self, reader: Node) -> bool:
         """True for readers that read memory and cannot take a cast in: kernels, and views that a kernel looks through."""
