@@ -71,7 +71,7 @@ def kind_of(mask: Tensor, square: int) -> Kind:
         return "all"
     if not square or mask.shape[-2:] != (square, square):
         return ""
-    causal = torch.ones(square, square, dtype=torch.bool).tril()
+    causal = torch.ones(square, square, dtype=torch.bool, device=mask.device).tril()
     return "causal" if bool((allowed == causal).all()) else ""
 
 
@@ -89,9 +89,10 @@ def _widens(node: fx.Node) -> bool:
 
 def _square(node: fx.Node) -> int:
     """Queries, where there are as many keys and the number is fixed; else 0."""
-    sizes = {operand.meta["val"].shape[-2] for operand in node.args[:2] if isinstance(operand, fx.Node)}
-    size = sizes.pop()
-    return size if not sizes and isinstance(size, int) else 0
+    sizes = [operand.meta["val"].shape[-2] for operand in node.args[:2] if isinstance(operand, fx.Node)]
+    # A symbolic size has no hash, and a comparison of two would settle them.
+    fixed = all(isinstance(size, int) for size in sizes)
+    return int(sizes[0]) if fixed and sizes[0] == sizes[-1] else 0
 
 
 def _unmask(node: fx.Node, *, causal: bool) -> None:
@@ -164,7 +165,8 @@ def _value(graph: fx.Graph, mask: fx.Node, constants: dict[fx.Node, None]) -> Te
 def _run(node: fx.Node, env: dict[fx.Node, Any]) -> Any:
     def given(n: fx.Node) -> Any:
         # Only its shape and dtype are read where it is no constant itself.
-        return env[n] if n in env else torch.empty((), dtype=n.meta["val"].dtype).expand(n.meta["val"].shape)
+        like = n.meta["val"]
+        return env[n] if n in env else torch.empty((), dtype=like.dtype, device="cpu").expand(like.shape)
 
     args, kwargs = fx.map_arg((node.args, node.kwargs), given)
     args, kwargs = pytree.tree_map_only(torch.device, lambda _: torch.device("cpu"), (args, kwargs))

@@ -160,3 +160,25 @@ def test_an_attention_with_dropout_keeps_it() -> None:
     _, (_, attention) = folded(Dropping())
     assert attention.args[3:] == (None, 0.25, False)
     assert attention.kwargs == {"scale": 0.5}
+
+
+def test_a_constant_mask_is_folded_where_the_number_of_queries_is_not_fixed() -> None:
+    """Reading the sizes failed: a symbolic one has no hash."""
+
+    class Through(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(x, x, x, attn_mask=torch.ones(1, 1, dtype=torch.bool))
+
+    sizes = ({2: torch.export.Dim("sequence")},)
+    program = torch.export.export(Through(), (torch.randn(2, 3, SIZE, 8),), dynamic_shapes=sizes, strict=False)
+    assert fold_masks(program.graph_module) == {"all": 1}
+    (attention,) = program.graph_module.graph.find_nodes(op="call_function", target=ATTENTION)
+    assert isinstance(attention.meta["val"].shape[2], torch.SymInt)
+
+
+@pytest.mark.parametrize("mask", [of_ones, added])
+def test_masks_are_computed_on_the_cpu_whatever_the_default_device(mask: Mask) -> None:
+    program = torch.export.export(Attention(mask), (torch.randn(2, SIZE, 8),), strict=False)
+    make_explicit(program.graph_module)
+    with torch.device("meta"):
+        assert fold_masks(program.graph_module) == {"causal": 1}
