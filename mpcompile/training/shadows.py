@@ -54,6 +54,8 @@ class UseShadows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
         low = [grad for grad in grads if grad is not None]
+        if not low:  # no weight of the group reached the loss (a detached branch)
+            return (None,) * (2 * len(grads))
         single = [torch.empty_like(grad, dtype=torch.float32) for grad in low]
         torch._foreach_copy_(single, low)
         made = iter(single)
@@ -70,11 +72,13 @@ class _Entry:
     """One shadow and what its master looked like when it was cast.
 
     Fields:
+      lie: how the master lies (shape, strides, device), and so the shadow.
       state: (version, address, steps) then; had_grad: whether it was last seen with a gradient.
       view: some of the master's elements, where they are sampled; `sample` is what they were.
     """
 
     shadow: torch.Tensor
+    lie: tuple[Any, ...]
     state: tuple[int, int, int] = (-1, 0, 0)
     had_grad: bool = False
     view: torch.Tensor | None = None
@@ -101,7 +105,7 @@ class ShadowTable:
         self.casts = 0
         # Rises with every optimizer step on a master: what was compared is void then.
         self.epoch = 0
-        # Rises with every master that goes: another one may come under its id.
+        # Rises with every master that goes (another one may come under its id), and with every shadow that is replaced.
         self.gone = 0
 
     def get(self, master: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -112,8 +116,7 @@ class ShadowTable:
 
     def entries(self, masters: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> list[_Entry]:
         """The entries of several masters, made where they are new; their shadows may be stale."""
-        keys = [(id(master), dtype) for master, dtype in zip(masters, dtypes, strict=True)]
-        return [self._entries.get(key) or self._create(master, key) for master, key in zip(masters, keys, strict=True)]
+        return [self._entry(*pair) for pair in zip(masters, dtypes, strict=True)]
 
     def look(self, masters: Sequence[torch.Tensor]) -> _Look:
         """What `masters` look like now."""
@@ -156,13 +159,21 @@ class ShadowTable:
                 self._steps[id(master)] += 1
                 self.epoch += 1
 
-    def _create(self, master: torch.Tensor, key: tuple[int, torch.dtype]) -> _Entry:
+    def _entry(self, master: torch.Tensor, dtype: torch.dtype) -> _Entry:
+        """The entry of a master, with a shadow that lies as it does: `module.to` moves and lays out masters in place."""
+        key, lie = (id(master), dtype), (master.shape, master.stride(), master.device)
+        found = self._entries.get(key)
+        if found is not None and found.lie == lie:
+            return found
         # An inference tensor could never be saved for a later backward.
         with torch.inference_mode(False), torch.no_grad():
-            shadow = torch.empty_like(master, dtype=key[1], requires_grad=False)
-        self._steps.setdefault(key[0], 0)
-        self._entries[key] = entry = _Entry(shadow)
-        weakref.finalize(master, self._forget, key)
+            shadow = torch.empty_like(master, dtype=dtype, requires_grad=False)
+        self._entries[key] = entry = _Entry(shadow, lie)
+        if found is None:
+            self._steps.setdefault(key[0], 0)
+            weakref.finalize(master, self._forget, key)
+        else:
+            self.gone += 1
         return entry
 
     def _forget(self, key: tuple[int, torch.dtype]) -> None:
@@ -228,8 +239,13 @@ class ShadowGroup:
         return self._shadows
 
     def _find(self, masters: Sequence[torch.Tensor], now: _Look) -> None:
-        """The entries of `masters`: those of the last call, where the masters are the same."""
-        if self._seen is not None and self._seen.ids == now.ids and self._gone == self.table.gone:
+        """The entries of `masters`: those of the last call, where the masters are the same and where they were."""
+        seen = self._seen
+        if (
+            seen is not None
+            and (seen.ids, seen.addresses) == (now.ids, now.addresses)
+            and self._gone == self.table.gone
+        ):
             return
         self._entries = self.table.entries(masters, self.dtypes)
         self._shadows = [entry.shadow for entry in self._entries]

@@ -84,3 +84,23 @@ def test_a_backward_holds_no_gradient_twice() -> None:
     step()
     single = 6 * (1 << 24)
     assert single < peak_bytes(step, "cpu") < single + 3 * (1 << 23) + (1 << 20)
+
+
+class Detached(nn.Module):
+    """A branch without a gradient beside one with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.student, self.teacher = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.student(x) - self.teacher(x).detach()).square().mean()
+
+
+def test_a_group_that_no_gradient_reaches_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dynamo, "LARGE", 1)
+    monkeypatch.setattr(dynamo, "TOGETHER", 1)
+    model = Detached()
+    mpcompile(model, "bf16", low=["*"])(torch.randn(2, 64)).backward()
+    assert model.student.weight.grad is not None
+    assert model.teacher.weight.grad is None

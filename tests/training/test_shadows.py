@@ -186,3 +186,28 @@ class Counted(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.calls[func._schema.name.partition("::")[2]] += 1
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("change", [
+    lambda data: data.to(memory_format=torch.channels_last),
+    lambda data: torch.randn(9, *data.shape[1:]),
+])  # fmt: skip
+def test_a_master_that_lies_otherwise_gets_a_shadow_that_does(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """`module.to` gives a parameter other data: a compiled graph expects the shadow where and as the master is."""
+    table, master = ShadowTable(), nn.Parameter(torch.randn(8, 4, 3, 3))
+    groups = [ShadowGroup(table, [torch.bfloat16]) for _ in range(2)]
+    first = [group.get([master])[0] for group in groups]
+    master.data = change(master.data)
+    second = [group.get([master])[0] for group in groups]
+    assert second[0] is second[1] is not first[0]
+    assert (second[0].shape, second[0].stride(), second[0].device) == (master.shape, master.stride(), master.device)
+    torch.testing.assert_close(second[0], master.detach().bfloat16(), rtol=0, atol=0)
+
+
+def test_a_model_laid_out_otherwise_after_a_call_runs() -> None:
+    model, x = nn.Conv2d(8, 16, 3), torch.randn(2, 8, 8, 8)
+    mp = mpcompile(model, "bf16", low=["*"])
+    mp(x)
+    model.to(memory_format=torch.channels_last)
+    got = mp(x.to(memory_format=torch.channels_last))
+    torch.testing.assert_close(got, model(x), rtol=0.02, atol=0.02)
