@@ -98,11 +98,18 @@ class Replays:
         # With the recordings their memory goes; the next ones share another.
         self._record = self._given
 
+    def forget(self, part: int) -> None:
+        """What has this id in its key is void: the object goes, and another one may get its id."""
+        for table in (self._runs, self._steps):
+            for key in [key for key in table if part in key]:
+                del table[key]
+
     def find(self, key: Any, run: Run, tensors: Sequence[Tensor], fixed: Callable[[], Sequence[Tensor]]) -> Run:
         """What to call with the batch: `run` itself, or its replay.
 
         Args:
-          key: the step's signature: the same key, the same work on tensors of the same sizes.
+          key: the step's signature: the same key, the same work on tensors of the same sizes.  The objects whose ids it
+            names must live on, until `clear` or `forget`.
           run: the results of a batch, everything else in place.
           tensors: the batch.
           fixed: gives the tensors that `run` reads and writes besides, whose addresses a recording holds.

@@ -173,7 +173,7 @@ class TrainStep:
 
         sums = list(self._window.sums.values())
         key = id(artefact), self._window.count == 0, batch.shapes()
-        call = self._replayed(artefact, key, run, batch.tensors, sums)
+        call = self._replayed(artefact, key, run, batch.tensors, lambda: [*artefact.tensors(), *sums])
         (loss,) = call(batch.tensors)
         self._window.count += 1
         if not self._window.full:
@@ -181,16 +181,20 @@ class TrainStep:
         self._window.count = 0
         self._last = artefact, self._window.layout(), lambda: list(self._window.sums.values())
         updater = self._updater(self._window.layout(), None, lambda: sums)
-        update = self._replayed(artefact, id(updater), lambda _: tuple(updater(sums)), [], sums)
+        update = self._replays.find(
+            (id(updater),), lambda _: tuple(updater(sums)), [], lambda: [*self._written(updater), *sums]
+        )
         return self._updated(updater, lambda: (loss, *update([])))
 
     def _replayed(
-        self, artefact: Artefact, key: Any, run: Run, tensors: Sequence[Tensor], sums: Sequence[Tensor]
+        self, artefact: Artefact, key: tuple[Any, ...], run: Run, tensors: Sequence[Tensor], fixed: Like
     ) -> Run:
         """`run`, or its replay. A recording reads a copy of the batch: what the model writes to it would be lost."""
-        if artefact.writes:
-            return run
-        return self._replays.find(key, run, tensors, lambda: [*artefact.tensors(), *sums])
+        return run if artefact.writes else self._replays.find(key, run, tensors, fixed)
+
+    def _written(self, updater: Updater | FusedUpdate) -> list[Tensor]:
+        """What an update writes at fixed addresses; a master that only its shadow stands for is in no artefact."""
+        return [*updater.binding.params, *self.plan.shadows.shadows]
 
     def _whole(self, artefact: Artefact, batch: Batch) -> StepResult:
         """Forward, backward and update of a batch, as a replayed CUDA graph where there is one."""
@@ -205,7 +209,8 @@ class TrainStep:
             loss, grads = artefact(tensors, self.plan.seed)
             return loss, *updater(grads)
 
-        call = self._replayed(artefact, (id(artefact), id(updater), batch.shapes()), run, batch.tensors, [])
+        key = id(artefact), id(updater), batch.shapes()
+        call = self._replayed(artefact, key, run, batch.tensors, lambda: [*artefact.tensors(), *self._written(updater)])
         return self._updated(updater, lambda: call(batch.tensors))
 
     def _updater(self, layout: Layout, strides: Any, like: Like) -> Updater | FusedUpdate:
@@ -226,7 +231,10 @@ class TrainStep:
         if self._watch.settle():
             # Parameters that moved together part here: updates that took their counters for one are void.
             self._forget_updates()
+        replaced = self._updaters.get((layout, strides))
         self._updaters[layout, strides] = updater
+        if replaced is not None:
+            self._replays.forget(id(replaced))
         return updater
 
     def _forget_updates(self) -> None:

@@ -155,3 +155,68 @@ def test_replayed_windows_are_the_step_bit_for_bit(accumulate: int) -> None:
     assert sorted(recorded) == ([4] if accumulate == 1 else [1, 1, 3])
     assert curves[0][0] == curves[1][0]
     torch.testing.assert_close(curves[0][1], curves[1][1], rtol=0, atol=0)
+
+
+class Remembering:
+    """A real step of a CPU, replayed by a recorder that runs it again and restores what the recording run changed."""
+
+    def __init__(self, accumulate: int = 1, task: Callable[[Any, Tensor], Tensor] | None = None) -> None:
+        self.module, self.recorded = model(), 0
+        self.optimizer = torch.optim.AdamW(self.module.parameters(), lr=0.05, weight_decay=0.0)
+        self.step = mpcompile(self.module, "bf16", low=["*"], backend="eager").train_step(
+            self.optimizer, task or (lambda m, x: m(x).square().mean()), accumulate=accumulate, scale=1.0
+        )
+        self.step._replays = Replays("auto", CPU, self.record)
+
+    def record(self, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Remembered, tuple[Tensor, ...]]:
+        self.recorded += 1
+        states = [t for state in self.optimizer.state.values() for t in state.values()]
+        held = [*self.module.parameters(), *states, *self.step._window.sums.values(), *self.step.plan.shadows.shadows]
+        before = [t.detach().clone() for t in held]
+        results = run()
+        with torch.no_grad():
+            for tensor, was in zip(held, before, strict=True):
+                tensor.copy_(was)
+        return Remembered(run, results), results
+
+    def run(self, windows: int, rows: tuple[int, ...] = (4,)) -> None:
+        for _ in range(windows):
+            for count in rows:
+                self.step(torch.randn(count, 6))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_master_that_moved_is_recorded_again(accumulate: int) -> None:
+    """The forward reads its shadow, which stays where it is; the recorded update would write the old master."""
+    bench = Remembering(accumulate)
+    bench.run(WARM + 2, (4,) * accumulate)
+    recorded = bench.recorded
+    bench.run(1, (4,) * accumulate)
+    assert bench.recorded == recorded
+    weight = bench.module[0].weight
+    weight.data = weight.data.clone()
+    bench.run(1, (4,) * accumulate)
+    assert bench.recorded == recorded + 1
+
+
+def test_an_update_is_recorded_once_whatever_batch_ends_the_window() -> None:
+    """The two batches read different parameters; the update writes those of both."""
+    bench = Remembering(accumulate=2, task=lambda m, x: (m(x) if len(x) == 4 else m[0](x)).square().mean())
+    bench.run(2 * WARM, (4, 5, 5, 4))
+    assert len(bench.step.artefacts) == 2
+    recorded = bench.recorded
+    bench.run(4, (4, 5, 5, 4))
+    assert bench.recorded == recorded
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_what_a_replaced_update_recorded_is_dropped(accumulate: int) -> None:
+    """Another update may get its id, and would be given its recording: the weight decay of long ago."""
+    bench = Remembering(accumulate)
+    for turn in range(4):
+        bench.optimizer.param_groups[0]["weight_decay"] = 0.1 * (turn % 2)
+        bench.run(WARM + 2, (4,) * accumulate)
+    parts = {part for key in bench.step._replays._runs for part in key if isinstance(part, int) and part > 1}
+    alive = [*bench.step._updaters.values(), *bench.step.artefacts]
+    assert parts == set(map(id, alive))
+    assert bench.recorded > WARM
