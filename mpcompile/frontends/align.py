@@ -70,12 +70,15 @@ def align_linears(module: fx.GraphModule, capture: FxCapture, plan: PrecisionGra
 
 
 def low_columns(node: fx.Node, plan: PrecisionGraph) -> int:
-    """Columns that a written `linear` makes, where it is low and its weight has a fixed size; 0 for any other."""
+    """Columns that a written `linear` makes, where it is low, its weight has a fixed size and its bias, if any, an
+    element for each; 0 for any other.
+    """
     planned = plan.nodes.get(node.meta.get("mp_node", ""))
     if planned is None or planned.precision not in LOW or len(planned.inputs) < 2:
         return 0
-    shape = plan.values[planned.inputs[1]].shape
-    return shape[0] if len(shape) == 2 and isinstance(shape[0], int) else 0
+    shape, *bias = (plan.values[name].shape for name in planned.inputs[1:])
+    fixed = len(shape) == 2 and isinstance(shape[0], int) and all(tuple(one) == (shape[0],) for one in bias)
+    return int(shape[0]) if fixed else 0
 
 
 def _align(graph: fx.Graph, node: fx.Node, columns: int, extra: int) -> None:

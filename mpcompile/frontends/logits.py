@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -60,6 +61,9 @@ def region_of(loss: fx.Node, value_of: ValueOf) -> Region | None:
         return None
     # A slice or a view of the classes themselves changes which classes there are.
     classes = value_of(node).shape[-1]
+    bias = argument(node, 2, "bias", None)
+    if bias is not None and value_of(bias).shape != (classes,):
+        return None  # one that is broadcast cannot be cut or padded as the classes are
     whole = all(_keeps_classes(one, value_of(one), classes) for one in between)
     return Region(loss, node, tuple(between)) if whole else None
 
@@ -74,12 +78,24 @@ def replay(graph: fx.Graph, node: fx.Node, rows: Any, width: Any) -> Any:
 
 
 def values_of_written(capture: FxCapture) -> ValueOf:
-    """Reads the traced fake value of a written node (its dtype is the original's); a cast's is its operand's."""
+    """Reads the traced fake value of a written node (its dtype is the original's).
+
+    What was added in writing stands for something traced: a cast for its operand, a shadow for its master, an item of a
+    tuple for what the tuple has there.
+    """
     traced = {n.name: n for n in capture.module.graph.nodes}
 
     def value_of(node: fx.Node) -> Tensor:
-        before = traced.get(node.meta.get("mp_node", node.name))
-        return before.meta["val"] if before is not None else value_of(node.args[0])  # type: ignore[arg-type]
+        if node.op in ("placeholder", "get_attr"):
+            mark = node.meta.get("mp_name", "")
+            master = capture.origin.get(mark.removesuffix(".shadow")) if mark.endswith(".shadow") else None
+            return traced[node.name].meta["val"] if master is None else master[0].meta["val"]  # type: ignore[no-any-return]
+        if "mp_node" in node.meta:
+            return traced[node.meta["mp_node"]].meta["val"]  # type: ignore[no-any-return]
+        source: Any = node.args[0]
+        if node.target is operator.getitem:
+            return value_of(source)[node.args[1]]  # type: ignore[index]
+        return value_of(source)
 
     return value_of
 

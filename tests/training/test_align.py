@@ -176,3 +176,52 @@ def test_padding_inside_the_chunks_of_a_loss_changes_nothing(bias: bool, monkeyp
         assert ("constant_pad_nd" in str(step.graph.graph)) == bool(devices)
     assert curves[0] == pytest.approx(curves[1], rel=2e-3)
     assert curves[0][-1] < curves[0][0]
+
+
+class Broadcast(nn.Module):
+    """A bias that is broadcast: over the classes, or an element for each row too."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(CLASSES, 16)), nn.Parameter(torch.randn(shape))
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(F.linear(x.flatten(0, 1), self.weight, self.bias), y.flatten())
+
+
+class Parts(nn.Module):
+    """The classifier reads a part of what was split, among parts of other widths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(16, 40), nn.Linear(16, CLASSES)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        first, second, third = torch.tanh(self.body(x)).split([11, 16, 13], -1)
+        low, high = F.gelu(first).split([4, 7], -1)
+        rest = sum(part.float().square().mean() for part in (low, high, third))
+        return F.cross_entropy(self.head(second).flatten(0, 1), y.flatten()) + rest
+
+
+@pytest.mark.usefixtures("on_cpu")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Broadcast(1),
+        lambda: Broadcast(),
+        lambda: Broadcast(1, CLASSES),
+        lambda: Broadcast(36, CLASSES),
+        Parts,
+    ],
+)
+def test_unusual_classifiers_give_their_loss(make: Callable[[], nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    """They failed: padded where a bias has no element for each class, or asked for the shape of a tuple."""
+    monkeypatch.setattr(loss_region, "WORTH_BYTES", 1)
+    monkeypatch.setattr("mpcompile.runtime.dynamo.compile_inductor", lambda module, *_, **__: module)
+    torch.manual_seed(0)
+    model, x, y = make(), torch.randn(4, 9, 16), torch.randint(0, CLASSES, (4, 9))
+    expected = model(x, y).item()
+    mp = mpcompile(model, "bf16", low=["aten.linear*"])
+    assert mp(x, y).item() == pytest.approx(expected, rel=0.01)
+    step = mp.train_step(torch.optim.SGD(model.parameters(), lr=0.1), backend="eager")
+    assert step(x, y).loss.item() == pytest.approx(expected, rel=0.01)
