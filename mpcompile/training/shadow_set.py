@@ -19,9 +19,9 @@ class ShadowSet:
     """The shadows that the compiled graphs read, kept equal to their masters.
 
     The update refreshes them.  An edit of a master from outside is seen by what one comparison per step can read on
-    the host: its version (`load_state_dict`, ordinary in-place edits, another step), an optimizer that stepped or a
-    shadow that the drop-in cast (fused optimizers raise no version), and on a CPU a few elements of each master
-    (``p.data`` edits: clipped weights, averages swapped in).
+    the host: its version (`load_state_dict`, ordinary in-place edits, another step), its address (``p.data = …``: an
+    average swapped in), an optimizer that stepped or a shadow that the drop-in cast (fused optimizers raise no version),
+    and on a CPU a few elements of each master (edits through ``p.data``: clipped weights).
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,8 @@ class ShadowSet:
         self._sample = self._elements() if self.masters and self.masters[0].device.type == "cpu" else None
 
     def _look(self) -> Any:
-        return SHADOWS.epoch, SHADOWS.casts, list(map(_VERSION, self.masters))
+        versions, addresses = map(_VERSION, self.masters), map(torch.Tensor.data_ptr, self.masters)
+        return SHADOWS.epoch, SHADOWS.casts, list(versions), list(addresses)
 
     def _differs(self) -> bool:
         return self._sample is not None and not torch.equal(self._sample, self._elements())

@@ -12,7 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpcompile import mpcompile
-from mpcompile.training.shadows import SHADOWS, ShadowGroup, ShadowTable
+from mpcompile.training import shadow_set
+from mpcompile.training.shadows import SHADOWS, ShadowGroup, ShadowTable, spread
 
 
 def net() -> nn.Module:
@@ -211,3 +212,16 @@ def test_a_model_laid_out_otherwise_after_a_call_runs() -> None:
     model.to(memory_format=torch.channels_last)
     got = mp(x.to(memory_format=torch.channels_last))
     torch.testing.assert_close(got, model(x), rtol=0.02, atol=0.02)
+
+
+def test_a_step_sees_data_that_was_swapped_in_where_no_element_is_sampled(model: nn.Module) -> None:
+    """On a GPU none is: the address must tell."""
+    step = wrapped(model).train_step(torch.optim.SGD(model.parameters(), lr=0.0), lambda m, x: m(x).square().mean())
+    x = torch.randn(8, 64)
+    step(x)
+    weight = model[0].weight
+    swapped = weight.data + 1.0
+    few = spread(swapped, shadow_set._SAMPLE)
+    few.copy_(spread(weight, shadow_set._SAMPLE))
+    weight.data = swapped
+    assert step(x).loss.item() == pytest.approx(model(x).square().mean().item(), rel=0.05)
