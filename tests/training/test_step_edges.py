@@ -570,7 +570,7 @@ def test_no_gradient_goes_from_fp32_to_low_and_back():
     assert not [before for before in producers if before is not None and before.is_cast]
 
 
-def test_what_the_compiler_renames_still_reaches_the_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_compiler_renames_still_reaches_the_backward() -> None:
     """Inductor's own passes replace saved nodes by others (its online softmax on a GPU does)."""
 
     def rename(graph: fx.Graph) -> None:
@@ -582,8 +582,9 @@ def test_what_the_compiler_renames_still_reaches_the_backward(monkeypatch: pytes
 
     losses = []
     for custom in (None, rename):
-        monkeypatch.setattr(torch._inductor.config, "post_grad_custom_post_pass", custom)
-        *_, step = make("bf16", backend="inductor", low=["*"])
-        torch.manual_seed(1)
-        losses.append([step(*batch).loss.item() for batch in batches(3)])
+        # Not by monkeypatch: undoing, it would delete the option, and no later test could compile.
+        with torch._inductor.config.patch(post_grad_custom_post_pass=custom):
+            *_, step = make("bf16", backend="inductor", low=["*"])
+            torch.manual_seed(1)
+            losses.append([step(*batch).loss.item() for batch in batches(3)])
     assert losses[0] == losses[1]
