@@ -179,6 +179,7 @@ class TrainStep:
         if not self._window.full:
             return StepResult(loss, self._no, self._yes, self.state.scale.clone(), self._nan)
         self._window.count = 0
+        self._before_update()
         self._last = artefact, self._window.layout(), lambda: list(self._window.sums.values())
         updater = self._updater(self._window.layout(), None, lambda: sums)
         update = self._replays.find(
@@ -198,6 +199,7 @@ class TrainStep:
 
     def _whole(self, artefact: Artefact, batch: Batch) -> StepResult:
         """Forward, backward and update of a batch, as a replayed CUDA graph where there is one."""
+        self._before_update()
         if artefact.strides is None:
             # Only the gradients themselves show how the compiler lays them out.
             loss, grads = artefact(batch.tensors, self.plan.seed)
@@ -243,12 +245,14 @@ class TrainStep:
         self._replays.clear()
         self._current = None
 
-    def _updated(self, updater: Updater | FusedUpdate, run: Callable[[], Sequence[Tensor]]) -> StepResult:
-        """Run what ends with an update, between the optimizer's own hooks."""
-        before, after = self.optimizer._optimizer_step_pre_hooks, self.optimizer._optimizer_step_post_hooks
+    def _before_update(self) -> None:
+        """Run the optimizer's own hooks, before the groups' numbers are read: a hook may set them."""
         with self._watch.own():
-            for hook in before.values():
+            for hook in self.optimizer._optimizer_step_pre_hooks.values():
                 hook(self.optimizer, (), {})
+
+    def _updated(self, updater: Updater | FusedUpdate, run: Callable[[], Sequence[Tensor]]) -> StepResult:
+        """Run what ends with an update, and the optimizer's own hooks after it."""
         loss, finite, norm, scale = run()
         # Compiled code raises no version; other shadows of these masters, and autograd, go by it.
         torch.autograd.graph.increment_version(updater.binding.params)
@@ -256,7 +260,7 @@ class TrainStep:
         # What schedulers look for before they step.
         self.optimizer._opt_called = True  # type: ignore[attr-defined]
         with self._watch.own():
-            for hook in after.values():
+            for hook in self.optimizer._optimizer_step_post_hooks.values():
                 hook(self.optimizer, (), {})
         self._floor.look()
         return StepResult(loss, finite, finite, scale, norm)

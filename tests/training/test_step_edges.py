@@ -588,3 +588,20 @@ def test_what_the_compiler_renames_still_reaches_the_backward() -> None:
             torch.manual_seed(1)
             losses.append([step(*batch).loss.item() for batch in batches(3)])
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_learning_rate_set_by_a_hook_before_the_step_counts_for_that_step(accumulate: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(6, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    optimizer.register_step_pre_hook(lambda opt, *_: opt.param_groups[0].update(lr=opt.param_groups[0]["lr"] + 0.1))
+    step = mpcompile(model, "fp32", backend="eager").train_step(
+        optimizer, lambda m, x: m(x).square().mean(), accumulate=accumulate
+    )
+    for rate in (0.1, 0.2):
+        x, before = torch.randn(4, 6), model.weight.detach().clone()
+        (grad,) = torch.autograd.grad(model(x).square().mean(), [model.weight])
+        for _ in range(accumulate):
+            step(x)
+        torch.testing.assert_close(model.weight.detach(), before - rate * grad, rtol=1e-4, atol=1e-6)
