@@ -85,7 +85,8 @@ class TrainStep:
         self.device = next(p.device for p in self.model.parameters())
         self.backend = backend or owner.backend
         self.policy = settle_policy(owner.settings.policy, self.device.type)
-        check_options(self.backend, accumulate, masters, self.policy.low)
+        options = {"backend": self.backend, "accumulate": accumulate, "masters": masters}
+        check_options(self.policy.low, **options, cuda_graph=cuda_graph, remake=remake)
         if not self._trained() & {id(p) for p in self.model.parameters()}:
             raise TrainingError(
                 "MP522",

@@ -310,7 +310,8 @@ def test_resume_in_a_new_process_is_bit_equal_dropout_included(tmp_path, backend
 
 def test_options_that_do_not_exist():
     _, optimizer, step = make()
-    for options in ({"accumulate": 0}, {"masters": "half"}, {"backend": "tpu"}):
+    wrong = {"accumulate": 0, "masters": "half", "backend": "tpu", "remake": "always", "cuda_graph": "yes"}
+    for options in ({name: value} for name, value in wrong.items()):
         with pytest.raises(TrainingError, match="MP541"):
             mpcompile(step.model, "fp32", backend="eager").train_step(optimizer, **options)
 
