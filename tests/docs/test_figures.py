@@ -7,6 +7,8 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RESULTS = ROOT / "benchmarks" / "results"
@@ -30,3 +32,15 @@ def test_the_step_options_are_those_measured() -> None:
     for name, cells in rows.items():
         one = found[name]
         assert cells == f"{one['ratio']:.2f} | {one['peak'] / 1e6:.0f} | {one['held'] / 1e6:.0f}"
+
+
+def test_the_conversion_times_are_those_measured() -> None:
+    found = json.loads((RESULTS / "onnx_models.json").read_text(encoding="utf-8"))["speed"]
+    shown = re.findall(
+        r"^\| ([\d,]+) \| (\d+) \+ (\d+) \+ (\d+) = (\d+) ms \| (\d+) ms \| (\d+) ms", README, re.MULTILINE
+    )
+    keys = ("read", "decide", "write", "ours", "checker and strict inference", "all checks")
+    assert len(shown) == len(found) == 3
+    for (nodes, *cells), row in zip(shown, found, strict=True):
+        assert int(nodes.replace(",", "")) == row["nodes"]
+        assert [int(cell) for cell in cells] == [pytest.approx(row[key], abs=0.51) for key in keys]
