@@ -31,8 +31,10 @@ from mpcompile.runtime.device import emulated_kinds, settle_policy
 from mpcompile.runtime.inductor import compile_inductor, run_eagerly
 from mpcompile.training.shadows import SHADOWS, ShadowGroup, use_shadow, use_shadows
 
-# Elements from which a shadow's gradient is cast outside the compiled backward, and elements that are cast together.
-LARGE, TOGETHER = 1 << 18, 1 << 22
+# Elements from which a shadow's gradient is cast outside the compiled backward.
+LARGE = 1 << 18
+# Elements that are cast together. On a CPU one by one: a gradient that is added to its sum at once stays in the cache.
+TOGETHER = {"cpu": 1, "cuda": 1 << 22}
 
 log = logging.getLogger("mpcompile")
 
@@ -195,13 +197,14 @@ def _groups(masters: Sequence[torch.Tensor], lifted: Iterable[int]) -> list[list
     A node of autograd for each would cost a ResNet-50 a millisecond of the host's time per step.
     """
     groups, room = list[list[int]](), 0
+    most = max((TOGETHER.get(master.device.type, 1) for master in masters), default=1)
     for number in sorted(lifted):
         if not masters[number].requires_grad:
             continue
         size = masters[number].numel()
         if size > room:
             groups.append([])
-            room = TOGETHER
+            room = most
         groups[-1].append(number)
         room -= size
     return groups

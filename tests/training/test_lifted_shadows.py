@@ -36,7 +36,7 @@ def test_lifted_or_not_the_training_is_the_same_bit_for_bit(monkeypatch: pytest.
     results = []
     for large, together in ((1, 1 << 40), (1, 1), (1 << 40, 1)):
         monkeypatch.setattr(dynamo, "LARGE", large)
-        monkeypatch.setattr(dynamo, "TOGETHER", together)
+        monkeypatch.setattr(dynamo, "TOGETHER", {"cpu": together})
         model = net()
         mp = mpcompile(model, "bf16", low=["0", "2", "4"])
         results.append((trained(model, mp), model.state_dict()))
@@ -46,7 +46,8 @@ def test_lifted_or_not_the_training_is_the_same_bit_for_bit(monkeypatch: pytest.
         torch.testing.assert_close(weights, others, rtol=0, atol=0)
 
 
-def test_gradients_are_cast_in_few_groups() -> None:
+def test_gradients_are_cast_in_few_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dynamo, "TOGETHER", {"cpu": dynamo.TOGETHER["cuda"]})
     masters = [nn.Parameter(torch.empty(size)) for size in (1 << 19, 1 << 21, 1 << 21, 1 << 23, 1 << 19, 1 << 19)]
     masters[4].requires_grad_(False)
     assert dynamo._groups(masters, {0, 1, 2, 3, 4, 5}) == [[0, 1], [2], [3], [5]]
@@ -99,7 +100,7 @@ class Detached(nn.Module):
 
 def test_a_group_that_no_gradient_reaches_gets_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dynamo, "LARGE", 1)
-    monkeypatch.setattr(dynamo, "TOGETHER", 1)
+    monkeypatch.setattr(dynamo, "TOGETHER", {"cpu": 1})
     model = Detached()
     mpcompile(model, "bf16", low=["*"])(torch.randn(2, 64)).backward()
     assert model.student.weight.grad is not None
