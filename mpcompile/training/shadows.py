@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,11 +130,9 @@ class ShadowTable:
 
     def bring_up_to_date(self, masters: Sequence[torch.Tensor], entries: Sequence[_Entry], look: _Look) -> None:
         """Cast the shadows whose masters changed, together."""
-        steps = map(self._steps.__getitem__, look.ids)
-        states = list(zip(look.versions, look.addresses, steps, strict=True))
         stale = [
             (master, entry, state)
-            for master, entry, state, has_grad in zip(masters, entries, states, look.grads, strict=True)
+            for master, entry, state, has_grad in zip(masters, entries, self._states(look), look.grads, strict=True)
             if entry.state != state or (entry.had_grad and not has_grad) or _edited(entry)
         ]
         for entry, has_grad in zip(entries, look.grads, strict=True):
@@ -147,9 +145,7 @@ class ShadowTable:
         wanted = {id(m): m for m in masters}
         found = [(wanted[key], entry) for (key, _), entry in self._entries.items() if key in wanted]
         if found:
-            look = self.look([master for master, _ in found])
-            steps = [self._steps[key] for key in look.ids]
-            states = zip(look.versions, look.addresses, steps, strict=True)
+            states = self._states(self.look([master for master, _ in found]))
             self._write([(*pair, state) for pair, state in zip(found, states, strict=True)])
 
     def note_step(self, masters: Sequence[torch.Tensor]) -> None:
@@ -158,6 +154,10 @@ class ShadowTable:
             if id(master) in self._steps:
                 self._steps[id(master)] += 1
                 self.epoch += 1
+
+    def _states(self, look: _Look) -> Iterator[tuple[int, int, int]]:
+        """(version, address, steps) of each master."""
+        return zip(look.versions, look.addresses, map(self._steps.__getitem__, look.ids), strict=True)
 
     def _entry(self, master: torch.Tensor, dtype: torch.dtype) -> _Entry:
         """The entry of a master, with a shadow that lies as it does: `module.to` moves and lays out masters in place."""
@@ -185,8 +185,7 @@ class ShadowTable:
         with torch.inference_mode(False), torch.no_grad():
             # In place: a graph that saved a shadow for a backward still to come is told by its version.
             torch._foreach_copy_([entry.shadow for _, entry, _ in stale], [master for master, *_ in stale])
-        if stale[0][0].device.type == "cpu":
-            _sample(stale)
+        _sample(stale)
         for _, entry, state in stale:
             entry.state = state
         self.casts += len(stale)
@@ -198,10 +197,10 @@ def _edited(entry: _Entry) -> bool:
 
 
 def _sample(written: Sequence[tuple[torch.Tensor, _Entry, tuple[int, int, int]]]) -> None:
-    """Keep some elements of each master, read by views that are made once per address."""
+    """Keep some elements of each master on a CPU, read by views that are made once per address."""
     for master, entry, state in written:
         if entry.state[1] != state[1]:
-            entry.view = spread(master, _SAMPLE) if master.numel() else None
+            entry.view = spread(master, _SAMPLE) if master.device.type == "cpu" and master.numel() else None
     entries = [(entry, entry.view) for _, entry, _ in written if entry.view is not None]
     views = [view for _, view in entries]
     copies = torch.split(torch.cat(views), list(map(len, views))) if views else ()

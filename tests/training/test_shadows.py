@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpcompile import mpcompile
-from mpcompile.training import shadow_set
+from mpcompile.training import shadow_set, shadows
 from mpcompile.training.shadows import SHADOWS, ShadowGroup, ShadowTable, spread
 
 
@@ -225,3 +225,11 @@ def test_a_step_sees_data_that_was_swapped_in_where_no_element_is_sampled(model:
     few.copy_(spread(weight, shadow_set._SAMPLE))
     weight.data = swapped
     assert step(x).loss.item() == pytest.approx(model(x).square().mean().item(), rel=0.05)
+
+
+def test_only_masters_on_a_cpu_are_sampled() -> None:
+    """Beside one on a CPU, too: a look at another device's elements would wait for it."""
+    table, held = ShadowTable(), [torch.ones(4), torch.ones(4, device="meta")]
+    entries = table.entries(held, [torch.bfloat16] * 2)
+    shadows._sample([(master, entry, (0, 1, 0)) for master, entry in zip(held, entries, strict=True)])
+    assert [entry.view is not None for entry in entries] == [True, False]
