@@ -30,7 +30,7 @@ def padding(columns: int, device: str) -> int:
 
 
 def padded(tensor: Tensor, rows: int) -> Tensor:
-    """A weight with so many rows of zeros after its own; itself for 0."""
+    """A weight or bias with so many rows (elements) of zeros after its own; itself for 0."""
     return torch.constant_pad_nd(tensor, [0, 0] * (tensor.dim() - 1) + [0, rows]) if rows else tensor
 
 
@@ -86,7 +86,7 @@ def _align(graph: fx.Graph, node: fx.Node, columns: int, extra: int) -> None:
     x, weight, bias = (*node.args, None)[:3]
     with graph.inserting_before(node):
         wide = graph.call_function(padded, (weight, extra))
-        longer = None if bias is None else graph.call_function(aten.constant_pad_nd.default, (bias, [0, extra]))
+        longer = None if bias is None else graph.call_function(padded, (bias, extra))
         product = graph.call_function(aten.linear.default, (x, wide, longer))
         own = graph.call_function(aten.slice.Tensor, (product, -1, 0, columns))
     for new in (wide, product, own):

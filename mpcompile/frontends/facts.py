@@ -29,6 +29,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return DTYPES.get(dtype) or str(dtype).removeprefix("torch.")
 
 
+def argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
+    """What a node was given, at its place in the operation's schema or by name."""
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
+
+
 def op_name(target: Any) -> str:
     """ "aten.linear.default", "mylib.op.default", "hop.cond", "builtin.getitem"."""
     if isinstance(target, torch._ops.OpOverload):

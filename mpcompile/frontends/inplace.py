@@ -12,6 +12,8 @@ from collections import defaultdict
 import torch
 from torch import fx
 
+from mpcompile.frontends import facts
+
 aten = torch.ops.aten
 _FOLLOWS_OTHER = {aten.to.other, aten.type_as.default}
 # Their functional forms have no derivative.
@@ -64,7 +66,7 @@ def _written(node: fx.Node) -> list[fx.Node]:
     for i, argument in enumerate(target._schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
-        given = node.args[i] if i < len(node.args) else node.kwargs.get(argument.name)
+        given = facts.argument(node, i, argument.name)
         found += [g for g in (given if isinstance(given, (list, tuple)) else [given]) if isinstance(g, fx.Node)]
     return found
 

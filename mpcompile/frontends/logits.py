@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from mpcompile.frontends.facts import argument
 from mpcompile.frontends.fx import FxCapture
 
 aten = torch.ops.aten
@@ -49,7 +50,7 @@ def region_of(loss: fx.Node, value_of: ValueOf) -> Region | None:
     Args:
       value_of: the fake value of a node.
     """
-    if argument(loss, 2, "weight", None) is not None or value_of(loss.args[1]).is_floating_point():
+    if argument(loss, 2, "weight") is not None or value_of(loss.args[1]).is_floating_point():
         return None
     if value_of(loss.args[0]).dim() != 2:
         return None  # the classes would be another dimension than the linear's
@@ -61,7 +62,7 @@ def region_of(loss: fx.Node, value_of: ValueOf) -> Region | None:
         return None
     # A slice or a view of the classes themselves changes which classes there are.
     classes = value_of(node).shape[-1]
-    bias = argument(node, 2, "bias", None)
+    bias = argument(node, 2, "bias")
     if bias is not None and value_of(bias).shape != (classes,):
         return None  # one that is broadcast cannot be cut or padded as the classes are
     whole = all(_keeps_classes(one, value_of(one), classes) for one in between)
@@ -98,10 +99,6 @@ def values_of_written(capture: FxCapture) -> ValueOf:
         return value_of(source)
 
     return value_of
-
-
-def argument(node: fx.Node, place: int, name: str, default: Any) -> Any:
-    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
 
 
 def _keeps_classes(node: fx.Node, value: Tensor, classes: Any) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils import _pytree as pytree
 
+from mpcompile.frontends.facts import argument
 from mpcompile.frontends.inplace import mutated_storages
 
 aten = torch.ops.aten
@@ -76,7 +77,7 @@ def kind_of(mask: Tensor, square: int) -> Kind:
 
 
 def _mask(node: fx.Node) -> fx.Node | None:
-    found = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    found = argument(node, 3, "attn_mask")
     return found if isinstance(found, fx.Node) else None
 
 
@@ -96,11 +97,9 @@ def _square(node: fx.Node) -> int:
 
 
 def _unmask(node: fx.Node, *, causal: bool) -> None:
-    query, key, value, *rest = node.args
-    rest += [None, 0.0, False][len(rest) :]
-    rest[1] = node.kwargs.get("dropout_p", rest[1])
     named = ("attn_mask", "dropout_p", "is_causal")
-    node.args = (query, key, value, None, rest[1], causal or node.kwargs.get("is_causal", rest[2]))
+    dropout, was_causal = argument(node, 4, "dropout_p", 0.0), argument(node, 5, "is_causal", False)
+    node.args = (*node.args[:3], None, dropout, causal or was_causal)
     node.kwargs = {name: given for name, given in node.kwargs.items() if name not in named}
 
 

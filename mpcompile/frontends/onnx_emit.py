@@ -19,7 +19,7 @@ from mpcompile.frontends.onnx import OURS, OnnxCapture, Region, region_path
 from mpcompile.frontends.onnx_facts import NUMEL_HINT
 from mpcompile.frontends.onnx_infer import GRAPH
 from mpcompile.frontends.onnx_load import copy_fields
-from mpcompile.frontends.onnx_tensors import DATA_TYPES, fill, lazy, rounded
+from mpcompile.frontends.onnx_tensors import DATA_TYPES, as_object, fill, lazy, rounded
 from mpcompile.graph import Node, PrecisionGraph, Value
 
 # Models with more bytes of weights go to the runtime by way of a file, not by way of two more copies in memory.
@@ -130,9 +130,7 @@ class Written:
             for value in graph.initializers.values():
                 held = value.const_value
                 if isinstance(held, ir.ExternalTensor) and held.location == PROMISE:
-                    kept = self.heavy[held.offset or 0][1]
-                    is_message = isinstance(kept, onnx.TensorProto)
-                    value.const_value = ir.serde.deserialize_tensor(kept) if is_message else kept
+                    value.const_value = as_object(self.heavy[held.offset or 0][1])
         return model
 
 

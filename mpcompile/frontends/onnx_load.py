@@ -21,6 +21,7 @@ import onnx_ir as ir
 from onnx import numpy_helper
 
 from mpcompile.errors import OnnxError, page
+from mpcompile.frontends.onnx_tensors import as_object
 
 page(
     "MP601",
@@ -71,8 +72,7 @@ class Loaded:
         if self.folder:
             ir.external_data.set_base_dir(model.graph, self.folder)
         for name, held in self.weights.items():
-            is_message = isinstance(held, onnx.TensorProto)
-            model.graph.initializers[name].const_value = ir.serde.deserialize_tensor(held) if is_message else held
+            model.graph.initializers[name].const_value = as_object(held)
         return model
 
     def take(self, model: ir.Model) -> None:

@@ -64,8 +64,12 @@ def flat(tensor: Any) -> Any:
         held = tensor.raw_data if tensor.data_type == FLOAT else b""
         if held:
             return np.frombuffer(held, "<f4")
-        tensor = ir.serde.deserialize_tensor(tensor)
-    return tensor.numpy().reshape(-1)
+    return as_object(tensor).numpy().reshape(-1)
+
+
+def as_object(held: Any) -> Any:
+    """The tensor of `onnx_ir` for a message; one of `onnx_ir` as it is."""
+    return ir.serde.deserialize_tensor(held) if isinstance(held, onnx.TensorProto) else held
 
 
 def release(tensor: Any) -> None:
@@ -118,4 +122,15 @@ def fill(made: onnx.TensorProto, held: Any) -> None:
     release(held)
 
 
-__all__ = ["DATA_TYPES", "NUMPY_TYPES", "fill", "flat", "lazy", "range_of", "ranges_of", "release", "rounded"]
+__all__ = [
+    "DATA_TYPES",
+    "NUMPY_TYPES",
+    "as_object",
+    "fill",
+    "flat",
+    "lazy",
+    "range_of",
+    "ranges_of",
+    "release",
+    "rounded",
+]

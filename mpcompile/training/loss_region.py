@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, fx
 
 from mpcompile.frontends.align import closed, padded
-from mpcompile.frontends.logits import Region, ValueOf, argument, region_of, replay
+from mpcompile.frontends.facts import argument
+from mpcompile.frontends.logits import Region, ValueOf, region_of, replay
 
 aten = torch.ops.aten
 # Chunk when the FP32 logits would take more; in at most so many chunks, each of which is compiled.
@@ -107,7 +108,7 @@ def rewrite(
     regions: Sequence[Region],
     seed: fx.Node,
     value_of: ValueOf,
-    extra_of: Callable[[fx.Node], int] = lambda linear: 0,
+    extra_of: Callable[[fx.Node], int],
 ) -> None:
     """Replace each region by `chunked_loss`.
 

@@ -181,8 +181,9 @@ class TrainStep:
             return StepResult(loss, self._no, self._yes, self.state.scale.clone(), self._nan)
         self._window.count = 0
         self._before_update()
-        self._last = artefact, self._window.layout(), lambda: list(self._window.sums.values())
-        updater = self._updater(self._window.layout(), None, lambda: sums)
+        layout = self._window.layout()
+        self._last = artefact, layout, lambda: list(self._window.sums.values())
+        updater = self._updater(layout, None, lambda: sums)
         update = self._replays.find(
             (id(updater),), lambda _: tuple(updater(sums)), [], lambda: [*self._written(updater), *sums]
         )

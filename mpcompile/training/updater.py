@@ -105,14 +105,14 @@ class Plan:
             self.accumulate,
             tuple(halves),
         )
+        shadows = [shadow for _, shadow in held]
         # A fused kernel holds betas and weight decay as constants: a schedule that moves them gets the traced update.
         self.builds[layout] = self.builds.get(layout, 0) + 1
         often = self.builds[layout] > MOST_FUSED or halves
         if not often and can_fuse(self.optimizer, binding.params) and fused.serves(binding):
             binding.fused = True
-            shadows = [s for _, s in held]
             return fused.build(spec, binding, self.state, self.seed, shadows, grads, self.backend)
-        return self._traced(spec, binding, list(halves.values()), list(grads), [s for _, s in held])
+        return self._traced(spec, binding, list(halves.values()), list(grads), shadows)
 
     def _halves(
         self, binding: Binding, held: list[tuple[int, Tensor]]
