@@ -24,7 +24,7 @@ from mpcompile.passes.classify import refuse_unmatched
 from mpcompile.policy import Policy
 from mpcompile.rules.table import rules_for
 from mpcompile.runtime.coverage import warn_of_eager_call, warn_of_gaps, watch, watched_method
-from mpcompile.runtime.device import emulated_kinds
+from mpcompile.runtime.device import device_of, emulated_kinds
 from mpcompile.runtime.dynamo import CompiledGraph, Compiler, Plan, Settings, decide, log_plan, settings_of
 from mpcompile.training.shadows import SHADOWS
 
@@ -279,8 +279,7 @@ class MixedPrecisionModule(nn.Module):
         """
         module = export(self.model, args, kwargs).module()
         inline_regions(module)
-        device = next((p.device.type for p in self.parameters()), "cpu")
-        return decide(module, self.settings, "cuda" if device == "cuda" else "cpu")
+        return decide(module, self.settings, device_of(self.parameters()))
 
     def graph(self, *args: Any, **kwargs: Any) -> fx.GraphModule:
         """The rewritten graph, callable with the example's own arguments; it shares the model's parameters."""
@@ -302,13 +301,13 @@ class MixedPrecisionModule(nn.Module):
 
         if args or kwargs:
             plan = self.plan(*args, **kwargs)
-            return build_report(plan.graph, plan.policy, plan.device, steps=plan.steps, before=plan.capture.graph)
+            return build_report(plan.graph, plan.policy, plan.row, steps=plan.steps, before=plan.capture.graph)
         if not self.plans:
             raise CaptureError("MP106", "report() without example arguments, and nothing is compiled yet",
                                try_="mp.report(*example), or call mp(...) first")  # fmt: skip
         last = self.plans[-1]
         graph = joined({f"graph{i}": plan.graph for i, plan in enumerate(self.plans)})
-        return build_report(graph, last.policy, last.device, steps=[s for plan in self.plans for s in plan.steps])
+        return build_report(graph, last.policy, last.row, steps=[s for plan in self.plans for s in plan.steps])
 
     def train_step(
         self, optimizer: torch.optim.Optimizer, loss_fn: Callable[..., Any] | None = None, **options: Any

@@ -7,14 +7,12 @@ cast that stands alone (of a kernel's result or a graph input, in front of a ker
 
 from __future__ import annotations
 
-import tomllib
 from collections import Counter
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import cache, cached_property
-from importlib import resources
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 
+from mpcompile.devices import Device, device
 from mpcompile.graph import ITEMSIZE, LOW, Node, PrecisionGraph, Value
 from mpcompile.rules.table import Kind, load_kinds
 
@@ -22,36 +20,6 @@ from mpcompile.rules.table import Kind, load_kinds
 FUSED_CAST = 1e-11
 # A shadow is cast once per optimizer step, in the update that writes the master anyway.
 SHADOW_CAST = 1e-11
-
-
-@dataclass(frozen=True)
-class Device:
-    """One row of devices.toml: FLOP/s by precision, bytes/s, seconds per kernel, kinds with a speedup of their own, and the
-    seconds that a library's low product takes more than its FP32 one, however small, by precision.
-    """
-
-    name: str
-    fp32: float
-    bf16: float
-    fp16: float
-    bandwidth: float
-    launch: float
-    speedup: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    low_call: Mapping[str, float] = field(default_factory=dict)
-
-    def rate(self, precision: str, kind: str = "") -> float:
-        own = self.speedup.get(kind, {}).get(precision)
-        if own is not None:
-            return own * self.fp32
-        return {"bf16": self.bf16, "fp16": self.fp16}.get(precision, self.fp32)
-
-
-@cache
-def device(name: str) -> Device:
-    """The row of a device; an unknown name has the row of its family ("cuda:1" -> "cuda"), else "cpu"."""
-    rows = tomllib.loads(resources.files("mpcompile").joinpath("devices.toml").read_text(encoding="utf-8"))
-    row = rows.get(name) or rows.get(name.partition(":")[0]) or rows["cpu"]
-    return Device(name, **row)
 
 
 @dataclass
@@ -240,3 +208,6 @@ def plan_cost(graph: PrecisionGraph, model: CostModel, output: str = "keep") -> 
         if value.castable and model.materialised(value):
             total += model.store(value, value.dtype)
     return total
+
+
+__all__ = ["CostModel", "Device", "device", "plan_cost"]

@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
+from mpcompile.devices import pinned
 from mpcompile.errors import OnnxError, page
 from mpcompile.frontends import onnx as frontend
 from mpcompile.frontends import onnx_check, onnx_write
@@ -141,7 +142,8 @@ class OnnxMixedPrecision:
         """What was decided for each node, and why. See `mpcompile.report.model.Report`."""
         from mpcompile.report.model import build_report
 
-        return build_report(self.graph, self.policy, self.options.provider, steps=self.steps, before=self.capture.graph)
+        priced = self.options.provider if self.policy.device == "auto" else self.policy.device
+        return build_report(self.graph, self.policy, priced, steps=self.steps, before=self.capture.graph)
 
     def session(self, providers: Sequence[str] | None = None, options: Any = None) -> Any:
         """An `onnxruntime.InferenceSession` of the converted model."""
@@ -301,6 +303,8 @@ class _Named:
 def frontend_policy(policy: str | Policy) -> Policy:
     """The policy with "auto" settled: FP16, which every provider runs."""
     parsed = Policy.parse(policy)
+    if parsed.device != "auto":
+        pinned(parsed.device)
     return parsed.with_low("fp16") if parsed.low == "auto" else parsed
 
 
@@ -315,7 +319,8 @@ def plan(policy: Policy, options: Options, model: Any,
             capture = frontend.read(model, policy.low, provider=options.provider)
         graph, steps = run(capture.graph, passes_for(policy, options, capture, ranges))
     _call_by_name(graph)
-    graph.header.update(source="onnx", policy=str(policy), device=options.provider or "cpu")
+    shown = (options.provider or "cpu") if policy.device == "auto" else policy.device
+    graph.header.update(source="onnx", policy=str(policy), device=shown)
     made = OnnxMixedPrecision(policy, options, capture, graph, steps, list(capture.notes), ranges or {})
     if unknown := sorted({node.op for node in graph if node.decided_by == "unknown"}):
         made.notes.append(f"operators without a rule stay FP32: {', '.join(unknown)}")
@@ -333,6 +338,7 @@ def passes_for(policy: Policy, options: Options, capture: frontend.OnnxCapture,
                ranges: dict[str, Measured] | None = None) -> list[Pass]:  # fmt: skip
     """The default passes, with the schemas' types and the measured ranges held once the verdicts are given."""
     device = "cpu-onnx" if options.provider == "cpu" else options.provider or "cuda"
+    device = device if policy.device == "auto" else policy.device
     passes = default_passes(policy, device, "onnx", keep_fp32=options.keep_fp32,
                             force_low=options.low, strict=options.strict, fused=False)  # fmt: skip
     if policy.low not in LOW:

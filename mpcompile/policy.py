@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args, get_type_hints
 
+from mpcompile.devices import is_file, pinned
 from mpcompile.errors import RuleError, page, suggest
+
+# A comma or blank between quotes belongs to a file's name.
+_COMMA = re.compile(r',(?=(?:[^"]*"[^"]*")*[^"]*$)')
+_PLAIN = re.compile(r"[^\s,\"]+")
 
 page(
     "MP201",
@@ -25,11 +31,15 @@ class Policy:
       output: dtype of floating outputs: "fp32", "low", or "keep" (as the last node gives it).
       grads: precision of gradient buffers between microbatches of a training step.
       fp32_matmul: how matmuls that stay FP32 may round inside (torch.set_float32_matmul_precision's three names).
+      device: what the plan is priced for, wherever it then runs: "auto" (where the model is), the name of a row of
+        devices.toml ("h100", "cpu", ...), or a FILE.toml of the user's (FILE.toml#ROW where it has several rows).
 
     >>> str(Policy("fp16"))
     'low=fp16,plan=global,output=fp32,grads=fp32'
     >>> Policy.parse("bf16") == Policy(low="bf16")
     True
+    >>> str(Policy("bf16", device="h100"))
+    'low=bf16,plan=global,output=fp32,grads=fp32,device=h100'
     """
 
     low: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
@@ -37,34 +47,44 @@ class Policy:
     output: Literal["fp32", "low", "keep"] = "fp32"
     grads: Literal["fp32", "low"] = "fp32"
     fp32_matmul: Literal["highest", "high", "medium"] = "highest"
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         for name, allowed in _allowed().items():
             value = getattr(self, name)
-            if value not in allowed:
+            if allowed and value not in allowed:
                 raise _bad(
                     f"{name}={value!r} is not a policy", f"{name} is one of {', '.join(allowed)}", value, allowed
                 )
+        self._check_device()
+
+    def _check_device(self) -> None:
+        """A file is looked at when a plan is made: a policy may be read where the file is not."""
+        name = self.device
+        if not isinstance(name, str) or not name or not name.isprintable() or '"' in name or name != name.strip():
+            raise _bad(f"device={name!r} is not a policy", "device is auto, the name of a row, or a FILE.toml", "", ())
+        if name != "auto" and not is_file(name):
+            pinned(name)
 
     def __str__(self) -> str:
-        """The one-line form; `fp32_matmul` is printed only when it is not the default."""
-        shown = [f for f in fields(self) if f.name != "fp32_matmul" or self.fp32_matmul != "highest"]
-        return ",".join(f"{f.name}={getattr(self, f.name)}" for f in shown)
+        """The one-line form; `fp32_matmul` and `device` are printed only when they are not the default."""
+        quiet = {f.name for f in fields(self)[4:] if getattr(self, f.name) == f.default}
+        return ",".join(f"{f.name}={_quoted(getattr(self, f.name))}" for f in fields(self) if f.name not in quiet)
 
     @classmethod
     def parse(cls, text: str | Policy) -> Policy:
         """Read the one-line form; missing fields take their defaults, a bare word is `low`.
 
         Raises:
-          RuleError: MP201, naming the allowed words.
+          RuleError: MP201, naming the allowed words; MP206, for a device without a row.
         """
         if isinstance(text, Policy):
             return text
         if not isinstance(text, str):
             raise _bad(f"a policy is a string or a Policy, not {type(text).__name__}", "", "", ())
         given: dict[str, str] = {}
-        for part in text.replace(" ", "").split(","):
-            name, eq, value = part.partition("=")
+        for part in _COMMA.split(text):
+            name, eq, value = (word.strip(" ") for word in part.partition("="))
             if not eq:
                 name, value = "low", name
             if name not in _allowed():
@@ -76,11 +96,15 @@ class Policy:
                 )
             if name in given:
                 raise _bad(f"{text!r} gives {name} twice", "", "", ())
-            given[name] = value
+            given[name] = value[1:-1] if len(value) > 1 and value[0] == value[-1] == '"' else value
         return cls(**given)  # type: ignore[arg-type]  # __post_init__ checks the words
 
     def with_low(self, low: str) -> Policy:
         return replace(self, low=low)  # type: ignore[arg-type]
+
+
+def _quoted(value: str) -> str:
+    return value if _PLAIN.fullmatch(value) else f'"{value}"'
 
 
 def _allowed() -> dict[str, tuple[str, ...]]:

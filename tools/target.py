@@ -98,10 +98,8 @@ def _study_fx(target: str, policy: str, overrides: dict[str, Any]) -> Study:
     made = load(target)
     plan = mpcompile(made.model, policy, **overrides).plan(*made.args, **made.kwargs)
     before = plan.capture.graph
-    passes = default_passes(
-        plan.policy, plan.device, "aten", keep_fp32=overrides["keep_fp32"], force_low=overrides["low"]
-    )
-    return Study(build_report(plan.graph, plan.policy, plan.device, steps=plan.steps, before=before), before, passes)
+    passes = default_passes(plan.policy, plan.row, "aten", keep_fp32=overrides["keep_fp32"], force_low=overrides["low"])
+    return Study(build_report(plan.graph, plan.policy, plan.row, steps=plan.steps, before=before), before, passes)
 
 
 def _study_onnx(target: str, policy: str, overrides: dict[str, Any]) -> Study:

@@ -77,12 +77,11 @@ def export_onnx(mp: Any, path: str | os.PathLike[str], *args: Any, dynamic_shape
     Raises:
       CaptureError: MP101. OnnxError: MP602, MP603 (nothing is written), MP607.
     """
-    from mpcompile.runtime.dynamo import decide
+    from mpcompile.runtime.dynamo import decide, device_of
 
     module = export(mp.model, args, kwargs, dynamic_shapes).module()
     inline_regions(module)
-    device = next((p.device.type for p in mp.parameters()), "cpu")
-    plan = decide(module, mp.settings, "cuda" if device == "cuda" else "cpu")
+    plan = decide(module, mp.settings, device_of(mp.parameters()))
     written = plan.capture.module if annotate_only else write(plan.capture, plan.graph).module
     _mark(written, plan.graph)
     replace_wrong(written)
@@ -91,7 +90,7 @@ def export_onnx(mp: Any, path: str | os.PathLike[str], *args: Any, dynamic_shape
     added = settle(made.ir_model)
     if added:
         made.notes.append(f"{added} casts make explicit what PyTorch's kernels promote inside")
-    plan.graph.header.update(policy=str(plan.policy), device=plan.device)
+    plan.graph.header.update(policy=str(plan.policy), device=plan.row)
     _annotate(made, held[1])
     _save(made, path)
     return made

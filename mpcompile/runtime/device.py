@@ -1,12 +1,15 @@
-"""What a device can do: which low type "auto" means, and where FP16 must be emulated."""
+"""What the device here can do: its row, which low type "auto" means, and where FP16 must be emulated."""
 
 from __future__ import annotations
 
 import functools
 import warnings
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 
+from mpcompile import devices
 from mpcompile.policy import Policy
 
 MATRIX_KINDS = ("matmul", "convolution", "attention", "rnn")
@@ -34,9 +37,17 @@ def emulated_kinds(device: str, low: str, *, compiled: bool) -> tuple[str, ...]:
 
 
 def settle_policy(policy: Policy, device: str) -> Policy:
-    """Replace low="auto": BF16 where native, else FP16 on CUDA with tensor cores, else FP32 with a warning."""
+    """Replace low="auto": what the pinned or the user's own row does faster; else BF16 where native, else FP16 on CUDA
+    with tensor cores, else FP32 with a warning.
+
+    Raises:
+      RuleError: MP206, for a device file that cannot be read.
+    """
     if policy.low != "auto":
         return policy
+    row = devices.own_rows().get(device) if policy.device == "auto" else devices.pinned(policy.device)
+    if row is not None:
+        return policy.with_low(row.faster())
     if has_native_bf16(device):
         return policy.with_low("bf16")
     if device == "cuda" and torch.cuda.get_device_capability()[0] >= 7:
@@ -47,6 +58,41 @@ def settle_policy(policy: Policy, device: str) -> Policy:
         stacklevel=3,
     )
     return policy.with_low("fp32")
+
+
+def row_name(policy: Policy, device: str) -> str:
+    """What a plan is priced for: the pinned row, else the row of the device ("cuda" or "cpu") that is here.
+
+    A CUDA device is found by its product's name, then by its compute capability. Every CPU has the row "cpu", the user's
+    own where the user has measured one.
+    """
+    if policy.device != "auto":
+        return policy.device
+    if device != "cuda" or "cuda" in devices.own_rows() or not torch.cuda.is_available():
+        return device
+    return cuda_row(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+
+
+def cuda_row(product: str, capability: tuple[int, int]) -> str:
+    """The row of a CUDA device: of its product, else of the newest architecture that is not newer than it.
+
+    >>> cuda_row("NVIDIA H100 80GB HBM3", (9, 0)), cuda_row("NVIDIA L4", (8, 9)), cuda_row("Tesla V100", (7, 0))
+    ('h100', 'a100', 't4')
+    """
+    named = [row for row in devices.rows().values() if row.family == "cuda" and row.capability]
+    words = set(product.upper().replace("-", " ").split())
+    for row in named:
+        if words & set(row.products):
+            return row.name
+    older = [row for row in named if row.capability <= capability[0] + capability[1] / 10]
+    found = max(older, key=lambda row: row.capability) if older else min(named, key=lambda row: row.capability)
+    return found.name
+
+
+def device_of(tensors: Iterable[Any]) -> str:
+    """Where a graph of these arguments or parameters runs: "cuda" when any tensor is there, else "cpu"."""
+    kinds = {t.device.type for t in tensors if isinstance(t, torch.Tensor)}
+    return "cuda" if "cuda" in kinds else "cpu"
 
 
 @functools.cache

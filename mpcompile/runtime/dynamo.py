@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from mpcompile.devices import pinned
 from mpcompile.errors import MPCompileError, RuleError, RuntimeFailure, page, suggest
 from mpcompile.frontends.align import align_linears
 from mpcompile.frontends.capture import numbers_settled, trace_dynamo
@@ -27,7 +28,7 @@ from mpcompile.passes.classify import refuse_unmatched, unmatched
 from mpcompile.pipeline import Observer, StepRecord, default_passes, run
 from mpcompile.policy import Policy
 from mpcompile.runtime.coverage import warn_of_recurrent_break
-from mpcompile.runtime.device import emulated_kinds, settle_policy
+from mpcompile.runtime.device import device_of, emulated_kinds, row_name, settle_policy
 from mpcompile.runtime.inductor import compile_inductor, run_eagerly
 from mpcompile.training.shadows import SHADOWS, ShadowGroup, use_shadow, use_shadows
 
@@ -72,7 +73,12 @@ class Settings:
 
 @dataclass
 class Plan:
-    """A graph and what was decided of it."""
+    """A graph and what was decided of it.
+
+    Fields:
+      device: where it runs ("cuda" or "cpu").
+      row: name of the row that it was priced by (see `mpcompile.devices`).
+    """
 
     capture: FxCapture
     graph: PrecisionGraph
@@ -80,6 +86,7 @@ class Plan:
     policy: Policy
     device: str
     seconds: float
+    row: str = "cpu"
 
 
 def decide(
@@ -93,15 +100,17 @@ def decide(
     """Read an ATen graph and run the passes over it.
 
     Args:
+      device: where the graph runs ("cuda" or "cpu"); what it is priced for is the policy's to say.
       partial: the graph is one of several of the model, so an override may match in another.
       observer: called after each pass (see `mpcompile.pipeline.run`).
     """
     start = time.perf_counter()
     policy = settle_policy(settings.policy, device)
-    capture = read(module, {"device": device, "policy": str(policy)})
+    row = row_name(policy, device)
+    capture = read(module, {"device": row, "policy": str(policy)})
     passes = default_passes(
         policy,
-        device,
+        row,
         source="aten",
         keep_fp32=settings.keep_fp32,
         force_low=settings.low,
@@ -110,7 +119,7 @@ def decide(
         partial=partial,
     )
     graph, steps = run(capture.graph, passes, observer)
-    return Plan(capture, graph, steps, policy, device, time.perf_counter() - start)
+    return Plan(capture, graph, steps, policy, device, time.perf_counter() - start, row)
 
 
 class Compiler:
@@ -222,12 +231,6 @@ def _fake_shadow(master: torch.Tensor, dtype: torch.dtype, lifted: bool) -> torc
         return torch.empty_like(master, dtype=dtype, requires_grad=lifted and master.requires_grad)
 
 
-def device_of(tensors: Sequence[Any]) -> str:
-    """ "cuda" when any tensor is there, else "cpu"."""
-    kinds = {t.device.type for t in tensors if isinstance(t, torch.Tensor)}
-    return "cuda" if "cuda" in kinds else "cpu"
-
-
 class CompiledGraph:
     """What Dynamo's bytecode calls: the inner graph, with its shadows brought up to date first.
 
@@ -334,7 +337,10 @@ def settings_of(
     """Settings from what a caller may write (a policy string, one glob or several)."""
     if inner not in ("inductor", "eager"):
         raise RuleError("MP204", f"there is no backend {inner!r}", try_="'inductor', 'eager' or 'onnxruntime'")
-    return Settings(Policy.parse(policy), _several(keep_fp32), _several(low), strict, inner)
+    parsed = Policy.parse(policy)
+    if parsed.device != "auto":
+        pinned(parsed.device)  # a file that cannot be read is an error of this call, not of the first batch
+    return Settings(parsed, _several(keep_fp32), _several(low), strict, inner)
 
 
 def _several(given: Any) -> tuple[Any, ...]:

@@ -198,7 +198,7 @@ def precision_graph(emitted: Emitted, joint: Joint) -> PrecisionGraph:
     copied.output(copied.graph_copy(emitted.module.graph, {}))
     module = fx.GraphModule(emitted.module, copied)
     forward = joint.forward
-    capture = read(module, {"device": forward.plan.device, "policy": str(forward.plan.policy)})
+    capture = read(module, {"device": forward.plan.row, "policy": str(forward.plan.policy)})
     graph, by_name = capture.graph, {n.name: n for n in module.graph.nodes}
     origins = _Origins(forward, module.graph)
     for node in graph:

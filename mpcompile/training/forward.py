@@ -22,7 +22,7 @@ from mpcompile.frontends.exported import inline_regions
 from mpcompile.frontends.facts import TORCH_DTYPES, source_line
 from mpcompile.frontends.fx_write import read_shadows, write
 from mpcompile.frontends.logits import values_of_written
-from mpcompile.runtime.device import emulated_kinds
+from mpcompile.runtime.device import device_of, emulated_kinds
 from mpcompile.runtime.dynamo import Plan, Settings, decide
 from mpcompile.training import checkpoints, custom_functions, loss_region
 from mpcompile.training.batch import Batch
@@ -151,8 +151,7 @@ def capture(
     checkpoints.tag(module)
     _name_loss(module, loss_fn)
     sources = _name_inputs(program, module)
-    device = next((p.device.type for p in model.parameters()), "cpu")
-    plan = decide(module, settings, "cuda" if device == "cuda" else "cpu")
+    plan = decide(module, settings, device_of(model.parameters()))
     written = write(
         plan.capture,
         plan.graph,

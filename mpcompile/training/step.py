@@ -340,7 +340,7 @@ class TrainStep:
 
         emitted, joint = self.emitted()
         plan = joint.forward.plan
-        return build_report(precision_graph(emitted, joint), plan.policy, plan.device, steps=plan.steps)
+        return build_report(precision_graph(emitted, joint), plan.policy, plan.row, steps=plan.steps)
 
     def explain_overflow(self, *args: Any, **kwargs: Any) -> Overflow | None:
         """Run a batch again, node by node, and name the first node that makes a non-finite number; None if none does.

@@ -12,8 +12,13 @@ from hypothesis import strategies as st
 from mpcompile.errors import RuleError
 from mpcompile.policy import Policy
 
-WORDS = {f.name: get_args(get_type_hints(Policy)[f.name]) for f in fields(Policy)}
+DEVICES = ("auto", "cpu", "h100", "free-low", "mine.toml", "/a b/c,d=e.toml#cpu", "Geräte.toml")
+WORDS = {f.name: get_args(get_type_hints(Policy)[f.name]) or DEVICES for f in fields(Policy)}
 policies = st.builds(Policy, **{name: st.sampled_from(words) for name, words in WORDS.items()})
+
+
+def quoted(word: str) -> str:
+    return f'"{word}"' if " " in word or "," in word else word
 
 
 @given(policies)
@@ -24,7 +29,7 @@ def test_one_line_round_trips(policy: Policy) -> None:
 
 @given(policies, st.randoms(use_true_random=False))
 def test_order_and_spaces_do_not_matter(policy: Policy, random) -> None:
-    parts = [f"{f.name}={getattr(policy, f.name)}" for f in fields(Policy)]
+    parts = [f"{f.name}={quoted(getattr(policy, f.name))}" for f in fields(Policy)]
     random.shuffle(parts)
     assert Policy.parse(" , ".join(parts)) == policy
 
@@ -32,7 +37,7 @@ def test_order_and_spaces_do_not_matter(policy: Policy, random) -> None:
 @given(st.dictionaries(st.sampled_from(sorted(WORDS)), st.integers(0, 2)))
 def test_missing_fields_take_their_defaults(picks: dict[str, int]) -> None:
     given_fields = {name: WORDS[name][i % len(WORDS[name])] for name, i in picks.items()}
-    text = ",".join(f"{name}={word}" for name, word in given_fields.items())
+    text = ",".join(f"{name}={quoted(word)}" for name, word in given_fields.items())
     if text:
         assert Policy.parse(text) == Policy(**given_fields)
 
@@ -56,12 +61,35 @@ def test_the_default_prints_as_documented() -> None:
         ("ouput=low", "did you mean 'output'"),
         ("low=fp16,low=bf16", "gives low twice"),
         ("", "policy"),
+        ("device=", "device is auto"),
+        ('device="a.toml', "device is auto"),
     ],
 )
 def test_what_does_not_parse_says_what_would(text: str, says: str) -> None:
     with pytest.raises(RuleError, match="MP201") as caught:
         Policy.parse(text)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(("name", "near"), [("h10", "h100"), ("cpu-amz", "cpu-amx"), ("freelow", "free-low")])
+def test_a_device_without_a_row_is_refused_with_near_names(name: str, near: str) -> None:
+    with pytest.raises(RuleError, match="MP206") as caught:
+        Policy.parse(f"bf16,device={name}")
+    assert f"did you mean {near!r}" in str(caught.value)
+
+
+@given(st.text(min_size=1, max_size=20))
+def test_any_file_name_round_trips_or_is_refused(stem: str) -> None:
+    try:
+        policy = Policy("bf16", device=f"{stem}.toml")
+    except RuleError:
+        return
+    assert Policy.parse(str(policy)) == policy
+
+
+def test_the_default_device_is_not_printed() -> None:
+    assert "device" not in str(Policy("fp16", device="auto"))
+    assert str(Policy("fp16", device="h100")).endswith(",device=h100")
 
 
 @pytest.mark.parametrize("wrong", [16, None, ["fp16"]])
