@@ -23,10 +23,10 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from mpcompile.frontends.onnx import read
 from mpcompile.garbage import no_garbage_collection
-from mpcompile.onnx_api import Options, convert, frontend_policy, plan
-from mpcompile.runtime.ort import run, session
+from mpcompile.onnx.convert import Options, convert, frontend_policy, plan
+from mpcompile.onnx.read.reader import read
+from mpcompile.onnx.run.session import run, session
 
 MATMUL_KINDS = ("matmul", "convolution", "attention")
 

@@ -35,7 +35,7 @@ from onnx import TensorProto, numpy_helper
 from onnx_ir.passes import common
 
 from mpcompile import __version__
-from mpcompile.onnx_api import OnnxMixedPrecision, convert
+from mpcompile.onnx.convert import OnnxMixedPrecision, convert
 
 MATMUL_CLASS = frozenset({
     "MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", "Attention", "FusedMatMul", "FusedConv", "FusedGemm",

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from mpcompile.api import MixedPrecisionModule, mpcompile
     from mpcompile.errors import MPCompileError
     from mpcompile.policy import Policy
-    from mpcompile.training.scaler import LossScale
-    from mpcompile.training.state import load_checkpoint, save_checkpoint
+    from mpcompile.training.checkpoint_file import load_checkpoint, save_checkpoint
+    from mpcompile.training.loss_scale.scale import LossScale
 
 __version__ = "0.1.0"
 
@@ -21,9 +21,9 @@ _HOMES = {
     "MixedPrecisionModule": "mpcompile.api",
     "MPCompileError": "mpcompile.errors",
     "Policy": "mpcompile.policy",
-    "LossScale": "mpcompile.training.scaler",
-    "load_checkpoint": "mpcompile.training.state",
-    "save_checkpoint": "mpcompile.training.state",
+    "LossScale": "mpcompile.training.loss_scale.scale",
+    "load_checkpoint": "mpcompile.training.checkpoint_file",
+    "save_checkpoint": "mpcompile.training.checkpoint_file",
 }
 
 

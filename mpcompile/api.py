@@ -14,19 +14,21 @@ import torch
 from torch import fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
+from mpcompile.aten.capture import export
+from mpcompile.aten.exported import inline_regions, without_dtype_checks
+from mpcompile.aten.recurrent import traced_whole
+from mpcompile.aten.write import write
+from mpcompile.compiler import Plan, Settings, decide, log_plan, settings_of
 from mpcompile.errors import CaptureError, MPCompileError, RuleError, page
-from mpcompile.frontends.capture import export
-from mpcompile.frontends.exported import inline_regions, without_dtype_checks
-from mpcompile.frontends.fx_write import write
-from mpcompile.frontends.recurrent import traced_whole
 from mpcompile.graph import joined
 from mpcompile.passes.classify import refuse_unmatched
 from mpcompile.policy import Policy
 from mpcompile.rules.table import rules_for
+from mpcompile.runtime.compiled import CompiledGraph
 from mpcompile.runtime.coverage import warn_of_eager_call, warn_of_gaps, watch, watched_method
 from mpcompile.runtime.device import device_of, emulated_kinds
-from mpcompile.runtime.dynamo import CompiledGraph, Compiler, Plan, Settings, decide, log_plan, settings_of
-from mpcompile.training.shadows import SHADOWS
+from mpcompile.runtime.dynamo import Compiler
+from mpcompile.shadows.table import SHADOWS
 
 page(
     "MP102",
@@ -88,7 +90,7 @@ def mpcompile(
 
     Args:
       model: an `nn.Module`, a `torch.export.ExportedProgram`, an `onnx.ModelProto` or the path of an ``.onnx`` file
-        (for ONNX the result is an `OnnxMixedPrecision`, and `onnx_options` are those of `mpcompile.onnx_api.convert`).
+        (for ONNX the result is an `OnnxMixedPrecision`, and `onnx_options` are those of `mpcompile.onnx.convert.convert`).
       policy: "auto", "bf16", "fp16", "fp32", fields such as "low=fp16,output=low", or a `Policy`.
       keep_fp32, low: globs on module path, op name or node name, or callables of a `Node`; one or several.
       backend: "inductor" (compiled), "eager" (the rewritten graph op by op), or "onnxruntime" (training step, inference).
@@ -103,7 +105,7 @@ def mpcompile(
       MPCompileError: a policy, override, model or ONNX file that will not do; the model is untouched.
     """
     if _is_onnx(model):
-        from mpcompile.onnx_api import convert
+        from mpcompile.onnx.convert import convert
 
         return convert(model, policy, keep_fp32=keep_fp32, low=low, strict=strict, **onnx_options)
     if onnx_options:
@@ -314,10 +316,10 @@ class MixedPrecisionModule(nn.Module):
     ) -> Any:
         """The training step as one emitted graph. See `mpcompile.training.step.TrainStep` for the options.
 
-        With backend="onnxruntime" it is an `mpcompile.runtime.ort_step.OrtTrainStep`.
+        With backend="onnxruntime" it is an `mpcompile.onnx.train_step.OrtTrainStep`.
         """
         if options.get("backend", self.backend) == "onnxruntime":
-            from mpcompile.runtime.ort_step import OrtTrainStep
+            from mpcompile.onnx.train_step import OrtTrainStep
 
             return OrtTrainStep(self, optimizer, loss_fn, **options)
         from mpcompile.training.step import TrainStep
@@ -326,7 +328,7 @@ class MixedPrecisionModule(nn.Module):
 
     def export_onnx(self, path: str | os.PathLike[str], *args: Any, **options: Any) -> Any:
         """Write the rewritten forward as an ONNX model whose nodes carry their verdicts and reasons."""
-        from mpcompile.frontends.onnx_export import export_onnx
+        from mpcompile.onnx.export.forward import export_onnx
 
         return export_onnx(self, path, *args, **options)
 

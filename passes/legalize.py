@@ -22,39 +22,11 @@ from typing import ClassVar
 from mpcompile.graph import CAST_OP, CASTABLE, LOW, Node, PrecisionGraph, Value
 from mpcompile.passes.base import PassResult
 from mpcompile.rules.hazards import BOUNDS, LARGEST, NO_BOUND, SIGNIFICAND_BITS, base
+from mpcompile.signature import UNKNOWN, Signature
 
 FP32_ONLY = frozenset({"fp32"})
 # How many operations back from an integer the FP32 arithmetic reaches.
 INDEX_HOPS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Signature:
-    """Type variables of one operation.
-
-    Fields:
-      inputs: type variable of each operand slot; slots past the end belong to the last one when `variadic`.
-      outputs: type variable of each result.
-      allowed: type variable -> precisions that it may be.
-      why: the reason when a type is refused, e.g. "Range takes no bf16 at opset 18".
-    """
-
-    inputs: tuple[str, ...] = ()
-    outputs: tuple[str, ...] = ()
-    allowed: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    variadic: bool = False
-    variadic_out: bool = False
-    why: str = ""
-
-    def input(self, slot: int) -> str:
-        return _at(self.inputs, slot, self.variadic)
-
-    def output(self, index: int) -> str:
-        return _at(self.outputs, index, self.variadic_out)
-
-
-# Operations of which nothing is known: FP32 on every side.
-UNKNOWN = Signature(why="its types are not known")
 
 
 @dataclass(frozen=True)
@@ -240,9 +212,3 @@ def _feeds_integers(graph: PrecisionGraph) -> Iterator[tuple[Node, str]]:
             makers = [maker for maker in found if maker.verdict == "propagate" and maker.kind != "cast"]
             yield from ((maker, "becomes integers: a rounded index is another index") for maker in makers)
             level = [name for maker in makers for name in maker.inputs]
-
-
-def _at(row: tuple[str, ...], index: int, variadic: bool) -> str:
-    if index < len(row):
-        return row[index]
-    return row[-1] if row and variadic else ""

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from mpcompile.shadows.table import SHADOWS
 from mpcompile.tools.bench_loops import CANDIDATES, Job, Loop
 from mpcompile.tools.measure import Clock, peak_bytes, saved_for_backward
-from mpcompile.training.shadows import SHADOWS
 
 REFERENCE = "eager FP32"
 SLOT_SECONDS = 0.3

@@ -104,7 +104,7 @@ def _study_fx(target: str, policy: str, overrides: dict[str, Any]) -> Study:
 
 def _study_onnx(target: str, policy: str, overrides: dict[str, Any]) -> Study:
     from mpcompile import mpcompile
-    from mpcompile.onnx_api import passes_for
+    from mpcompile.onnx.convert import passes_for
 
     made = mpcompile(existing(target), policy, **overrides)
     return Study(made.report(), made.capture.graph, passes_for(made.policy, made.options, made.capture))

@@ -6,120 +6,42 @@ the same function with a `Compiler` of its own.
 
 from __future__ import annotations
 
-import logging
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import fx
 
-from mpcompile.devices import pinned
-from mpcompile.errors import MPCompileError, RuleError, RuntimeFailure, page, suggest
-from mpcompile.frontends.align import align_linears
-from mpcompile.frontends.capture import numbers_settled, trace_dynamo
-from mpcompile.frontends.facts import TORCH_DTYPES
-from mpcompile.frontends.fx import FxCapture, read
-from mpcompile.frontends.fx_write import has_user_low_cast, read_shadows, write
+from mpcompile.aten.capture import numbers_settled, trace_dynamo
+from mpcompile.aten.facts import TORCH_DTYPES
+from mpcompile.aten.read import FxCapture
+from mpcompile.aten.rewrites.align import align_linears
+from mpcompile.aten.write import has_user_low_cast, read_shadows, write
+from mpcompile.compiler import Plan, Settings, decide, log_plan, settings_of
+from mpcompile.errors import RuntimeFailure, page, suggest
 from mpcompile.graph import PrecisionGraph
 from mpcompile.passes.classify import refuse_unmatched, unmatched
-from mpcompile.pipeline import Observer, StepRecord, default_passes, run
-from mpcompile.policy import Policy
+from mpcompile.runtime.compiled import CompiledGraph
 from mpcompile.runtime.coverage import warn_of_recurrent_break
-from mpcompile.runtime.device import device_of, emulated_kinds, row_name, settle_policy
+from mpcompile.runtime.device import device_of, emulated_kinds
 from mpcompile.runtime.inductor import compile_inductor, run_eagerly
-from mpcompile.training.shadows import SHADOWS, ShadowGroup, use_shadow, use_shadows
+from mpcompile.shadows.table import use_shadow
 
 # Elements from which a shadow's gradient is cast outside the compiled backward.
 LARGE = 1 << 18
 # Elements that are cast together. On a CPU one by one: a gradient that is added to its sum at once stays in the cache.
 TOGETHER = {"cpu": 1, "cuda": 1 << 22}
 
-log = logging.getLogger("mpcompile")
 
-page(
-    "MP701",
-    "A derivative of a derivative through a compiled graph",
-    "AOTAutograd, which compiles the backward, has no double backward; a gradient penalty needs one.",
-    "Use backend='eager' for the part of the model whose gradient you differentiate.",
-)
 page(
     "MP702",
     "An option that the backend does not have",
     "torch.compile(backend='mpcompile', options={...}) was given an unknown option.",
     "The options are policy, keep_fp32, low, strict and inner ('inductor' or 'eager').",
 )
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How one model is compiled.
-
-    Fields:
-      policy: the policy, "auto" not yet settled.
-      keep_fp32, low: overrides: globs on module path, op name or node name, or callables of a `Node`.
-      strict: an op without a rule is an error.
-      inner: "inductor" or "eager".
-    """
-
-    policy: Policy = field(default_factory=Policy)
-    keep_fp32: tuple[Any, ...] = ()
-    low: tuple[Any, ...] = ()
-    strict: bool = False
-    inner: str = "inductor"
-
-
-@dataclass
-class Plan:
-    """A graph and what was decided of it.
-
-    Fields:
-      device: where it runs ("cuda" or "cpu").
-      row: name of the row that it was priced by (see `mpcompile.devices`).
-    """
-
-    capture: FxCapture
-    graph: PrecisionGraph
-    steps: list[StepRecord]
-    policy: Policy
-    device: str
-    seconds: float
-    row: str = "cpu"
-
-
-def decide(
-    module: fx.GraphModule,
-    settings: Settings,
-    device: str,
-    *,
-    partial: bool = False,
-    observer: Observer | None = None,
-) -> Plan:
-    """Read an ATen graph and run the passes over it.
-
-    Args:
-      device: where the graph runs ("cuda" or "cpu"); what it is priced for is the policy's to say.
-      partial: the graph is one of several of the model, so an override may match in another.
-      observer: called after each pass (see `mpcompile.pipeline.run`).
-    """
-    start = time.perf_counter()
-    policy = settle_policy(settings.policy, device)
-    row = row_name(policy, device)
-    capture = read(module, {"device": row, "policy": str(policy)})
-    passes = default_passes(
-        policy,
-        row,
-        source="aten",
-        keep_fp32=settings.keep_fp32,
-        force_low=settings.low,
-        strict=settings.strict,
-        fused=settings.inner == "inductor",
-        partial=partial,
-    )
-    graph, steps = run(capture.graph, passes, observer)
-    return Plan(capture, graph, steps, policy, device, time.perf_counter() - start, row)
 
 
 class Compiler:
@@ -231,68 +153,6 @@ def _fake_shadow(master: torch.Tensor, dtype: torch.dtype, lifted: bool) -> torc
         return torch.empty_like(master, dtype=dtype, requires_grad=lifted and master.requires_grad)
 
 
-class CompiledGraph:
-    """What Dynamo's bytecode calls: the inner graph, with its shadows brought up to date first.
-
-    `parameters` receives the ids of those that the graph is first called with; `lifted` are the numbers of the shadows
-    that the graph is differentiated by, in groups whose gradients are cast together.
-    """
-
-    # Calls of all graphs so far: a call of a model that leaves it as it was ran none.
-    runs = 0
-
-    def __init__(
-        self,
-        inner: Callable[..., Any],
-        shadows: list[tuple[int, torch.dtype]],
-        parameters: set[int],
-        lifted: Sequence[Sequence[int]] = (),
-        *,
-        differentiable_twice: bool,
-    ):
-        self.inner, self.differentiable_twice = inner, differentiable_twice
-        self.parameters: set[int] | None = parameters
-        self.places = [place for place, _ in shadows]
-        self.shadows = ShadowGroup(SHADOWS, [dtype for _, dtype in shadows])
-        self.lifted = [(group, [self.places[number] for number in group]) for group in lifted]
-
-    def __call__(self, *args: Any) -> Any:
-        CompiledGraph.runs += 1
-        if self.parameters is not None:
-            self.parameters.update(id(a) for a in args if isinstance(a, torch.nn.Parameter))
-            self.parameters = None
-        shadows = self.shadows.get([args[place] for place in self.places]) if self.places else []
-        if self.lifted and torch.is_grad_enabled():
-            shadows = list(shadows)
-            for group, places in self.lifted:
-                used = use_shadows([args[place] for place in places], [shadows[number] for number in group])
-                for number, shadow in zip(group, used, strict=True):
-                    shadows[number] = shadow
-        outputs = self.inner(*args, *shadows)
-        if not self.differentiable_twice and torch.is_grad_enabled():
-            _refuse_double_backward(outputs)
-        return outputs
-
-
-def _refuse_double_backward(outputs: Any) -> None:
-    """Say clearly, when a backward is asked to build a graph, that the compiled one cannot."""
-    for output in outputs if isinstance(outputs, (list, tuple)) else (outputs,):
-        if isinstance(output, torch.Tensor) and output.grad_fn is not None:
-            output.grad_fn.register_prehook(_check_no_graph)
-            return
-
-
-def _check_no_graph(grads: Any) -> None:
-    # The engine runs hooks in the grad mode of the backward: enabled means create_graph=True.
-    if torch.is_grad_enabled():
-        raise RuntimeFailure(
-            "MP701",
-            "double backward (create_graph=True) through a compiled graph",
-            why="AOTAutograd, which made the compiled backward, has no double backward",
-            try_='mpcompile(model, ..., backend="eager")',
-        )
-
-
 def backend(module: fx.GraphModule, inputs: Sequence[Any], **given: Any) -> Callable[..., Any]:
     """The registered backend: ``options`` are `policy`, `keep_fp32`, `low`, `strict` and `inner`.
 
@@ -325,50 +185,3 @@ def _warn_of_unmatched(settings: Settings, graphs: list[PrecisionGraph]) -> None
                 "graph breaks and another graph has it. mpcompile(model) checks the whole model",
                 stacklevel=2,
             )
-
-
-def settings_of(
-    policy: str | Policy = "auto",
-    keep_fp32: Any = (),
-    low: Any = (),
-    strict: bool = False,
-    inner: str = "inductor",
-) -> Settings:
-    """Settings from what a caller may write (a policy string, one glob or several)."""
-    if inner not in ("inductor", "eager"):
-        raise RuleError("MP204", f"there is no backend {inner!r}", try_="'inductor', 'eager' or 'onnxruntime'")
-    parsed = Policy.parse(policy)
-    if parsed.device != "auto":
-        pinned(parsed.device)  # a file that cannot be read is an error of this call, not of the first batch
-    return Settings(parsed, _several(keep_fp32), _several(low), strict, inner)
-
-
-def _several(given: Any) -> tuple[Any, ...]:
-    overrides = (
-        (given,) if isinstance(given, str) or callable(given) or not isinstance(given, Iterable) else tuple(given)
-    )
-    for one in overrides:
-        if not isinstance(one, str) and not callable(one):
-            raise RuleError("MP203", f"an override is a glob or a callable of a Node, not {one!r}",
-                            try_='keep_fp32=["decoder.norm*"], or low=[lambda node: node.kind == "matmul"]')  # fmt: skip
-    return overrides
-
-
-def log_plan(plan: Plan) -> None:
-    """The one line after compilation."""
-    from mpcompile.report.summary import summary_line
-
-    log.info("%s", summary_line(plan.graph, plan.policy, plan.seconds))
-
-
-__all__ = [
-    "Compiler",
-    "MPCompileError",
-    "Plan",
-    "Settings",
-    "backend",
-    "decide",
-    "device_of",
-    "log_plan",
-    "settings_of",
-]

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from mpcompile.frontends.capture import autocast_off
-from mpcompile.frontends.recurrent import with_whole_layers
+from mpcompile.aten.capture import autocast_off
+from mpcompile.aten.recurrent import with_whole_layers
 
 Runnable = Callable[..., Any]
 

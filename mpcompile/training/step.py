@@ -14,25 +14,25 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
+from mpcompile.aten.capture import autocast_off
 from mpcompile.errors import TrainingError, page
-from mpcompile.frontends.capture import autocast_off
 from mpcompile.runtime.device import settle_policy
-from mpcompile.training.artefact import Artefact, Artefacts, compiling
-from mpcompile.training.batch import Batch
+from mpcompile.shadows.step_shadows import ShadowSet
+from mpcompile.training.accumulation import Layout, Window
 from mpcompile.training.cuda_graph import Replays, Run
-from mpcompile.training.emit import Emitted, emit, origins, precision_graph
-from mpcompile.training.floor import FloorWatch
-from mpcompile.training.fused import FusedUpdate
-from mpcompile.training.joint import Joint
+from mpcompile.training.emitted.weave import Emitted, emit, origins, precision_graph
+from mpcompile.training.gradients.batch import Batch
+from mpcompile.training.gradients.joint import Joint
+from mpcompile.training.gradients.specialization import Artefact, Artefacts, compiling
+from mpcompile.training.loss_scale.floor_monitor import FloorWatch
+from mpcompile.training.loss_scale.overflow import Overflow, explain
+from mpcompile.training.loss_scale.scale import LossScale, ScaleState, from_dict, to_dict
+from mpcompile.training.optimizer.build import Plan, Updater
+from mpcompile.training.optimizer.fused_update import FusedUpdate
+from mpcompile.training.optimizer.monitor import OptimizerWatch
+from mpcompile.training.optimizer.split import SplitMasters
 from mpcompile.training.options import check_options
-from mpcompile.training.overflow import Overflow, explain
 from mpcompile.training.result import StepResult
-from mpcompile.training.scaler import LossScale, ScaleState, from_dict, to_dict
-from mpcompile.training.shadow_set import ShadowSet
-from mpcompile.training.split import SplitMasters
-from mpcompile.training.updater import Plan, Updater
-from mpcompile.training.watch import OptimizerWatch
-from mpcompile.training.window import Layout, Window
 
 page(
     "MP542",
@@ -330,7 +330,7 @@ class TrainStep:
         Raises:
           TrainingError: MP542. OnnxError: MP602, MP603 (nothing is written), MP607, MP608.
         """
-        from mpcompile.runtime.ort_step import export_step
+        from mpcompile.onnx.train_step import export_step
 
         return export_step(self, self._latest()[0], path)
 

@@ -207,7 +207,7 @@ def test_fp32_matmul_precision_is_per_graph() -> None:
 
 
 def test_what_is_not_finite_is_found_in_every_low_type() -> None:
-    from mpcompile.training.fused import alike, non_finite
+    from mpcompile.training.optimizer.fused_update import alike, non_finite
 
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for bad, expected in ((1.0, 0.0), (float("inf"), 1.0), (-float("inf"), 1.0), (float("nan"), 1.0)):
@@ -219,7 +219,7 @@ def test_what_is_not_finite_is_found_in_every_low_type() -> None:
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_a_fused_update_in_pieces_is_torchs(layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
     """A buffer smaller than the weights, and the plain loop with torch's own fused AdamW."""
-    from mpcompile.training import fused
+    from mpcompile.training.optimizer import fused_update as fused
 
     monkeypatch.setattr(fused, "ROOM", {"cuda": 1 << 10})
     monkeypatch.setattr(fused, "SMALL", 1)

@@ -11,10 +11,10 @@ import pytest
 from onnx_models import mlp, noise, parse
 
 from mpcompile.errors import OnnxError
-from mpcompile.onnx_api import convert
-from mpcompile.onnx_tune import smallest
+from mpcompile.onnx.convert import convert
+from mpcompile.onnx.run.calibrate import difference, measure, samples
+from mpcompile.onnx.tune import smallest
 from mpcompile.passes.measured_hazards import Measured
-from mpcompile.runtime.calibrate import difference, measure, samples
 
 
 def overflowing():
@@ -94,7 +94,7 @@ def test_measured_underflow() -> None:
 
 
 def test_all_values_are_measured_slice_by_slice(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mpcompile.runtime import calibrate
+    from mpcompile.onnx.run import calibrate
 
     feeds = {"x": noise(64, 16)}
     whole = convert(mlp(), "fp16", calibrate=feeds).ranges

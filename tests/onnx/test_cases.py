@@ -13,8 +13,8 @@ from onnx import numpy_helper
 from onnx_models import noise, parse
 
 from mpcompile.errors import OnnxError
-from mpcompile.onnx_api import convert, no_garbage_collection
-from mpcompile.runtime.ort import run, session
+from mpcompile.onnx.convert import convert, no_garbage_collection
+from mpcompile.onnx.run.session import run, session
 
 TOLERANCE = {"fp16": 2e-2, "bf16": 8e-2}
 W = noise(8, 8, scale=0.3)

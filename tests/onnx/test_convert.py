@@ -18,8 +18,8 @@ from onnx.reference import ReferenceEvaluator
 from onnx_models import mlp, noise, ops, parse, types
 
 from mpcompile.errors import OnnxError, RuleError
-from mpcompile.onnx_api import convert
-from mpcompile.runtime.ort import run, session
+from mpcompile.onnx.convert import convert
+from mpcompile.onnx.run.session import run, session
 
 LOW = {"fp16": "FLOAT16", "bf16": "BFLOAT16"}
 
@@ -449,7 +449,8 @@ def test_save_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_large_weights_go_to_a_data_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mpcompile.frontends import onnx_check, onnx_emit
+    from mpcompile.onnx.write import check as onnx_check
+    from mpcompile.onnx.write import message as onnx_emit
 
     monkeypatch.setattr(onnx_check, "EXTERNAL_FROM", 1000)
     monkeypatch.setattr(onnx_emit, "HEAVY", 100)
@@ -473,7 +474,7 @@ def test_large_weights_go_to_a_data_file(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_model_that_would_not_load_is_never_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mpcompile.frontends import onnx_write
+    from mpcompile.onnx.write import edits as onnx_write
 
     good = onnx_write.write
 
@@ -564,8 +565,8 @@ def test_the_report_calls_parts_in_half_precision_what_they_are() -> None:
 
 def test_much_fp16_for_a_provider_that_is_not_here_is_loaded_as_its_simulation(monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime's CPU provider takes time with the square of the FP16 nodes."""
-    from mpcompile import onnx_api
-    from mpcompile.frontends import onnx_check
+    from mpcompile.onnx import convert as onnx_api
+    from mpcompile.onnx.write import check as onnx_check
 
     loaded: list[bool] = []
     real = onnx_check.session
@@ -585,8 +586,8 @@ def test_much_fp16_for_a_provider_that_is_not_here_is_loaded_as_its_simulation(m
 
 MEASURE = """
 import resource, sys
-from mpcompile.frontends import onnx_check
-from mpcompile.onnx_api import convert
+from mpcompile.onnx.write import check as onnx_check
+from mpcompile.onnx.convert import convert
 onnx_check.EXTERNAL_FROM = 1 << 28
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 made = convert(sys.argv[1] + "/m.onnx", sys.argv[2])

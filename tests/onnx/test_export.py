@@ -13,8 +13,8 @@ from onnx_models import types
 from torch import nn
 
 from mpcompile import mpcompile
-from mpcompile.frontends.onnx_replace import cross_entropy
-from mpcompile.runtime.ort import run, session
+from mpcompile.onnx.export.replacements import cross_entropy
+from mpcompile.onnx.run.session import run, session
 
 BOUND = {"fp16": 4e-3, "bf16": 3e-2}
 

@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state as state
 
-from mpcompile.frontends.onnx_schema import op_name
+from mpcompile.onnx.schema import op_name
 from mpcompile.rules.table import rules_for
 
 

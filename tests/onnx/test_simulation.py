@@ -19,8 +19,8 @@ from onnx.backend.test import loader
 from onnx.reference import ReferenceEvaluator
 
 from mpcompile.graph import LOW
-from mpcompile.onnx_api import convert
-from mpcompile.runtime.ort import run, session
+from mpcompile.onnx.convert import convert
+from mpcompile.onnx.run.session import run, session
 
 EPSILON = {"fp16": float(np.finfo(np.float16).eps), "bf16": float(ml_dtypes.finfo(ml_dtypes.bfloat16).eps)}
 # A recurrence carries a last bit on; a step at its small values is more, relative to them.

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from mpcompile import mpcompile
 from mpcompile.errors import OnnxError, RuntimeFailure
-from mpcompile.frontends import onnx_pool
-from mpcompile.frontends.onnx_decompose import avg_pool2d_backward, convolution_backward, where
-from mpcompile.frontends.onnx_random import Counter, P
-from mpcompile.runtime.ort import session
-from mpcompile.training.scaler import LossScale
+from mpcompile.onnx.export import pooling as onnx_pool
+from mpcompile.onnx.export.decompositions import avg_pool2d_backward, convolution_backward, where
+from mpcompile.onnx.export.dropout import Counter, P
+from mpcompile.onnx.run.session import session
+from mpcompile.training.loss_scale.scale import LossScale
 
 aten = torch.ops.aten
 

@@ -17,7 +17,7 @@ from oracle import output_dtypes
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from mpcompile.frontends.facts import op_name
+from mpcompile.aten.facts import op_name
 from mpcompile.rules import Rule, rules_for
 
 DIFFERENCES = tomllib.loads(resources.files("mpcompile.rules").joinpath("differences.toml").read_text())

@@ -12,9 +12,9 @@ from torch import nn
 from zoo import ARCHITECTURES, build
 
 from mpcompile import Policy
-from mpcompile.frontends.capture import export
-from mpcompile.frontends.exported import inline_regions
-from mpcompile.frontends.fx import read
+from mpcompile.aten.capture import export
+from mpcompile.aten.exported import inline_regions
+from mpcompile.aten.read import read
 from mpcompile.graph import PrecisionGraph
 from mpcompile.pipeline import default_passes, run
 

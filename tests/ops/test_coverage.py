@@ -11,9 +11,9 @@ from opsweep import traced
 from torch import fx
 from zoo import ARCHITECTURES, build
 
-from mpcompile.frontends.capture import export
-from mpcompile.frontends.exported import inline_regions
-from mpcompile.frontends.facts import op_name
+from mpcompile.aten.capture import export
+from mpcompile.aten.exported import inline_regions
+from mpcompile.aten.facts import op_name
 from mpcompile.rules import rules_for
 
 # OpInfos whose samples cannot be traced on a CPU with fake tensors, and why; a failure outside this table is an error.

@@ -21,8 +21,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound
 from torch.utils import _pytree as pytree
 
-from mpcompile.frontends.fx import read
-from mpcompile.frontends.fx_write import write
+from mpcompile.aten.read import read
+from mpcompile.aten.write import write
 from mpcompile.graph import LOW, PrecisionGraph
 from mpcompile.passes.assign import Assign
 from mpcompile.passes.base import PassResult

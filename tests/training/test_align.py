@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from mpcompile import mpcompile
-from mpcompile.frontends import align
-from mpcompile.training import loss_region
+from mpcompile.aten.rewrites import align
+from mpcompile.aten.rewrites import chunked_loss as loss_region
 
 CLASSES = 37
 

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mpcompile.errors import TrainingError
-from mpcompile.training.state import load_checkpoint, save_checkpoint
+from mpcompile.training.checkpoint_file import load_checkpoint, save_checkpoint
 
 dtypes = st.sampled_from(
     [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool]
@@ -199,7 +199,7 @@ def test_what_is_not_plain_is_refused_by_name(tmp_path):
 
 WRITER = """
 import sys, torch
-from mpcompile.training.state import save_checkpoint
+from mpcompile.training.checkpoint_file import save_checkpoint
 number = 0
 while True:
     save_checkpoint(sys.argv[1], extra={"number": number, "body": torch.full((200_000,), number)})

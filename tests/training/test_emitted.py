@@ -10,10 +10,12 @@ from torch import nn, optim
 
 from mpcompile import laws
 from mpcompile.api import mpcompile
+from mpcompile.aten.rewrites import chunked_loss as loss_region
 from mpcompile.errors import TrainingError
-from mpcompile.training import fused, loss_region, window
-from mpcompile.training.emit import precision_graph
-from mpcompile.training.scaler import LossScale
+from mpcompile.training import accumulation as window
+from mpcompile.training.emitted.weave import precision_graph
+from mpcompile.training.loss_scale.scale import LossScale
+from mpcompile.training.optimizer import fused_update as fused
 
 LOW = ("up", "down", "head")
 

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mpcompile import laws
 from mpcompile.api import mpcompile
 from mpcompile.errors import TrainingError
-from mpcompile.training.emit import precision_graph
-from mpcompile.training.updater import rounds_itself
+from mpcompile.training.emitted.weave import precision_graph
+from mpcompile.training.optimizer.build import rounds_itself
 
 CASES = [
     (optim.SGD, {"lr": 0.1}),

@@ -10,7 +10,7 @@ import torch
 from torch import nn, optim
 
 from mpcompile.api import mpcompile
-from mpcompile.training.scaler import LossScale
+from mpcompile.training.loss_scale.scale import LossScale
 
 
 class Squares(nn.Module):

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 from mpcompile import mpcompile
-from mpcompile.frontends import recurrent
+from mpcompile.aten import recurrent
 
 WIDTH = 32
 

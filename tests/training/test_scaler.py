@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mpcompile.errors import TrainingError
-from mpcompile.training.scaler import LossScale, from_dict, inverse, tensors, to_dict, transition
+from mpcompile.training.loss_scale.scale import LossScale, from_dict, inverse, tensors, to_dict, transition
 
 steps = st.lists(st.booleans(), max_size=40)
 inits = st.floats(2.0**-20, 2.0**127, width=32)

@@ -12,8 +12,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpcompile import mpcompile
-from mpcompile.training import shadow_set, shadows
-from mpcompile.training.shadows import SHADOWS, ShadowGroup, ShadowTable, spread
+from mpcompile.shadows import step_shadows as shadow_set
+from mpcompile.shadows import table as shadows
+from mpcompile.shadows.table import SHADOWS, ShadowGroup, ShadowTable, spread
 
 
 def net() -> nn.Module:

@@ -12,7 +12,7 @@ from torch import nn, optim
 
 from mpcompile.api import mpcompile
 from mpcompile.errors import TrainingError
-from mpcompile.training.split import join, split
+from mpcompile.training.optimizer.split import join, split
 
 floats = st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=50)
 

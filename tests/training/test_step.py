@@ -15,8 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpcompile.api import mpcompile
 from mpcompile.errors import TrainingError
-from mpcompile.training.scaler import LossScale
-from mpcompile.training.state import save_checkpoint
+from mpcompile.training.checkpoint_file import save_checkpoint
+from mpcompile.training.loss_scale.scale import LossScale
 
 
 class Net(nn.Module):
@@ -275,7 +275,7 @@ def test_state_dict_round_trips_every_field(outcomes, accumulate, refill):
 RESUME = """
 import sys, torch
 sys.path[:0] = [sys.argv[1]]
-from mpcompile.training.state import load_checkpoint
+from mpcompile.training.checkpoint_file import load_checkpoint
 from tests.training.test_step import batches, make
 model, optimizer, step = make(sys.argv[4], dropout=0.3, backend=sys.argv[3], scale=8.0)
 extra = load_checkpoint(sys.argv[2], model=model, optimizer=optimizer, step=step)

@@ -15,8 +15,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 from mpcompile import laws
 from mpcompile.api import mpcompile
 from mpcompile.errors import CaptureError, TrainingError
-from mpcompile.training import artefact
-from mpcompile.training.emit import precision_graph
+from mpcompile.training.emitted.weave import precision_graph
+from mpcompile.training.gradients import specialization as artefact
 
 BACKENDS = ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
 

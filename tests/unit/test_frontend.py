@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from mpcompile.frontends.capture import export, trace_dynamo
-from mpcompile.frontends.exported import inline_regions
-from mpcompile.frontends.fx import FxCapture, read
-from mpcompile.frontends.fx_write import write
+from mpcompile.aten.capture import export, trace_dynamo
+from mpcompile.aten.exported import inline_regions
+from mpcompile.aten.read import FxCapture, read
+from mpcompile.aten.write import write
 
 
 def captured(fn: Any, *args: torch.Tensor) -> FxCapture:

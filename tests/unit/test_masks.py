@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mpcompile import mpcompile
-from mpcompile.frontends.inplace import make_explicit
-from mpcompile.frontends.masks import ATTENTION, fold_masks, kind_of
+from mpcompile.aten.functional import make_explicit
+from mpcompile.aten.rewrites.masks import ATTENTION, fold_masks, kind_of
 
 SIZE = 6
 Mask = Callable[[Tensor], Tensor | None]

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from onnx import TensorProto, numpy_helper
 
-from mpcompile.frontends import onnx_tensors
-from mpcompile.frontends.onnx_tensors import range_of, ranges_of
+from mpcompile.onnx import tensors as onnx_tensors
+from mpcompile.onnx.tensors import range_of, ranges_of
 
 
 def tensors() -> list[Any]:

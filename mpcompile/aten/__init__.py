@@ -1,0 +1,1 @@
+"""Torch graphs: captured, read, rewritten and written. Knows torch, never a verdict."""

@@ -1,0 +1,207 @@
+"""Facts about fx nodes: names, attributes, shapes, module paths, source lines, flops."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import re
+from typing import Any
+
+import torch
+from torch import fx
+
+from mpcompile.graph import Value
+
+DTYPES: dict[torch.dtype, str] = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
+    torch.complex64: "complex64", torch.complex128: "complex128", torch.complex32: "complex32",
+}  # fmt: skip
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_TORCH_HOME = os.path.dirname(torch.__file__)
+_OWN = tuple(
+    os.path.join(os.path.dirname(os.path.dirname(__file__)), room) for room in ("training", "aten", "shadows", "onnx")
+)
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_SMALL = 1 << 16
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """fp32 | fp16 | bf16 | fp64 | complex64 | int64 | bool …"""
+    return DTYPES.get(dtype) or str(dtype).removeprefix("torch.")
+
+
+def argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
+    """What a node was given, at its place in the operation's schema or by name."""
+    return node.args[place] if len(node.args) > place else node.kwargs.get(name, default)
+
+
+def op_name(target: Any) -> str:
+    """ "aten.linear.default", "mylib.op.default", "hop.cond", "builtin.getitem"."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return f"hop.{target._name}"
+    return f"builtin.{getattr(target, '__name__', str(target))}"
+
+
+def value_of(name: str, sample: Any) -> Value:
+    """A `Value` with the sample's dtype and shape; anything that is not a tensor is a "scalar" of no elements."""
+    if not isinstance(sample, torch.Tensor):
+        return Value(name, "scalar", (), 0)
+    shape = tuple(s if isinstance(s, int) else str(s) for s in sample.shape)
+    return Value(name, dtype_name(sample.dtype), shape, math.prod(hint(s) for s in sample.shape))
+
+
+def hint(size: int | torch.SymInt) -> int:
+    """The size that the trace was made with."""
+    if isinstance(size, int):
+        return size
+    known = size.node.hint
+    return int(known) if known is not None else 1
+
+
+def range_of(tensor: Any) -> tuple[float, float] | None:
+    """(min, max) of a small real constant."""
+    if not isinstance(tensor, torch.Tensor) or type(tensor).__name__ == "FakeTensor":
+        return None
+    if not tensor.is_floating_point() or not 0 < tensor.numel() <= _SMALL or tensor.is_meta:
+        return None
+    return float(tensor.min()), float(tensor.max())
+
+
+def attributes(node: fx.Node) -> dict[str, Any]:
+    """Every non-tensor argument under its schema name, as plain data."""
+    schema = getattr(node.target, "_schema", None)
+    names = [a.name for a in schema.arguments] if schema is not None else []
+    found: dict[str, Any] = {}
+    for i, argument in enumerate(node.args):
+        _note(found, names[i] if i < len(names) else f"arg{i}", argument)
+    for name, argument in node.kwargs.items():
+        _note(found, name, argument)
+    return found
+
+
+def _note(found: dict[str, Any], name: str, argument: Any) -> None:
+    if argument is None or isinstance(argument, fx.Node):
+        return
+    if isinstance(argument, (list, tuple)):
+        if any(isinstance(a, fx.Node) and isinstance(a.meta.get("val"), torch.Tensor) for a in argument):
+            return
+        found[name] = tuple(_plain(a) for a in argument)
+        return
+    found[name] = _plain(argument)
+
+
+def _plain(item: Any) -> Any:
+    if isinstance(item, (bool, int, float, str)) or item is None:
+        return item
+    if isinstance(item, torch.dtype):
+        return dtype_name(item)
+    return str(item)
+
+
+def names_dtype(node: fx.Node) -> bool:
+    """True when the op was told which dtype to give."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if str(target) in ("prims.convert_element_type.default", "aten.to.dtype", "aten._to_copy.default"):
+        return any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values()))
+    schema = target._schema.arguments
+    given = {schema[i].name: a for i, a in enumerate(node.args)} | dict(node.kwargs)
+    return isinstance(given.get("dtype"), torch.dtype)
+
+
+def module_path(node: fx.Node) -> str:
+    """ "encoder.0.fc1": the innermost module that the node was called in; "" for the model itself."""
+    if "mp_module" in node.meta:
+        return str(node.meta["mp_module"])
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return ""
+    return _clean_path(str(list(stack.values())[-1][0]))
+
+
+@functools.lru_cache(maxsize=4096)
+def _clean_path(path: str) -> str:
+    """ "L['self']._modules['h'][0].attn" -> "h.0.attn"; an exported path is clean already."""
+    path = re.sub(r"getattr\((.*), ['\"](\w+)['\"]\)", r"\1.\2", path)
+    path = re.sub(r"\.(_modules|_parameters|_buffers)\b", "", path)
+    path = re.sub(r"\[['\"]?([\w.]+)['\"]?\]", r".\1", path)
+    return re.sub(r"^L\.\w+\.?", "", path)
+
+
+def source_line(node: fx.Node) -> str:
+    """ "model.py:41": the innermost frame of the user's own code (frames inside torch, and our wrappers, are skipped)."""
+    frames = _frames(node.meta.get("stack_trace") or "")
+    return frames[-1] if frames else ""
+
+
+@functools.lru_cache(maxsize=4096)
+def _frames(trace: str) -> tuple[str, ...]:
+    found = [(path, line) for path, line in _FRAME.findall(trace) if not path.startswith((_TORCH_HOME, *_OWN))]
+    return tuple(f"{os.path.basename(path)}:{line}" for path, line in found)
+
+
+def flops(node: fx.Node) -> int:
+    """Multiply-adds counted as two, from the shapes of the trace; 0 for what is not matrix work."""
+    packet = getattr(getattr(node.target, "overloadpacket", None), "__name__", "")
+    if packet in _RECURRENT:
+        return _recurrence(node)
+    count = _FLOPS.get(packet)
+    value = node.meta.get("val")
+    if count is None or not isinstance(value, torch.Tensor):
+        return 0
+    tensors = [a.meta.get("val") if isinstance(a, fx.Node) else a for a in node.args]
+    return int(count([_sizes(t) for t in tensors], _sizes(value)))
+
+
+def _recurrence(node: fx.Node) -> int:
+    """Every weight of an LSTM, GRU or RNN, or of one cell, is multiplied with every row of the input."""
+    schema: Any = getattr(node.target, "_schema", None)
+    given: dict[str, Any] = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+    rows = next(iter(given.values())).meta.get("val")
+    weights = given.get("params") or [given.get("w_ih"), given.get("w_hh")]
+    sizes = [_sizes(w.meta.get("val")) for w in weights if isinstance(w, fx.Node)]
+    return 2 * math.prod(_sizes(rows)[:-1]) * sum(math.prod(size) for size in sizes if len(size) == 2)
+
+
+def _sizes(tensor: Any) -> list[int]:
+    return [hint(s) for s in tensor.shape] if isinstance(tensor, torch.Tensor) else []
+
+
+def _inner(args: list[list[int]], out: list[int]) -> int:
+    return 2 * math.prod(out) * args[0][-1]
+
+
+def _linear(args: list[list[int]], out: list[int]) -> int:
+    return 2 * math.prod(args[0]) * math.prod(args[1][:-1])
+
+
+def _addmm(args: list[list[int]], out: list[int]) -> int:
+    return 2 * math.prod(out) * args[1][-1]
+
+
+def _conv(args: list[list[int]], out: list[int]) -> int:
+    return 2 * math.prod(out) * math.prod(args[1][1:])
+
+
+def _conv_transpose(args: list[list[int]], out: list[int]) -> int:
+    return 2 * math.prod(args[0]) * math.prod(args[1][1:])
+
+
+def _attention(args: list[list[int]], out: list[int]) -> int:
+    query, key = args[0], args[1]
+    return 4 * math.prod(query) * key[-2]
+
+
+_RECURRENT = frozenset(name + tail for name in ("lstm", "gru", "rnn_tanh", "rnn_relu") for tail in ("", "_cell"))
+_FLOPS: dict[str, Any] = {
+    **dict.fromkeys(("mm", "bmm", "matmul", "mv", "dot"), _inner),
+    **dict.fromkeys(("addmm", "baddbmm", "addbmm"), _addmm),
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _conv),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _conv_transpose),
+    "linear": _linear,
+    "scaled_dot_product_attention": _attention,
+}

@@ -1,0 +1,166 @@
+"""The loss region in chunks of rows: logits of a large vocabulary are never held whole, in FP32 or at all.
+
+``cross_entropy(linear(h, w))`` keeps rows x classes logits for the backward, the largest tensor of a language model's
+step, and its gradient beside it.  The seed of the backward (the loss scale) is known before the forward starts, so
+each chunk of rows is taken forward and backward at once: its gradient for `h` and its part of the gradient for `w`
+replace its logits.  The arithmetic of a chunk is autograd's own of the rewritten nodes, so roundings stay what the
+plan says; the parts for `w` are summed in FP32.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mpcompile.aten.facts import argument
+from mpcompile.aten.rewrites.align import closed, padded
+from mpcompile.aten.rewrites.logits import Region, ValueOf, region_of, replay
+
+aten = torch.ops.aten
+# Chunk when the FP32 logits would take more; in at most so many chunks, each of which is compiled.
+WORTH_BYTES, MOST = 16 << 20, 16
+# Rows of a chunk on a GPU are a multiple: what a tile of its products takes.
+TILE = 128
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """Mean cross-entropy of a linear layer, forward and backward by chunks of rows.
+
+    `seed` must be the gradient that arrives, up to a factor: the gradients are made with it in the forward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, seed: Tensor,
+                options: tuple[Any, ...]) -> Tensor:  # fmt: skip
+        chunks, extra, casts, ignore, smoothing = options
+        wide = padded(weight, extra), closed(weight, bias, extra), bias is not None
+        count: Tensor = (target != ignore).sum().float()
+        unit = seed / count
+        total: Tensor | None = None
+        hiddens = list[Tensor]()
+        sums: list[Any] = [None, None]
+        ends = bounds(hidden.shape[0], chunks, hidden.device.type)
+        for first, last in itertools.pairwise(ends):
+            part = _chunk(hidden[first:last], *wide, target[first:last], unit, casts, ignore, smoothing)
+            total = part[0] if total is None else total + part[0]
+            hiddens.append(part[1])
+            sums = [g if s is None else (s if g is None else s + g) for s, g in zip(sums, part[2:], strict=True)]
+        sums = [None if s is None else s[: weight.shape[0]] for s in sums]
+        kept = [torch.cat(hiddens), sums[0].to(weight.dtype), None if bias is None else sums[1].to(bias.dtype)]
+        ctx.save_for_backward(seed, *kept)
+        assert total is not None
+        mean: Tensor = total / count
+        return mean
+
+    @staticmethod
+    def backward(ctx: Any, *arrived: Tensor) -> tuple[Any, ...]:
+        seed, hidden, weight, bias = ctx.saved_tensors
+        # 1 exactly where the loss is the step's own; another factor where it is one term of it.
+        factor = arrived[0] / seed
+        grads = [None if g is None else (g * factor).to(g.dtype) for g in (hidden, weight, bias)]
+        return (*grads, None, None, None)
+
+
+def _chunk(hidden: Tensor, weight: Tensor, bias: Tensor | None, biased: bool, target: Tensor, unit: Tensor,
+           casts: Sequence[torch.dtype], ignore: int, smoothing: float) -> tuple[Any, ...]:  # fmt: skip
+    """(sum of losses, gradient for the rows, FP32 gradients for weight and bias) of one chunk.
+
+    `biased` says whether the bias is the model's, and wants a gradient.
+    """
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_() for t in (hidden, weight, *((bias,) if biased else ()))]
+        logits = torch.nn.functional.linear(leaves[0], leaves[1], leaves[2] if biased else bias)
+        for dtype in casts:
+            logits = logits.to(dtype)
+        loss = torch.nn.functional.cross_entropy(
+            logits, target, ignore_index=ignore, reduction="sum", label_smoothing=smoothing
+        )
+        grads = list(torch.autograd.grad(loss, leaves, unit.to(loss.dtype)))
+    return loss.detach(), grads[0], grads[1].float(), grads[2].float() if biased else None
+
+
+def chunked_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, seed: Tensor,
+                 options: tuple[Any, ...]) -> Tensor:  # fmt: skip
+    """`ChunkedLoss`, as a function for graphs."""
+    return ChunkedLoss.apply(hidden, weight, bias, target, seed, options)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def find(module: fx.GraphModule, value_of: ValueOf) -> list[Region]:
+    """The regions worth chunking: large logits, and the mean of their losses."""
+    found = []
+    for loss in module.graph.find_nodes(op="call_function", target=aten.cross_entropy_loss.default):
+        region = region_of(loss, value_of) if argument(loss, 3, "reduction", 1) == 1 else None
+        if region is None:
+            continue
+        if 4 * _hint(value_of(loss.args[0]).numel()) > WORTH_BYTES:
+            found.append(region)
+    return found
+
+
+def rewrite(
+    module: fx.GraphModule,
+    regions: Sequence[Region],
+    seed: fx.Node,
+    value_of: ValueOf,
+    extra_of: Callable[[fx.Node], int],
+) -> None:
+    """Replace each region by `chunked_loss`.
+
+    Args:
+      seed: the graph's input that holds the backward's seed.
+      value_of: the fake value of a node.
+      extra_of: columns of zeros that a linear's product should get (see `mpcompile.aten.rewrites.align`).
+    """
+    for region in regions:
+        hidden, weight, *rest = region.linear.args
+        width = value_of(hidden).shape[-1]
+        chunks = chunk_count(_hint(value_of(region.loss.args[0]).shape[0]), _hint(width))
+        with module.graph.inserting_before(region.loss):
+            rows = hidden
+            for node in region.between:
+                rows = rows if node.target is aten.to.dtype else replay(module.graph, node, rows, width)
+            # Padding is closed by a bias, which label smoothing would count.
+            extra = 0 if region.smoothing else extra_of(region.linear)
+            options = (chunks, extra, region.casts, region.ignore, region.smoothing)
+            bias = rest[0] if rest else None
+            new = module.graph.call_function(chunked_loss, (rows, weight, bias, region.loss.args[1], seed, options))
+        new.meta.update({k: region.loss.meta[k] for k in region.loss.meta if k != "val"})
+        region.loss.replace_all_uses_with(new)
+        for node in (region.loss, *reversed(region.between), region.linear):
+            module.graph.erase_node(node)
+    module.graph.lint()
+    module.recompile()
+
+
+def bounds(rows: Any, chunks: int, device: str) -> list[Any]:
+    """Where the chunks begin, and `rows`.
+
+    On a GPU no two chunks have as many rows: Inductor takes the losses of chunks of one size in a single kernel, and so
+    holds all their logits at once.
+    """
+    unit = TILE if device == "cuda" and isinstance(rows, int) and rows >= TILE * chunks * chunks else 0
+    if not unit:
+        return [rows * number // chunks for number in range(chunks + 1)]
+    sizes = [(rows // unit // chunks + number - chunks // 2) * unit for number in range(chunks - 1)]
+    return [0, *itertools.accumulate(sizes), rows]
+
+
+def chunk_count(rows: int, width: int) -> int:
+    """The number of chunks that holds the fewest bytes.
+
+    Inductor sums the parts of the weight's gradient in one kernel, at the end: n chunks hold n - 1 parts of
+    classes x width elements beside the last chunk's logits and their gradient, 2 x rows / n x classes.  The sum
+    is least at n = sqrt(2 rows / width).
+    """
+    return max(2, min(MOST, round(math.sqrt(2 * rows / width))))
+
+
+def _hint(size: Any) -> int:
+    node = getattr(size, "node", None)
+    return int(node.hint) if node is not None else int(operator.index(size))

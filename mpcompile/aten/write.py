@@ -1,0 +1,202 @@
+"""Write a decided precision graph back as an ATen `fx.GraphModule`.
+
+The original nodes are copied in their order; a cast of the plan becomes ``aten.to.dtype``, standing where the plan
+has it.  With `shadows`, the cast of a parameter becomes a new graph input that the run time keeps up to date, tied to
+its master so that the gradient reaches the master in FP32.  With `emulate`, low nodes of the named kinds compute in
+FP32 and round their result, for devices whose kernels do not take the low type.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from mpcompile.aten.facts import TORCH_DTYPES
+from mpcompile.aten.read import FxCapture, operands
+from mpcompile.graph import LOW, Node, PrecisionGraph
+
+_COPIED_META = ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id", "custom", "mp_name", "tensor_dict")
+
+
+@dataclass
+class Written:
+    """A rewritten module; `shadows` names, per added input, the parameter's value and the low type."""
+
+    module: fx.GraphModule
+    shadows: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass
+class _Writer:
+    capture: FxCapture
+    plan: PrecisionGraph
+    use_shadow: Callable[..., Any] | None
+    emulate: frozenset[str]
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    env: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    values: dict[str, fx.Node] = field(default_factory=dict)
+    shadows: list[tuple[str, str]] = field(default_factory=list)
+    last_input: fx.Node | None = None
+
+    def run(self) -> Written:
+        casts = _casts_after(self.plan)
+        inputs_done = False
+        for node in self.capture.module.graph.nodes:
+            if node.op not in ("placeholder", "get_attr") and not inputs_done:
+                inputs_done = True
+                self._casts(casts.get("", ()))
+            self._copy(node)
+            self._casts(casts.get(node.name, ()) if node.op == "call_function" else ())
+        self.graph.lint()
+        # An exported graph takes and gives the user's own structures.
+        self.graph.set_codegen(self.capture.module.graph._codegen)
+        module = fx.GraphModule(self.capture.module, self.graph)
+        module.meta.update({k: v for k, v in self.capture.module.meta.items() if k != "dynamo_compile_id"})
+        return Written(module, self.shadows)
+
+    def _copy(self, node: fx.Node) -> None:
+        if node.op == "output":
+            self._output(node)
+            return
+        if node in self.env:
+            return  # a get_attr that a cast fetched early
+        planned = self.plan.nodes.get(node.name) if node.op == "call_function" else None
+        new = self.graph.node_copy(node, self._argument_map(node, planned))
+        new.meta = {k: node.meta[k] for k in _COPIED_META if k in node.meta}
+        if node.op == "placeholder":
+            self.last_input = new
+        if planned is not None:
+            new.meta["mp_node"] = planned.id
+            new = self._rounded(new, planned)
+        self.env[node] = new
+
+    def _argument_map(self, node: fx.Node, planned: Node | None) -> Callable[[fx.Node], fx.Node]:
+        """Maps the old arguments, in the order in which `node_copy` visits them, to what the plan reads."""
+        if planned is None:
+            return lambda n: self.env[n]
+        tensors = [n for n, _ in operands(node) if n in self.capture.names]
+        read = iter(zip(tensors, planned.inputs, strict=True))
+
+        def take(old: fx.Node) -> fx.Node:
+            if old not in self.capture.names:
+                return self.env[old]
+            _, name = next(read)
+            return self._operand(name, planned)
+
+        return take
+
+    def _operand(self, name: str, reader: Node) -> fx.Node:
+        found = self.fetch(name)
+        if not self._emulated(reader) or self.plan.values[name].dtype not in LOW:
+            return found
+        return self._cast(found, torch.float32)
+
+    def _emulated(self, node: Node) -> bool:
+        return node.precision in LOW and node.kind in self.emulate
+
+    def _rounded(self, new: fx.Node, planned: Node) -> fx.Node:
+        if not self._emulated(planned) or len(planned.outputs) != 1:
+            return new
+        return self._cast(new, TORCH_DTYPES[self.plan.values[planned.outputs[0]].dtype])
+
+    def _cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        new = self.graph.call_function(torch.ops.aten.to.dtype, (node, dtype))
+        new.meta = {k: node.meta[k] for k in _COPIED_META[:4] if k in node.meta}
+        return new
+
+    def fetch(self, name: str) -> fx.Node:
+        """The new node that holds a value: a cast's, an original's, or an item of its tuple."""
+        if name in self.values:
+            return self.values[name]
+        old, index = self.capture.origin[name]
+        if old not in self.env:
+            self._copy(old)
+        new = self.env[old]
+        if index is not None:
+            new = self._item(name, old, new, index)
+        self.values[name] = new
+        return new
+
+    def _item(self, name: str, old: fx.Node, new: fx.Node, index: int) -> fx.Node:
+        item = self.graph.call_function(operator.getitem, (new, index))
+        planned, dtype = self.plan.nodes.get(old.name), self.plan.values[name].dtype
+        emulated = planned is not None and self._emulated(planned) and dtype in LOW
+        return self._cast(item, TORCH_DTYPES[dtype]) if emulated else item
+
+    def _casts(self, casts: Iterable[Node]) -> None:
+        for cast in casts:
+            self.values[cast.outputs[0]] = self._write_cast(cast)
+
+    def _write_cast(self, cast: Node) -> fx.Node:
+        name, target = cast.inputs[0], str(cast.attrs["to"])
+        source = self.fetch(name)
+        if cast.origin == "shadow" and self.use_shadow is not None and source.op == "placeholder":
+            return self._shadow(name, target, source)
+        return self._cast(source, TORCH_DTYPES[target])
+
+    def _shadow(self, name: str, target: str, master: fx.Node) -> fx.Node:
+        assert self.last_input is not None
+        with self.graph.inserting_after(self.last_input):
+            self.last_input = self.graph.placeholder(f"shadow_{len(self.shadows)}")
+        self.last_input.meta["mp_name"] = f"{name}.shadow"
+        self.shadows.append((name, target))
+        return self.graph.call_function(self.use_shadow, (master, self.last_input))  # type: ignore[arg-type]
+
+    def _output(self, node: fx.Node) -> None:
+        names = iter(self.plan.outputs)
+        tensors = self.capture.names
+
+        def take(old: fx.Node) -> fx.Node:
+            return self.fetch(next(names)) if old in tensors else self.env[old]
+
+        self.graph.output(fx.map_arg(node.args[0], take))
+
+
+def write(
+    capture: FxCapture,
+    plan: PrecisionGraph,
+    *,
+    use_shadow: Callable[..., Any] | None = None,
+    emulate: Iterable[str] = (),
+) -> Written:
+    """The rewritten module.
+
+    Args:
+      capture: what `read` gave.
+      plan: its graph after the passes.
+      use_shadow: called as ``use_shadow(master, shadow)`` in the graph for every shadow cast of a graph input; None
+        keeps shadow casts as ordinary casts.
+      emulate: kinds whose low nodes compute in FP32 and round (see `mpcompile.runtime.device.emulated_kinds`).
+    """
+    return _Writer(capture, plan, use_shadow, frozenset(emulate)).run()
+
+
+def read_shadows(module: fx.GraphModule, use_shadow: Callable[..., Any], names: Container[str] | None = None) -> None:
+    """Let readers of ``use_shadow(master, shadow)`` read the shadow itself, of all inputs or of those in `names`."""
+    for node in module.graph.find_nodes(op="call_function", target=use_shadow):
+        if names is None or node.args[1].name in names:
+            node.replace_all_uses_with(node.args[1])
+            module.graph.erase_node(node)
+    module.recompile()
+
+
+def has_user_low_cast(plan: PrecisionGraph) -> bool:
+    """True when the user's own code rounds to a low type: the backend must keep that rounding."""
+    return any(node.kind == "cast" and not node.is_cast and node.out_dtype in LOW for node in plan)
+
+
+def _casts_after(plan: PrecisionGraph) -> dict[str, list[Node]]:
+    """Id of the last original node before a cast ("" for none) -> the casts that stand there, in order."""
+    found: dict[str, list[Node]] = {}
+    anchor = ""
+    for node in plan:
+        if node.is_cast:
+            found.setdefault(anchor, []).append(node)
+        else:
+            anchor = node.id
+    return found

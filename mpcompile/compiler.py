@@ -1,0 +1,127 @@
+"""Settings, plan and decision of one graph: what every entrance (drop-in, step, export, report) asks for.
+
+`decide` reads an ATen graph and runs the passes over it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from mpcompile.aten.read import FxCapture, read
+from mpcompile.devices import pinned
+from mpcompile.errors import RuleError
+from mpcompile.graph import PrecisionGraph
+from mpcompile.pipeline import Observer, StepRecord, default_passes, run
+from mpcompile.policy import Policy
+from mpcompile.runtime.device import row_name, settle_policy
+
+log = logging.getLogger("mpcompile")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one model is compiled.
+
+    Fields:
+      policy: the policy, "auto" not yet settled.
+      keep_fp32, low: overrides: globs on module path, op name or node name, or callables of a `Node`.
+      strict: an op without a rule is an error.
+      inner: "inductor" or "eager".
+    """
+
+    policy: Policy = field(default_factory=Policy)
+    keep_fp32: tuple[Any, ...] = ()
+    low: tuple[Any, ...] = ()
+    strict: bool = False
+    inner: str = "inductor"
+
+
+@dataclass
+class Plan:
+    """A graph and what was decided of it.
+
+    Fields:
+      device: where it runs ("cuda" or "cpu").
+      row: name of the row that it was priced by (see `mpcompile.devices`).
+    """
+
+    capture: FxCapture
+    graph: PrecisionGraph
+    steps: list[StepRecord]
+    policy: Policy
+    device: str
+    seconds: float
+    row: str = "cpu"
+
+
+def decide(
+    module: fx.GraphModule,
+    settings: Settings,
+    device: str,
+    *,
+    partial: bool = False,
+    observer: Observer | None = None,
+) -> Plan:
+    """Read an ATen graph and run the passes over it.
+
+    Args:
+      device: where the graph runs ("cuda" or "cpu"); what it is priced for is the policy's to say.
+      partial: the graph is one of several of the model, so an override may match in another.
+      observer: called after each pass (see `mpcompile.pipeline.run`).
+    """
+    start = time.perf_counter()
+    policy = settle_policy(settings.policy, device)
+    row = row_name(policy, device)
+    capture = read(module, {"device": row, "policy": str(policy)})
+    passes = default_passes(
+        policy,
+        row,
+        source="aten",
+        keep_fp32=settings.keep_fp32,
+        force_low=settings.low,
+        strict=settings.strict,
+        fused=settings.inner == "inductor",
+        partial=partial,
+    )
+    graph, steps = run(capture.graph, passes, observer)
+    return Plan(capture, graph, steps, policy, device, time.perf_counter() - start, row)
+
+
+def settings_of(
+    policy: str | Policy = "auto",
+    keep_fp32: Any = (),
+    low: Any = (),
+    strict: bool = False,
+    inner: str = "inductor",
+) -> Settings:
+    """Settings from what a caller may write (a policy string, one glob or several)."""
+    if inner not in ("inductor", "eager"):
+        raise RuleError("MP204", f"there is no backend {inner!r}", try_="'inductor', 'eager' or 'onnxruntime'")
+    parsed = Policy.parse(policy)
+    if parsed.device != "auto":
+        pinned(parsed.device)  # a file that cannot be read is an error of this call, not of the first batch
+    return Settings(parsed, _several(keep_fp32), _several(low), strict, inner)
+
+
+def _several(given: Any) -> tuple[Any, ...]:
+    overrides = (
+        (given,) if isinstance(given, str) or callable(given) or not isinstance(given, Iterable) else tuple(given)
+    )
+    for one in overrides:
+        if not isinstance(one, str) and not callable(one):
+            raise RuleError("MP203", f"an override is a glob or a callable of a Node, not {one!r}",
+                            try_='keep_fp32=["decoder.norm*"], or low=[lambda node: node.kind == "matmul"]')  # fmt: skip
+    return overrides
+
+
+def log_plan(plan: Plan) -> None:
+    """The one line after compilation."""
+    from mpcompile.report.summary import summary_line
+
+    log.info("%s", summary_line(plan.graph, plan.policy, plan.seconds))

@@ -1,0 +1,1 @@
+"""Everything ONNX: conversion, reading, writing, export, running."""

@@ -1,0 +1,1 @@
+"""From a file or message to a precision graph."""

@@ -1,0 +1,1 @@
+"""From a decided precision graph to a message."""

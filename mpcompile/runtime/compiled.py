@@ -1,0 +1,80 @@
+"""What Dynamo's bytecode calls: a compiled graph with its shadows brought up to date first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from mpcompile.errors import RuntimeFailure, page
+from mpcompile.shadows.table import SHADOWS, ShadowGroup, use_shadows
+
+page(
+    "MP701",
+    "A derivative of a derivative through a compiled graph",
+    "AOTAutograd, which compiles the backward, has no double backward; a gradient penalty needs one.",
+    "Use backend='eager' for the part of the model whose gradient you differentiate.",
+)
+
+
+class CompiledGraph:
+    """What Dynamo's bytecode calls: the inner graph, with its shadows brought up to date first.
+
+    `parameters` receives the ids of those that the graph is first called with; `lifted` are the numbers of the shadows
+    that the graph is differentiated by, in groups whose gradients are cast together.
+    """
+
+    # Calls of all graphs so far: a call of a model that leaves it as it was ran none.
+    runs = 0
+
+    def __init__(
+        self,
+        inner: Callable[..., Any],
+        shadows: list[tuple[int, torch.dtype]],
+        parameters: set[int],
+        lifted: Sequence[Sequence[int]] = (),
+        *,
+        differentiable_twice: bool,
+    ):
+        self.inner, self.differentiable_twice = inner, differentiable_twice
+        self.parameters: set[int] | None = parameters
+        self.places = [place for place, _ in shadows]
+        self.shadows = ShadowGroup(SHADOWS, [dtype for _, dtype in shadows])
+        self.lifted = [(group, [self.places[number] for number in group]) for group in lifted]
+
+    def __call__(self, *args: Any) -> Any:
+        CompiledGraph.runs += 1
+        if self.parameters is not None:
+            self.parameters.update(id(a) for a in args if isinstance(a, torch.nn.Parameter))
+            self.parameters = None
+        shadows = self.shadows.get([args[place] for place in self.places]) if self.places else []
+        if self.lifted and torch.is_grad_enabled():
+            shadows = list(shadows)
+            for group, places in self.lifted:
+                used = use_shadows([args[place] for place in places], [shadows[number] for number in group])
+                for number, shadow in zip(group, used, strict=True):
+                    shadows[number] = shadow
+        outputs = self.inner(*args, *shadows)
+        if not self.differentiable_twice and torch.is_grad_enabled():
+            _refuse_double_backward(outputs)
+        return outputs
+
+
+def _refuse_double_backward(outputs: Any) -> None:
+    """Say clearly, when a backward is asked to build a graph, that the compiled one cannot."""
+    for output in outputs if isinstance(outputs, (list, tuple)) else (outputs,):
+        if isinstance(output, torch.Tensor) and output.grad_fn is not None:
+            output.grad_fn.register_prehook(_check_no_graph)
+            return
+
+
+def _check_no_graph(grads: Any) -> None:
+    # The engine runs hooks in the grad mode of the backward: enabled means create_graph=True.
+    if torch.is_grad_enabled():
+        raise RuntimeFailure(
+            "MP701",
+            "double backward (create_graph=True) through a compiled graph",
+            why="AOTAutograd, which made the compiled backward, has no double backward",
+            try_='mpcompile(model, ..., backend="eager")',
+        )

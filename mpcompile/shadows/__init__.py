@@ -1,0 +1,1 @@
+"""The table of shadows: the low copies of masters. Below the runtime and training."""

@@ -1,0 +1,1 @@
+"""Forward and backward of one signature of the batch."""

@@ -1,0 +1,140 @@
+"""Run an emitted step: op by op, or compiled by Inductor in the parts that measured fastest.
+
+Forward and backward are cut by AOTAutograd's min-cut partitioner, so cheap values are recomputed and not kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mpcompile.aten.facts import hint
+from mpcompile.aten.graphs import inputs_of, outputs_of, values_of
+from mpcompile.training.gradients.joint import Joint, fresh_tracing
+from mpcompile.training.optimizer.traced_update import InPlace
+
+Run = Callable[[list[Any]], Sequence[Any]]
+
+aten = torch.ops.aten
+_VIEWS = (aten.permute.default, aten.view.default, aten.t.default, aten.transpose.int, aten.reshape.default,
+          aten.alias.default, aten.expand.default, aten.slice.Tensor, aten.unsqueeze.default, aten.squeeze.dim)  # fmt: skip
+
+
+def decompositions(backend: str) -> dict[Any, Callable[..., Any]] | None:
+    """What the backend wants decomposed in the joint trace."""
+    if backend == "eager":
+        return None
+    # Some decompositions (max_pool2d on torch 2.11) look for the lowerings without importing them.
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()
+
+
+def run_joint(joint: Joint, backend: str, *, remake: bool) -> tuple[Run, list[Tensor]]:
+    """A function of (*inputs, seed) that gives (*mutated, loss, *grads), and fakes of what it keeps for the backward.
+
+    Run op by op, a joint graph keeps what its next nodes read: no list of it exists.
+
+    Args:
+      remake: keep no pointwise chain (a GELU, a normalization's output) that a matmul of the backward reads.
+    """
+    if backend == "eager":
+        return _eager(joint.module), []
+    return _in_two(joint, remake)
+
+
+def run_update(update: InPlace, backend: str) -> Run:
+    """A function of the update's inputs that gives (finite, norm, scale) and writes the rest in place."""
+    if backend == "eager":
+        return _eager(update.module)
+    return compile_inference(update.module, update.fakes)
+
+
+def _eager(module: fx.GraphModule) -> Run:
+    def run(inputs: list[Any]) -> Sequence[Any]:
+        with torch.no_grad():
+            return module(*inputs)  # type: ignore[no-any-return]
+
+    return run
+
+
+def _in_two(joint: Joint, remake: bool) -> tuple[Run, list[Tensor]]:
+    from torch._inductor.compile_fx import compile_fx_inner, partition_fn
+    from torch._inductor.virtualized import V
+
+    mode = joint.forward.fakes[0].fake_mode  # type: ignore[attr-defined]
+    fixed = [i for i, one in enumerate(joint.forward.inputs) if one.kind != "arg"]
+    with fresh_tracing(mode), V.set_fake_mode(mode):
+        with torch._functorch.config.patch(ban_recompute_materialized_backward=not remake):
+            first, second = partition_fn(joint.module, joint.fakes, num_fwd_outputs=joint.outputs_of_forward)
+        # Compiling rewrites a graph in place: what is saved has the backward's names before it only.
+        kept = joint.outputs_of_forward
+        made, names = _made(outputs_of(first)[kept:]), [getattr(node, "name", "") for node in outputs_of(first)]
+        with torch._guards.TracingContext.report_output_strides() as strides:
+            forward: Any = compile_fx_inner(first, values_of(inputs_of(first)), static_input_idxs=fixed)
+        _lay_out_saved(dict(zip(names, strides or [], strict=False)), second)
+        order = _order_saved(names[kept:], second)
+        backward: Any = compile_fx_inner(second, values_of(inputs_of(second)), is_backward=True)
+
+    def run(inputs: list[Any]) -> Sequence[Any]:
+        seed = inputs.pop()
+        with torch.no_grad():
+            outputs = list(forward(inputs))
+            saved = [*outputs[kept:], seed]
+            del outputs[kept:]
+            saved = [saved[place] for place in order]
+            outputs.extend(backward(saved))
+        return outputs
+
+    return run, made
+
+
+def _made(nodes: Sequence[Any]) -> list[Tensor]:
+    """Fakes of the saved tensors that the forward makes: not its inputs, nor views of them."""
+    found = []
+    for node in nodes:
+        source = node
+        while isinstance(source, fx.Node) and source.target in _VIEWS:
+            source = source.args[0]
+        if isinstance(source, fx.Node) and source.op != "placeholder" and isinstance(node.meta.get("val"), Tensor):
+            found.append(node.meta["val"])
+    return found
+
+
+def _order_saved(names: Sequence[str], second: fx.GraphModule) -> list[int]:
+    """Place, in what the forward saved (the seed last), of each input of the backward: sizes come first there."""
+    wanted = [node.name for node in inputs_of(second)]
+    unknown = [name for name in wanted if name not in names]
+    # Only the seed is no output of the forward; anything else read in its place would be a wrong gradient.
+    assert len(unknown) <= 1, f"the backward reads what the forward does not save: {unknown}"
+    return [names.index(name) if name in names else len(names) for name in wanted]
+
+
+def _lay_out_saved(strides: Mapping[str, Any], second: fx.GraphModule) -> None:
+    """Tell the backward how the forward laid out what it saved: Inductor pads rows (50,257 columns to 50,304)."""
+    for node in inputs_of(second):
+        value, stride = node.meta.get("val"), strides.get(node.name)
+        # By their hints: comparing a symbolic stride with a number would settle its size.
+        if isinstance(value, Tensor) and stride is not None and list(map(hint, value.stride())) != list(stride):
+            node.meta["val"] = value.as_strided(value.size(), stride)
+
+
+def compile_inference(module: fx.GraphModule, fakes: Sequence[Any]) -> Run:
+    """Compile a graph without a backward; it may end with copies into its inputs."""
+    from torch._inductor.compile_fx import _recursive_joint_graph_passes, compile_fx_inner
+    from torch._inductor.virtualized import V
+
+    mode = next(t.fake_mode for t in fakes if isinstance(t, Tensor))  # type: ignore[attr-defined]
+    with fresh_tracing(mode), V.set_fake_mode(mode):
+        device = next(t.device for t in fakes if isinstance(t, Tensor))
+        module = _recursive_joint_graph_passes(module, input_device=device)
+        compiled: Any = compile_fx_inner(module, list(fakes), is_inference=True, static_input_idxs=range(len(fakes)))
+
+    def run(inputs: list[Any]) -> Sequence[Any]:
+        with torch.no_grad():
+            return compiled(inputs)  # type: ignore[no-any-return]
+
+    return run

@@ -1,0 +1,286 @@
+"""The forward half of a step: model and loss captured as one graph, rewritten, with its inputs told apart.
+
+The graph is `torch.export`'s, with parameters and buffers as inputs.  A weight that only low nodes read enters as its
+shadow, a graph input of its own: its gradient then arrives in the low type, and no cast of it exists in the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import Dim
+from torch.export.graph_signature import InputKind
+
+from mpcompile.aten.capture import export
+from mpcompile.aten.exported import inline_regions
+from mpcompile.aten.facts import TORCH_DTYPES, source_line
+from mpcompile.aten.graphs import inputs_of
+from mpcompile.aten.rewrites import chunked_loss as loss_region
+from mpcompile.aten.rewrites.align import align_linears, low_columns, padding
+from mpcompile.aten.rewrites.logits import values_of_written
+from mpcompile.aten.write import read_shadows, write
+from mpcompile.compiler import Plan, Settings, decide
+from mpcompile.errors import TrainingError, page
+from mpcompile.runtime.device import device_of, emulated_kinds
+from mpcompile.training.gradients import activation_checkpoints as checkpoints
+from mpcompile.training.gradients import custom_functions
+from mpcompile.training.gradients.batch import Batch
+
+page(
+    "MP531",
+    "A training step without a loss",
+    "The model's output (or what `loss_fn` returned) is not a scalar floating-point loss, and has none under `.loss`, "
+    'under ["loss"], or as the first of a tuple.',
+    "Pass `loss_fn(model, *args, **kwargs)` that returns the scalar loss, or let the model return it.",
+)
+
+
+@dataclass(frozen=True)
+class Input:
+    """One input of the graph.
+
+    Fields:
+      kind: "param", "buffer" and "constant" hold `name` in the model; "shadow" is the low copy of the parameter
+        `name`; "arg" is the tensor number `index` of the batch; "seed" is what the backward starts from.
+      trained: the loss is differentiated by it.
+    """
+
+    kind: Literal["param", "buffer", "constant", "shadow", "arg", "seed"]
+    name: str
+    dtype: torch.dtype
+    index: int = -1
+    trained: bool = False
+
+
+@dataclass
+class Forward:
+    """The rewritten forward: `module(*inputs) -> loss` with fake inputs, and the plan that it was written from."""
+
+    module: fx.GraphModule
+    inputs: list[Input]
+    fakes: list[Tensor]
+    plan: Plan
+    constants: dict[str, Tensor]
+
+
+class LossOf(nn.Module):
+    """The model with its loss, as one module from the batch's tensors to the scalar.
+
+    Args:
+      batch: the call's arguments (args, kwargs); what is not a tensor is a constant of the module.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: Callable[..., Any] | None, batch: Batch) -> None:
+        super().__init__()
+        self.model, self.loss_fn, self.batch = model, loss_fn, batch
+        self.training = model.training
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        args, kwargs = self.batch.rebuild(tensors)
+        call = self.model if self.loss_fn is None else self.loss_fn
+        operands = args if self.loss_fn is None else (self.model, *args)
+        return loss_in(call(*operands, **kwargs))
+
+
+def owned(model: nn.Module, loss_fn: Callable[..., Any] | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(parameters, buffers) by the names that a step gives them: the model's, and those of a `loss_fn` with its own."""
+    parameters: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    buffers: dict[str, Tensor] = dict(model.named_buffers(remove_duplicate=False))
+    if isinstance(loss_fn, nn.Module):
+        parameters.update(_of_loss(loss_fn.named_parameters(remove_duplicate=False)))
+        buffers.update(_of_loss(loss_fn.named_buffers(remove_duplicate=False)))
+    return parameters, buffers
+
+
+def _of_loss(named: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{_OF_LOSS}{name}": tensor for name, tensor in named}
+
+
+_OF_LOSS = "loss_fn:"
+
+
+def loss_in(output: Any) -> Tensor:
+    """The scalar loss in what a model or `loss_fn` returned.
+
+    Raises:
+      TrainingError: MP531.
+    """
+    loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
+    if isinstance(loss, (tuple, list)) and loss:
+        loss = loss[0]
+    if isinstance(loss, Tensor) and loss.numel() == 1 and loss.is_floating_point():
+        return loss.reshape(())
+    what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(output).__name__}"
+    raise TrainingError(
+        "MP531",
+        f"the step found no scalar loss: it got {what}",
+        try_="train_step(optimizer, loss_fn=lambda model, x, y: …) that returns a scalar",
+    )
+
+
+def capture(
+    model: nn.Module,
+    loss_fn: Callable[..., Any] | None,
+    batch: Batch,
+    settings: Settings,
+    trained: set[int],
+    dynamic: Sequence[tuple[int, int]] = (),
+    *,
+    chunk_loss: bool = True,
+    compiled: bool = True,
+) -> Forward:
+    """Capture, decide and rewrite the model's loss.
+
+    Args:
+      batch: an example; its tensors are the graph's "arg" inputs.
+      trained: ids of the parameters that the optimizer updates.
+      dynamic: (tensor, dimension) pairs that stay symbolic.
+      chunk_loss: take the loss of a large vocabulary in chunks of rows.
+      compiled: the graph will be compiled, not run op by op.
+
+    Raises:
+      CaptureError: MP101. TrainingError: MP531.
+    """
+    sizes = tuple({d: Dim.AUTO for t, d in dynamic if t == i} for i in range(len(batch.tensors))) if dynamic else None
+    with checkpoints.seen(), custom_functions.refused():
+        program = export(LossOf(model, loss_fn, batch), tuple(batch.tensors), None, sizes and {"tensors": sizes})
+    module = program.graph_module
+    inline_regions(module)
+    checkpoints.tag(module)
+    _name_loss(module, loss_fn)
+    sources = _name_inputs(program, module)
+    plan = decide(module, settings, device_of(model.parameters()))
+    written = write(
+        plan.capture,
+        plan.graph,
+        use_shadow=_shadow_alone,
+        emulate=emulated_kinds(plan.device, plan.policy.low, compiled=compiled),
+    )
+    read_shadows(written.module, _shadow_alone)
+    written.module.graph.set_codegen(fx.graph.CodeGen())
+    if chunk_loss:
+        _chunk_losses(written.module, plan)
+    if compiled:
+        align_linears(written.module, plan.capture, plan.graph, plan.device)
+    written.module.recompile()
+    constants = {_settled(name): value for name, value in program.constants.items()}
+    parameters = owned(model, loss_fn)[0]
+    return _assemble(written.module, written.shadows, sources, plan, constants, parameters, trained)
+
+
+def _chunk_losses(module: fx.GraphModule, plan: Plan) -> None:
+    value_of = values_of_written(plan.capture)
+    regions = loss_region.find(module, value_of)
+    if regions:
+        with module.graph.inserting_after(inputs_of(module)[-1]):
+            seed = module.graph.placeholder("seed")
+        seed.meta["mp_name"] = "seed"
+        loss_region.rewrite(
+            module, regions, seed, value_of, lambda linear: padding(low_columns(linear, plan.graph), plan.device)
+        )
+
+
+def _shadow_alone(master: Tensor, shadow: Tensor) -> Tensor:
+    return shadow
+
+
+def _name_inputs(program: Any, module: fx.GraphModule) -> dict[str, Input]:
+    """Placeholder -> what it is, in the user's names; a tied parameter enters once."""
+    kinds = {
+        InputKind.PARAMETER: "param",
+        InputKind.BUFFER: "buffer",
+        InputKind.CONSTANT_TENSOR: "constant",
+        InputKind.USER_INPUT: "arg",
+    }
+    state, first, found, leaf = program.state_dict, dict[int, fx.Node](), dict[str, Input](), 0
+    specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
+    for node in module.graph.nodes:
+        if "nn_module_stack" in node.meta:
+            # The user's own paths: what overrides name, and what the report shows.
+            node.meta["nn_module_stack"] = {k: (_own(p), c) for k, (p, c) in node.meta["nn_module_stack"].items()}
+    for node in module.graph.find_nodes(op="placeholder"):
+        spec, value = specs[node.name], node.meta.get("val")
+        kind: Any = kinds[spec.kind]
+        name = _settled(spec.target or "") if kind != "arg" else node.name
+        node.meta["mp_name"], node.meta["mp_role"] = name or node.name, _ROLES[kind]
+        dtype = value.dtype if isinstance(value, Tensor) else torch.int64
+        found[node.name] = Input(kind, name, dtype, leaf if kind == "arg" else -1)
+        leaf += kind == "arg"
+        if kind in ("param", "buffer") and spec.target in state:
+            twin = first.setdefault(id(state[spec.target]), node)
+            if twin is not node:
+                node.replace_all_uses_with(twin)
+    return found
+
+
+def _name_loss(module: fx.GraphModule, loss_fn: Callable[..., Any] | None) -> None:
+    """Torch keeps no frame of a function outside of modules: what has no line of the user's is of the loss function."""
+    code: Any = getattr(loss_fn, "__code__", None)
+    if code is None:
+        return
+    for node in module.graph.nodes:
+        if node.op == "call_function" and not source_line(node):
+            frame = f'  File "{code.co_filename}", line {code.co_firstlineno}, in {code.co_name}\n'
+            node.meta["stack_trace"] = frame + (node.meta.get("stack_trace") or "")
+
+
+def _settled(target: str) -> str:
+    """A name of `LossOf`'s as `owned` has it."""
+    if target.startswith("loss_fn."):
+        return _OF_LOSS + target.removeprefix("loss_fn.")
+    return target.removeprefix("model.")
+
+
+def _own(path: str) -> str:
+    return "" if path == "model" else path.removeprefix("model.")
+
+
+_ROLES = {"param": "parameter", "buffer": "buffer", "constant": "constant", "arg": "input"}
+
+
+def _assemble(
+    module: fx.GraphModule,
+    shadows: Sequence[tuple[str, str]],
+    sources: dict[str, Input],
+    plan: Plan,
+    constants: dict[str, Tensor],
+    parameters: dict[str, Tensor],
+    trained: set[int],
+) -> Forward:
+    """Drop the inputs that nothing reads, and give each that is left its fake tensor."""
+    low = {f"{name}.shadow": TORCH_DTYPES[to] for name, to in shadows}
+    fakes = {n.name: n.meta["val"] for n in plan.capture.module.graph.find_nodes(op="placeholder")}
+    by_name = {i.name: key for key, i in sources.items()}
+    inputs, values = list[Input](), list[Tensor]()
+    for node in module.graph.find_nodes(op="placeholder"):
+        mark = node.meta.get("mp_name", "")
+        if not node.users:
+            module.graph.erase_node(node)
+            continue
+        if mark in low:
+            master = mark.removesuffix(".shadow")
+            wanted = id(parameters[master]) in trained
+            values.append(_fake(fakes[by_name[master]], low[mark], wanted))
+            inputs.append(Input("shadow", master, low[mark], trained=wanted))
+            continue
+        if node.name == "seed" and node.name not in sources:
+            with values[0].fake_mode:  # type: ignore[attr-defined]
+                values.append(torch.ones((), device=values[0].device))
+            inputs.append(Input("seed", "seed", torch.float32))
+            continue
+        source = sources[node.name]
+        wanted = source.kind == "param" and id(parameters[source.name]) in trained
+        value = fakes[node.name]
+        values.append(_fake(value, value.dtype, wanted) if isinstance(value, Tensor) else value)
+        inputs.append(Input(source.kind, source.name, source.dtype, source.index, wanted))
+    module.recompile()
+    return Forward(module, inputs, values, plan, constants)
+
+
+def _fake(like: Tensor, dtype: torch.dtype, trained: bool) -> Tensor:
+    with like.fake_mode:  # type: ignore[attr-defined]
+        return torch.empty_like(like, dtype=dtype).requires_grad_(trained)

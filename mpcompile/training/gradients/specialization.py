@@ -1,0 +1,354 @@
+"""Forward and backward for one signature of the batch, and the table of those that were compiled.
+
+The first batch is compiled for its own sizes.  When a later one differs, the dimensions that differ become symbolic,
+so that changing batch sizes cost one more compilation and not one each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpcompile.aten.graphs import outputs_of, values_of
+from mpcompile.aten.write import has_user_low_cast
+from mpcompile.errors import CaptureError, TrainingError, page
+from mpcompile.runtime.inductor import roundings_kept
+from mpcompile.shadows.step_shadows import ShadowSet
+from mpcompile.training.accumulation import Layout
+from mpcompile.training.gradients.batch import Batch, Hole
+from mpcompile.training.gradients.compile import Run, decompositions, run_joint
+from mpcompile.training.gradients.forward import Forward, Input, capture, owned
+from mpcompile.training.gradients.joint import Joint, trace
+
+_TRAINING = operator.attrgetter("training")
+_REQUIRES_GRAD = operator.attrgetter("requires_grad")
+
+
+# So many values of the arguments that are no tensors are compiled before a word is said.
+MANY_VALUES = 8
+
+page(
+    "MP523",
+    "A hook that the emitted step would not run",
+    "A parameter has a gradient hook, or a module a backward hook. The backward is one compiled graph, in which no "
+    "Python runs.",
+    "Put the arithmetic into the loss or the optimizer (max_grad_norm clips), remove the hook, or use the drop-in way: "
+    "`loss = mp(x); loss.backward(); optimizer.step()`.",
+)
+page(
+    "MP535",
+    "A model that is spread over several processes",
+    "The model is wrapped in DistributedDataParallel, or its parameters are sharded. The training step works on one "
+    "process and one device: it would not reduce the gradients.",
+    "The drop-in way works under DDP: `DDP(mpcompile(model))`, then `loss.backward(); optimizer.step()`.",
+)
+page(
+    "MP533",
+    "A step that is compiled again and again",
+    "Arguments that are not tensors are constants of the graph, and one of them has another value at nearly every call.",
+    "Pass the number that moves as a tensor: step(x, torch.tensor(weight)).",
+)
+
+
+@contextlib.contextmanager
+def compiling() -> Iterator[None]:
+    """Tracing and compiling under a caller's `no_grad` too, and without a draw from the user's random numbers."""
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng():
+        yield
+
+
+@dataclass
+class Artefact:
+    """Forward and backward, ready to run.
+
+    Fields:
+      fixed: the inputs that are not of the batch, in their places (None where the batch goes).
+      args: (place, number among the batch's tensors).
+      layout: what each gradient is: (parameter's name, dtype).
+      buffers: the model's tensors that leading outputs replace: (output, tensor).
+      writes: inputs of the batch that the model writes to: (output, number among the batch's tensors).
+      strides: how each gradient lies in memory; None until the first run.
+      saved: fakes of what the forward makes and keeps for the backward (none where it runs op by op).
+    """
+
+    joint: Joint
+    run: Run
+    fixed: list[Any]
+    args: list[tuple[int, int]]
+    layout: Layout
+    buffers: list[tuple[int, Tensor]]
+    writes: list[tuple[int, int]]
+    named: dict[str, Tensor]
+    saved: list[Tensor]
+    guard: str | None = None
+    strides: tuple[tuple[int, ...], ...] | None = None
+
+    def __post_init__(self) -> None:
+        self._from, self._held = [i for i, _ in self.buffers], [held for _, held in self.buffers]
+        self._count = len(self.buffers) + len(self.writes)
+
+    def plain_joint(self) -> Joint:
+        """Forward and backward as ATen has them, without the backend's decompositions."""
+        return trace(self.joint.forward)
+
+    def __call__(self, tensors: Sequence[Tensor], seed: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
+        """(loss, gradients) of a batch, times the seed; buffers are brought up to date."""
+        outputs = self.run([*self.inputs(tensors), seed])
+        count = self._count
+        if self._held:
+            torch._foreach_copy_(self._held, [outputs[i] for i in self._from])
+        for output, number in self.writes:
+            tensors[number].detach().copy_(outputs[output])
+        grads = outputs[count + 1 :]
+        if self.strides is None:
+            self.strides = tuple(g.stride() for g in grads)
+        return outputs[count], grads
+
+    def tensors(self) -> list[Tensor]:
+        """The model's tensors and shadows that the artefact reads, at their addresses."""
+        return [one for one in self.fixed if isinstance(one, Tensor)]
+
+    def inputs(self, tensors: Sequence[Tensor]) -> list[Any]:
+        """What the joint graph reads, without the seed."""
+        inputs = list(self.fixed)
+        for place, number in self.args:
+            inputs[place] = tensors[number]
+        return inputs
+
+    def seeded(self, inputs: Sequence[Any], seed: Tensor) -> list[Any]:
+        """`inputs` with another seed where the loss region reads it."""
+        kinds = [one.kind for one in self.joint.forward.inputs]
+        return [seed if kind == "seed" else given for kind, given in zip(kinds, inputs, strict=True)]
+
+    def saved_bytes(self) -> tuple[int, int]:
+        """(all, those in FP32) of what the forward keeps for the backward."""
+        sizes = [(t.dtype, int(t.numel()) * t.element_size()) for t in self.saved]
+        return sum(size for _, size in sizes), sum(size for dtype, size in sizes if dtype == torch.float32)
+
+    def gradients(self) -> list[Tensor]:
+        """Fake tensors such as the gradients are; the compiler may lay them out as it likes."""
+        fakes: list[Tensor] = values_of(outputs_of(self.joint.module)[self._count + 1 :])
+        if self.strides is None:
+            return fakes
+        with fakes[0].fake_mode:  # type: ignore[attr-defined]
+            pairs = zip(fakes, self.strides, strict=True)
+            return [torch.empty_strided(f.shape, s, dtype=f.dtype, device=f.device) for f, s in pairs]
+
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        """True when the graph is right for tensors of these sizes."""
+        fakes = {number: self.joint.forward.fakes[place] for place, number in self.args}
+        for number, fake in fakes.items():
+            sizes = zip(fake.shape, tensors[number].shape, strict=True)
+            if any(_settled(traced) not in (None, given) for traced, given in sizes):
+                return False
+        environment = next(iter(fakes.values())).fake_mode.shape_env  # type: ignore[attr-defined]
+        if self.guard is None:
+            # Asked for only now: Inductor, too, adds guards.
+            self.guard = environment.produce_guards_expression(list(fakes.values())) or ""
+        given = [tensors[number] for number in fakes]
+        return not self.guard or bool(environment.evaluate_guards_expression(self.guard, given))
+
+
+def _settled(size: int | torch.SymInt) -> int | None:
+    """The one size that a graph is for; None where it stayed symbolic. Tracing settles some that began so."""
+    return size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size
+
+
+@dataclass
+class Artefacts:
+    """Finds, or makes, the artefact for a batch."""
+
+    model: nn.Module
+    loss_fn: Callable[..., Any] | None
+    settings: Any
+    backend: str
+    dynamic: bool | None
+    trained: Callable[[], set[int]]
+    shadows: ShadowSet
+    seed: Tensor
+    chunk_loss: bool
+    remake: bool
+    on_new: Callable[[Artefact], None]
+    around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    _exact: dict[Any, Artefact] = field(default_factory=dict)
+    _alike: dict[Any, list[Artefact]] = field(default_factory=dict)
+    _seen: dict[Any, list[tuple[torch.Size, ...]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        loss = self.loss_fn.modules() if isinstance(self.loss_fn, nn.Module) else ()
+        self._modules = [*self.model.modules(), *loss]
+        self.named = owned(self.model, self.loss_fn)[0]
+        self._parameters = list(self.named.values())
+
+    def clear(self) -> None:
+        self.__post_init__()
+        for table in (self._exact, self._alike, self._seen):
+            table.clear()
+
+    def __len__(self) -> int:
+        return sum(map(len, self._alike.values()))
+
+    def __iter__(self) -> Iterator[Artefact]:
+        return (artefact for alike in self._alike.values() for artefact in alike)
+
+    def find(self, batch: Batch) -> Artefact:
+        modes = tuple(map(_TRAINING, self._modules)), tuple(map(_REQUIRES_GRAD, self._parameters))
+        kind, shapes = (batch.kind(), modes), batch.shapes()
+        try:
+            found = self._exact.get((kind, shapes))
+        except TypeError:
+            batch.refuse_objects()
+            raise
+        if found is None:
+            batch.refuse_objects()
+            _refuse_hooks(self.model, self.named)
+            alike = self._alike.setdefault(kind, [])
+            found = next((a for a in alike if a.fits(batch.tensors)), None)
+            if found is None:
+                with compiling(), self.around():
+                    found = self._make(batch, self._moving(kind, shapes))
+                alike.append(found)
+                self._count_values(batch, modes)
+            self._exact[kind, shapes] = found
+        return found
+
+    def _count_values(self, batch: Batch, modes: Any) -> None:
+        """Say so when the values of constants are what makes graph after graph."""
+        alike = [tree for (tree, *_), m in self._alike if m == modes and tree == batch.tree]
+        if len(alike) == MANY_VALUES:
+            warnings.warn(
+                str(
+                    TrainingError(
+                        "MP533",
+                        f"the step was compiled for {MANY_VALUES} values of its arguments that are not tensors",
+                        why=f"the last were {[o for o in batch.others if o is not Hole]!r:.200}",
+                        try_="pass a number that moves as a tensor",
+                    )
+                ),
+                stacklevel=4,
+            )
+
+    def _moving(self, kind: Any, shapes: tuple[torch.Size, ...]) -> list[tuple[int, int]]:
+        """The dimensions to keep symbolic: those in which the batches so far differ."""
+        seen = self._seen.setdefault(kind, [])
+        seen.append(shapes)
+        places = [(i, d) for i, shape in enumerate(shapes) for d in range(len(shape))]
+        if self.dynamic is False:
+            return []
+        return places if self.dynamic else [(i, d) for i, d in places if len({s[i][d] for s in seen}) > 1]
+
+    def _make(self, batch: Batch, moving: list[tuple[int, int]]) -> Artefact:
+        _refuse_masters(self.named, self.trained())
+        try:
+            forward = self._capture(batch, moving)
+        except CaptureError:
+            if not moving:
+                raise
+            forward = self._capture(batch, [])
+        artefact = self._compiled(forward)
+        self.on_new(artefact)
+        return artefact
+
+    def _capture(self, batch: Batch, moving: list[tuple[int, int]]) -> Forward:
+        compiled = self.backend != "eager"
+        return capture(
+            self.model,
+            self.loss_fn,
+            batch,
+            self.settings,
+            self.trained(),
+            moving,
+            chunk_loss=self.chunk_loss,
+            compiled=compiled,
+        )
+
+    def _compiled(self, forward: Forward) -> Artefact:
+        joint = trace(forward, decompositions(self.backend))
+        parameters, buffers = owned(self.model, self.loss_fn)
+        tensors = {**parameters, **buffers, **forward.constants}
+        fixed = [self._fixed(one, tensors) for one in forward.inputs]
+        places = [(i, one.index) for i, one in enumerate(forward.inputs) if one.kind == "arg"]
+        layout = tuple((forward.inputs[i].name, forward.inputs[i].dtype) for i in joint.grads)
+        numbers = dict(places)
+        buffers_ = [(k, fixed[i]) for k, i in enumerate(joint.mutated) if i not in numbers]
+        writes = [(k, numbers[i]) for k, i in enumerate(joint.mutated) if i in numbers]
+        _refuse_no_gradient(joint, forward)
+        with roundings_kept(has_user_low_cast(forward.plan.graph)):
+            run, saved = run_joint(joint, self.backend, remake=self.remake)
+        return Artefact(joint, run, fixed, places, layout, buffers_, writes, self.named, saved)
+
+    def _fixed(self, one: Input, tensors: dict[str, Tensor]) -> Any:
+        if one.kind in ("arg", "seed"):
+            return None if one.kind == "arg" else self.seed
+        return self.shadows.get(tensors[one.name], one.dtype) if one.kind == "shadow" else tensors[one.name]
+
+
+def _refuse_hooks(model: nn.Module, named: dict[str, Tensor]) -> None:
+    """Hooks on gradients, those of DDP among them, would silently not run.
+
+    Raises:
+      TrainingError: MP523, MP535.
+    """
+    spread = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules())
+    if spread or any(type(p).__name__ == "DTensor" for p in named.values()):
+        raise TrainingError("MP535", f"the training step was given a {type(model).__name__} of several processes",
+                            try_="the drop-in way: DDP(mpcompile(model)); loss.backward(); optimizer.step()")  # fmt: skip
+    hooked = [name for name, p in named.items() if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)]
+    hooked += [name for name, m in model.named_modules() if m._backward_hooks or m._backward_pre_hooks]
+    if hooked:
+        raise TrainingError(
+            "MP523",
+            f"there is a backward hook on {hooked[0] or 'the model'}"
+            + (f" and {len(hooked) - 1} more" * (len(hooked) > 1)),
+            try_="the drop-in way: loss = mp(x); loss.backward(); optimizer.step()",
+        )
+
+
+def _refuse_masters(named: dict[str, Tensor], trained: set[int]) -> None:
+    """What is trained must be FP32.
+
+    Raises:
+      TrainingError: MP522.
+    """
+    for name, held in named.items():
+        if id(held) in trained and held.dtype != torch.float32:
+            split = "BF16 and trained: does another step hold it split (its join_masters() gives it back)?"
+            raise TrainingError(
+                "MP522",
+                f"the optimizer trains {name!r}, which is {str(held.dtype).removeprefix('torch.')}",
+                why=split if held.dtype == torch.bfloat16 else "masters are FP32",
+                try_="model.float(), or the drop-in way: loss = mp(x); loss.backward(); optimizer.step()",
+            )
+
+
+def _refuse_no_gradient(joint: Joint, forward: Forward) -> None:
+    """Say what is wrong when there is nothing that the update could use.
+
+    Raises:
+      TrainingError: MP522, MP521.
+    """
+    trained = [one.name for one in forward.inputs if one.trained]
+    if not joint.grads:
+        why = (
+            f"the loss does not depend on {trained[0]!r}, nor on any other"
+            if trained
+            else "the loss reads none of them"
+        )
+        raise TrainingError("MP522", "the loss has no gradient for a parameter that the optimizer trains",
+                            why=f"{why}: is it detached, or made under no_grad?")  # fmt: skip
+    values = values_of(outputs_of(joint.module)[len(joint.mutated) + 1 :])
+    for place, value in zip(joint.grads, values, strict=True):
+        if value.layout != torch.strided:
+            raise TrainingError(
+                "MP521",
+                f"the gradient of {forward.inputs[place].name} is sparse",
+                why="the emitted update works on dense gradients",
+                try_="nn.Embedding(..., sparse=False), or the drop-in way: loss.backward(); optimizer.step()",
+            )

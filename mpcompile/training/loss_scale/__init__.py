@@ -1,0 +1,1 @@
+"""The loss scale, its floor, and what overflowed."""

@@ -1,0 +1,1 @@
+"""The update: the optimizer's own code as a graph."""
