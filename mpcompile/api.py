@@ -16,6 +16,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from mpcompile.aten.capture import export
 from mpcompile.aten.exported import inline_regions, without_dtype_checks
+from mpcompile.aten.facts import LOW_DTYPES
 from mpcompile.aten.recurrent import traced_whole
 from mpcompile.aten.write import write
 from mpcompile.compiler import Plan, Settings, decide, log_plan, settings_of
@@ -143,7 +144,7 @@ def _check(model: Any) -> None:
         if parameter.is_meta:
             raise CaptureError("MP104", "a parameter is on the meta device", where=name,
                                try_="model.to_empty(device='cpu'), then load or initialise")  # fmt: skip
-        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+        if parameter.requires_grad and parameter.dtype in LOW_DTYPES:
             raise CaptureError("MP103", f"a trainable parameter is {str(parameter.dtype).removeprefix('torch.')}",
                                where=name, why="FP32 parameters are the masters that updates are added to",
                                try_="model.float(), or parameter.requires_grad_(False) to use it as it is")  # fmt: skip

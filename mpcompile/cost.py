@@ -13,7 +13,8 @@ from functools import cached_property
 from itertools import chain
 
 from mpcompile.devices import Device, device
-from mpcompile.graph import ITEMSIZE, LOW, Node, PrecisionGraph, Value
+from mpcompile.formats import ITEMSIZE, LOW
+from mpcompile.graph import Node, PrecisionGraph, Value
 from mpcompile.rules.table import Kind, load_kinds
 
 # A fused cast costs an instruction: enough to prefer fewer of them, too little to outweigh a byte moved.

@@ -17,6 +17,8 @@ from typing import Any, Literal, NoReturn
 
 import networkx as nx
 
+from mpcompile.formats import CASTABLE, ITEMSIZE
+
 Verdict = Literal["low", "fp32", "propagate"]
 Precision = Literal["fp16", "bf16", "fp32", "keep"]
 DecidedBy = Literal["rule", "override", "hazard", "cost", "unknown", "user-cast", "autocast-region"]
@@ -25,12 +27,6 @@ Role = Literal["input", "parameter", "buffer", "constant", "activation"]
 CastOrigin = Literal["inserted", "existing", "shadow"]
 
 CAST_OP = "mp.cast"
-LOW: frozenset[str] = frozenset({"fp16", "bf16"})
-CASTABLE: frozenset[str] = frozenset({"fp16", "bf16", "fp32"})
-ITEMSIZE: Mapping[str, int] = {
-    "fp64": 8, "complex128": 16, "complex64": 8, "complex32": 4, "fp32": 4, "fp16": 2, "bf16": 2,
-    "int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "uint16": 2, "uint32": 4, "uint64": 8, "bool": 1,
-}  # fmt: skip
 
 
 class _Nothing(dict[Any, Any]):

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from mpcompile.errors import LawError, page
-from mpcompile.graph import CAST_OP, CASTABLE, LOW, Node, PrecisionGraph
+from mpcompile.formats import CASTABLE, LOW
+from mpcompile.graph import CAST_OP, Node, PrecisionGraph
 from mpcompile.text import print_node
 
 for _code, _title, _cause, _remedy in (
@@ -142,7 +143,7 @@ def precision(graph: PrecisionGraph) -> Iterator[Breach]:
                 yield Breach("MP401", f"node {node.id!r} gives {name!r} as {dtype}, but should give {gives}", node.id)
 
 
-_PRECISIONS = frozenset({"fp32", "keep", "fp16", "bf16"})
+_PRECISIONS = CASTABLE | {"keep"}
 
 
 def never_cast(graph: PrecisionGraph) -> Iterator[Breach]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from mpcompile.formats import LOW
 from mpcompile.graph import PrecisionGraph
 from mpcompile.passes.base import PassResult
 
@@ -19,7 +20,7 @@ class AllFp32:
         changed = False
         for node in graph.nodes.values():
             dtypes = {graph.values[name].dtype for name in (*node.inputs, *node.outputs)}
-            precision = "fp32" if "fp32" in dtypes and not dtypes & {"fp16", "bf16"} else "keep"
+            precision = "fp32" if "fp32" in dtypes and not dtypes & LOW else "keep"
             if node.precision != precision or node.verdict != "fp32":
                 node.verdict, node.precision, node.reason, changed = "fp32", precision, "the policy is fp32", True  # type: ignore[assignment]  # fmt: skip
         return PassResult(changed)

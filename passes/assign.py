@@ -29,7 +29,8 @@ from typing import ClassVar
 
 from mpcompile.cost import CostModel, device
 from mpcompile.cut import INFINITE, SINK, SOURCE, CutProblem
-from mpcompile.graph import CAST_OP, CASTABLE, ITEMSIZE, LOW, Node, PrecisionGraph, Value
+from mpcompile.formats import CASTABLE, ITEMSIZE, LOW
+from mpcompile.graph import CAST_OP, Node, PrecisionGraph, Value
 from mpcompile.passes.base import PassResult
 
 

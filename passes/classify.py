@@ -16,7 +16,8 @@ from operator import attrgetter
 from typing import Any, ClassVar
 
 from mpcompile.errors import RuleError, page, suggest
-from mpcompile.graph import CAST_OP, LOW, Node, PrecisionGraph
+from mpcompile.formats import LOW
+from mpcompile.graph import CAST_OP, Node, PrecisionGraph
 from mpcompile.passes.base import PassResult
 from mpcompile.rules.table import Rule, Rules, rules_for
 

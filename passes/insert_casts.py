@@ -15,7 +15,8 @@ from functools import cache
 from typing import ClassVar
 
 from mpcompile import laws
-from mpcompile.graph import CAST_OP, CASTABLE, Node, PrecisionGraph, Value
+from mpcompile.formats import CASTABLE
+from mpcompile.graph import CAST_OP, Node, PrecisionGraph, Value
 from mpcompile.passes.base import PassResult
 
 

@@ -19,9 +19,10 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import ClassVar
 
-from mpcompile.graph import CAST_OP, CASTABLE, LOW, Node, PrecisionGraph, Value
+from mpcompile.formats import CASTABLE, LARGEST, LOW, SIGNIFICAND_BITS
+from mpcompile.graph import CAST_OP, Node, PrecisionGraph, Value
 from mpcompile.passes.base import PassResult
-from mpcompile.rules.hazards import BOUNDS, LARGEST, NO_BOUND, SIGNIFICAND_BITS, base
+from mpcompile.rules.hazards import BOUNDS, NO_BOUND, base
 from mpcompile.signature import UNKNOWN, Signature
 
 FP32_ONLY = frozenset({"fp32"})

@@ -10,13 +10,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from mpcompile.formats import LARGEST, ROUNDS_TO_ZERO
 from mpcompile.graph import Node, PrecisionGraph
 from mpcompile.passes.base import PassResult
-from mpcompile.rules.hazards import LARGEST
 
 # Share of the non-zero elements that may be rounded to zero.
 VANISHING = 0.5
-SMALLEST = {"fp16": 2.0**-25, "bf16": 2.0**-134}
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class MeasuredHazards:
         if size > limit:
             return f"reaches {size:.4g}, beyond {self.low}'s largest number, {limit:.6g}"
         if seen.vanishing > VANISHING:
-            return f"has {seen.vanishing:.0%} of its elements below {SMALLEST[self.low]:.2g}, zero in {self.low}"
+            return f"has {seen.vanishing:.0%} of its elements below {ROUNDS_TO_ZERO[self.low]:.2g}, zero in {self.low}"
         return ""
 
 

@@ -15,7 +15,8 @@ from typing import ClassVar
 
 from networkx.utils import UnionFind
 
-from mpcompile.graph import ITEMSIZE, Node, PrecisionGraph
+from mpcompile.formats import ITEMSIZE
+from mpcompile.graph import Node, PrecisionGraph
 from mpcompile.passes.base import PassResult
 
 # Argument by which an operation is told its dtype.  Value: the operations that have it; empty for all.

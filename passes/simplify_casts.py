@@ -13,7 +13,8 @@ from itertools import chain
 from typing import ClassVar
 
 from mpcompile import laws
-from mpcompile.graph import CAST_OP, ITEMSIZE, Node, PrecisionGraph, Value
+from mpcompile.formats import ITEMSIZE
+from mpcompile.graph import CAST_OP, Node, PrecisionGraph, Value
 from mpcompile.passes.base import PassResult
 from mpcompile.passes.insert_casts import make_cast, place
 from mpcompile.rules.table import load_kinds

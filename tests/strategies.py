@@ -14,7 +14,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from mpcompile.graph import CASTABLE, Node, PrecisionGraph, Value
+from mpcompile.formats import CASTABLE
+from mpcompile.graph import Node, PrecisionGraph, Value
 
 names = st.text(min_size=1, max_size=8) | st.from_regex(r"[a-z]{1,3}(\.[0-9])?", fullmatch=True)
 scalars = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)

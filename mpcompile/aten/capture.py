@@ -31,6 +31,7 @@ from torch.fx.passes._tensorify_python_scalars import tensorify_python_scalars
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
 
+from mpcompile.aten.facts import DTYPES
 from mpcompile.aten.recurrent import traced_whole
 from mpcompile.aten.transforms import transformed, with_transforms_apart
 from mpcompile.errors import CaptureError, MPCompileError, page
@@ -46,7 +47,6 @@ _ENTER = torch.amp.autocast_mode._enter_autocast
 _EXIT = torch.amp.autocast_mode._exit_autocast
 # Torch numbers its own checkpoints from 0; the partitioner only compares numbers within one graph.
 _CHECKPOINTS = itertools.count(1 << 32)
-_DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 
 
 class AtenTracer(fx.Interpreter):
@@ -109,7 +109,7 @@ class AtenTracer(fx.Interpreter):
 
     def _enter(self, device: str, dtype: torch.dtype | None, enabled: bool = True, cache: Any = None) -> str:
         dtype = dtype or torch.get_autocast_dtype(device)
-        self._regions.append(_DTYPE_NAMES.get(dtype, "off") if enabled else "off")
+        self._regions.append(DTYPES.get(dtype, "off") if enabled else "off")
         return self._regions[-1]
 
     def _inline_checkpoint(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

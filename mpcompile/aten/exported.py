@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-_DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+from mpcompile.aten.facts import DTYPES
 
 
 def inline_regions(module: fx.GraphModule) -> None:
@@ -20,7 +20,7 @@ def inline_regions(module: fx.GraphModule) -> None:
             continue
         if node.target._name == "wrap_with_autocast":
             _, dtype, enabled, _, body, *operands = node.args
-            region = _DTYPE_NAMES.get(dtype, "off") if enabled else "off"
+            region = DTYPES.get(dtype, "off") if enabled else "off"
             _inline(module, node, body, operands, region)
         elif node.target._name == "wrap_with_set_grad_enabled":
             enabled, body, *operands = node.args

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch import fx
 
+from mpcompile.formats import FORMATS
 from mpcompile.graph import Value
 
 DTYPES: dict[torch.dtype, str] = {
-    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64",
+    **{getattr(torch, one.torch): one.name for one in FORMATS}, torch.float64: "fp64",
     torch.complex64: "complex64", torch.complex128: "complex128", torch.complex32: "complex32",
 }  # fmt: skip
-TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TORCH_DTYPES: dict[str, torch.dtype] = {one.name: getattr(torch, one.torch) for one in FORMATS}
+LOW_DTYPES: tuple[torch.dtype, ...] = tuple(getattr(torch, one.torch) for one in FORMATS if one.low)
 _TORCH_HOME = os.path.dirname(torch.__file__)
 _OWN = tuple(
     os.path.join(os.path.dirname(os.path.dirname(__file__)), room) for room in ("training", "aten", "shadows", "onnx")

@@ -18,7 +18,8 @@ from torch import fx
 
 from mpcompile.aten.facts import TORCH_DTYPES
 from mpcompile.aten.read import FxCapture, operands
-from mpcompile.graph import LOW, Node, PrecisionGraph
+from mpcompile.formats import LOW
+from mpcompile.graph import Node, PrecisionGraph
 
 _COPIED_META = ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id", "custom", "mp_name", "tensor_dict")
 

@@ -14,8 +14,9 @@ import onnx_ir as ir
 
 from mpcompile.devices import pinned
 from mpcompile.errors import OnnxError, page
+from mpcompile.formats import LOW
 from mpcompile.garbage import no_garbage_collection
-from mpcompile.graph import LOW, Node, PrecisionGraph
+from mpcompile.graph import Node, PrecisionGraph
 from mpcompile.onnx.read import reader as frontend
 from mpcompile.onnx.run import calibrate as calibrate_room
 from mpcompile.onnx.run import session as ort

@@ -14,14 +14,15 @@ from typing import Any
 
 import onnx
 
+from mpcompile.formats import CASTABLE, FORMATS, LOW
 from mpcompile.signature import UNKNOWN, Signature
 
 # Names of ONNX's element types in the precision graph.
 DTYPES: Mapping[str, str] = {
-    "FLOAT": "fp32", "FLOAT16": "fp16", "BFLOAT16": "bf16", "DOUBLE": "fp64", "COMPLEX64": "complex64",
+    **{one.onnx: one.name for one in FORMATS if one.storable}, "DOUBLE": "fp64", "COMPLEX64": "complex64",
     "COMPLEX128": "complex128", "UNDEFINED": "unknown",
 }  # fmt: skip
-FLOATS: Mapping[str, str] = {"tensor(float)": "fp32", "tensor(float16)": "fp16", "tensor(bfloat16)": "bf16"}
+FLOATS: Mapping[str, str] = {one.onnx_type: one.name for one in FORMATS if one.storable}
 # Their result depends on attributes, bodies or containers: FP32 on every side.
 FP32_SIDES = {
     "If", "Loop", "Scan", "Optional", "OptionalGetElement", "SequenceConstruct", "SequenceInsert", "SequenceAt",
@@ -99,7 +100,9 @@ def signature(domain: str, op: str, opset: int, provider: str) -> Signature:
 
     inputs = tuple(variable(formal) for formal in schema.inputs)
     outputs = tuple(variable(formal) for formal in schema.outputs)
-    refused = " and ".join(low for low in ("fp16", "bf16") if not any(low in types for types in allowed.values()))
+    refused = " and ".join(
+        one.name for one in FORMATS if one.low and not any(one.name in types for types in allowed.values())
+    )
     why = f"{op} has no {refused} in opset {opset}" + (f" on {provider}" if provider else "") if refused else ""
     return Signature(inputs, outputs, allowed, _variadic(schema.inputs), _variadic(schema.outputs), why)
 
@@ -144,8 +147,8 @@ def _kernel_types(op: str, provider: str) -> frozenset[str]:
     row = kernels().get(provider, {})
     if op in row.get("none", ()):
         return frozenset({"fp32"})
-    held = {"fp32", "fp16", "bf16"}
-    held -= {low for low in ("fp16", "bf16") if op in row.get(f"no_{low}", ())}
+    held = set(CASTABLE)
+    held -= {low for low in LOW if op in row.get(f"no_{low}", ())}
     if "bf16" in row and op not in row["bf16"]:
         held.discard("bf16")
     return frozenset(held)

@@ -11,8 +11,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-NUMPY_TYPES: Mapping[str, Any] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
-DATA_TYPES = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16, "bf16": ir.DataType.BFLOAT16}
+from mpcompile.formats import FORMATS
+
+_STORABLE = [one for one in FORMATS if one.storable]
+# numpy's own type, or ml_dtypes' where numpy has none.
+NUMPY_TYPES: Mapping[str, Any] = {o.name: getattr(np, o.numpy, None) or getattr(ml_dtypes, o.numpy) for o in _STORABLE}
+DATA_TYPES: Mapping[str, ir.DataType] = {one.name: ir.DataType[one.onnx] for one in _STORABLE}
 FLOAT, FP32 = onnx.TensorProto.FLOAT, np.dtype(np.float32)
 # Elements read at once when the range of a large tensor is taken.
 SLICE = 1 << 24

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mpcompile.errors import RuntimeFailure, page
-from mpcompile.graph import LOW
+from mpcompile.formats import FORMATS, LOW
 from mpcompile.onnx.export.step import OnnxStep, step_to_onnx
 from mpcompile.onnx.run.session import has_provider
 from mpcompile.onnx.run.session import session as make_session
@@ -44,8 +44,8 @@ page(
 )
 
 ONNX_TYPES = {
-    torch.float32: onnx.TensorProto.FLOAT, torch.float16: onnx.TensorProto.FLOAT16,
-    torch.bfloat16: onnx.TensorProto.BFLOAT16, torch.float64: onnx.TensorProto.DOUBLE,
+    **{getattr(torch, one.torch): onnx.TensorProto.DataType.Value(one.onnx) for one in FORMATS if one.storable},
+    torch.float64: onnx.TensorProto.DOUBLE,
     torch.int64: onnx.TensorProto.INT64, torch.int32: onnx.TensorProto.INT32, torch.bool: onnx.TensorProto.BOOL,
     torch.uint8: onnx.TensorProto.UINT8, torch.int8: onnx.TensorProto.INT8, torch.int16: onnx.TensorProto.INT16,
 }  # fmt: skip

@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from mpcompile.graph import LOW, PrecisionGraph
+from mpcompile.formats import LOW
+from mpcompile.graph import PrecisionGraph
 from mpcompile.onnx.capture import OnnxCapture
 from mpcompile.onnx.run.calibrate import Feeds, difference, values
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from mpcompile.cost import CostModel, device, plan_cost
-from mpcompile.graph import LOW, PrecisionGraph
+from mpcompile.formats import LOW
+from mpcompile.graph import PrecisionGraph
 from mpcompile.passes.assign import Assign
 from mpcompile.passes.classify import Classify
 from mpcompile.passes.normalize import Normalize

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 
+from mpcompile.formats import FORMATS
 from mpcompile.graph import Node, PrecisionGraph
 
-FILL = {"bf16": "#c7e9c0", "fp16": "#c7e9c0", "fp32": "#fdd49e", "keep": "#eeeeee"}
+FILL = {**{one.name: one.fill for one in FORMATS}, "keep": "#eeeeee"}
 
 
 def dot(graph: PrecisionGraph) -> str:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mpcompile.errors import UsageError, page, suggest
+from mpcompile.formats import FORMATS
 from mpcompile.graph import CAST_OP, Node, PrecisionGraph
 from mpcompile.pipeline import StepRecord
 from mpcompile.policy import Policy
@@ -166,7 +167,7 @@ class Report:
 
 # What --only takes. "low" is a verdict and fp16/bf16 are precisions; "fp32" is both, and means what runs in FP32.
 _FILTERS = (
-    *("low", "propagate", "fp16", "bf16", "fp32", "keep"),
+    *("low", "propagate", *(one.name for one in FORMATS if one.storable), "keep"),
     *("rule", "override", "hazard", "cost", "unknown", "user-cast", "autocast-region"),
 )
 

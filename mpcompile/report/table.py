@@ -14,10 +14,12 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mpcompile.formats import FORMATS
+
 if TYPE_CHECKING:
     from mpcompile.report.model import NodeRow, Report
 
-COLOURS = {"bf16": "green", "fp16": "green", "fp32": "yellow", "keep": "dim"}
+COLOURS = {**{one.name: one.colour for one in FORMATS}, "keep": "dim"}
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
 WIDTH = 160
 COLUMNS = ("node", "op", "was → now", "verdict", "why", "where")

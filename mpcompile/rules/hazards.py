@@ -16,11 +16,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 
+from mpcompile.formats import LARGEST, SIGNIFICAND_BITS, SMALLEST_NORMAL
 from mpcompile.graph import Node, PrecisionGraph, Value
 
-LARGEST = {"fp16": 65504.0, "bf16": 3.3895313892515355e38}
-SMALLEST_NORMAL = {"fp16": 2.0**-14, "bf16": 2.0**-126}
-SIGNIFICAND_BITS = {"fp16": 11, "bf16": 8}
 NO_BOUND = 3.4e38  # clip(x, max=FLT_MAX): no bound is meant
 DEEP = 4096  # terms of a reduction from where its FP32 result is a rounding error in bytes
 

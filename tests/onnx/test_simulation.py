@@ -18,7 +18,7 @@ import pytest
 from onnx.backend.test import loader
 from onnx.reference import ReferenceEvaluator
 
-from mpcompile.graph import LOW
+from mpcompile.formats import LOW
 from mpcompile.onnx.convert import convert
 from mpcompile.onnx.run.session import run, session
 

@@ -23,7 +23,8 @@ from torch.utils import _pytree as pytree
 
 from mpcompile.aten.read import read
 from mpcompile.aten.write import write
-from mpcompile.graph import LOW, PrecisionGraph
+from mpcompile.formats import LOW
+from mpcompile.graph import PrecisionGraph
 from mpcompile.passes.assign import Assign
 from mpcompile.passes.base import PassResult
 from mpcompile.passes.classify import Classify

@@ -11,7 +11,8 @@ from strategies import decided_graphs
 
 from mpcompile import laws
 from mpcompile.errors import LawError
-from mpcompile.graph import CASTABLE, LOW, PrecisionGraph
+from mpcompile.formats import CASTABLE, LOW
+from mpcompile.graph import PrecisionGraph
 from mpcompile.passes.insert_casts import InsertCasts
 from mpcompile.passes.normalize import Normalize, erase_casts
 from mpcompile.passes.simplify_casts import SimplifyCasts, _Editor, _worth_a_look, cast_bytes

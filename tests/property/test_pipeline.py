@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from strategies import front_end_graphs
 
 from mpcompile import laws
-from mpcompile.graph import CASTABLE, LOW, Node, PrecisionGraph
+from mpcompile.formats import CASTABLE, LOW
+from mpcompile.graph import Node, PrecisionGraph
 from mpcompile.passes.normalize import erase_casts
 from mpcompile.pipeline import default_passes, run, verify_each
 from mpcompile.policy import Policy

@@ -13,7 +13,7 @@ import mpcompile.runtime.device as here
 from mpcompile import mpcompile
 from mpcompile.devices import PLACE, Device, built_in, device, own_path, pinned, rows
 from mpcompile.errors import RuleError
-from mpcompile.graph import LOW
+from mpcompile.formats import LOW
 from mpcompile.policy import Policy
 from mpcompile.runtime.device import cuda_row, row_name, settle_policy
 

@@ -14,7 +14,8 @@ from torch import Tensor, fx
 
 from mpcompile.aten.read import FxCapture
 from mpcompile.aten.rewrites.logits import Region, region_of, replay, values_of_written
-from mpcompile.graph import LOW, PrecisionGraph
+from mpcompile.formats import LOW
+from mpcompile.graph import PrecisionGraph
 
 aten = torch.ops.aten
 # 16 bytes hold so many low elements; NVIDIA's guide to matrix products asks for it, and for 128 bytes at best.

@@ -11,7 +11,7 @@ from onnx import numpy_helper
 from onnx_ir.passes import common
 
 from mpcompile.errors import OnnxError
-from mpcompile.graph import LOW
+from mpcompile.formats import LOW
 from mpcompile.onnx import objects
 from mpcompile.onnx.read.load import Loaded, quiet
 from mpcompile.onnx.read.message import bodies, inferred, opset

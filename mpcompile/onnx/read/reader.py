@@ -18,7 +18,8 @@ from typing import Any
 import onnx
 
 from mpcompile.errors import OnnxError
-from mpcompile.graph import CASTABLE, NOTHING, Node, Role, Value
+from mpcompile.formats import CASTABLE
+from mpcompile.graph import NOTHING, Node, Role, Value
 from mpcompile.onnx.capture import OURS, Names, OnnxCapture, Region, region_path
 from mpcompile.onnx.read import facts
 from mpcompile.onnx.read.complete import complete

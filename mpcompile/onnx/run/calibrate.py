@@ -13,11 +13,11 @@ import onnx
 import onnx_ir as ir
 
 from mpcompile.errors import OnnxError, page
-from mpcompile.graph import ITEMSIZE
+from mpcompile.formats import ITEMSIZE, ROUNDS_TO_ZERO
 from mpcompile.onnx.capture import OnnxCapture
 from mpcompile.onnx.run import session as ort
 from mpcompile.onnx.run.calibrate_bodies import record_bodies
-from mpcompile.passes.measured_hazards import SMALLEST, Measured
+from mpcompile.passes.measured_hazards import Measured
 
 page(
     "MP606",
@@ -104,7 +104,7 @@ def measure(array: Any, low: str) -> Measured | None:
     if finite.size == 0:
         return None
     some = finite[finite > 0]
-    vanishing = float(np.mean(some < SMALLEST[low])) if some.size else 0.0
+    vanishing = float(np.mean(some < ROUNDS_TO_ZERO[low])) if some.size else 0.0
     picked = array[np.isfinite(array)]
     return Measured(float(picked.min()), float(picked.max()), vanishing)
 

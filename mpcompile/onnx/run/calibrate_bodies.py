@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from mpcompile.formats import ROUNDS_TO_ZERO
 from mpcompile.onnx.capture import OnnxCapture, region_path
 from mpcompile.onnx.objects import opset, subgraphs
 from mpcompile.onnx.run import session as ort
-from mpcompile.passes.measured_hazards import SMALLEST, Measured
+from mpcompile.passes.measured_hazards import Measured
 
 NEVER = -np.inf
 CONTROL = ("If", "Loop", "Scan")
@@ -112,7 +113,7 @@ class _Watch:
         flat = self.add(graph, "Concat", [flat, self.constant(graph, np.array([np.nan], np.float32))], axis=0)
         strange = [self.add(graph, op, [flat], dtype=ir.DataType.BOOL) for op in ("IsNaN", "IsInf")]
         bad = self.add(graph, "Or", strange, dtype=ir.DataType.BOOL)
-        never, zero, smallest = (self.constant(graph, np.float32(x)) for x in (NEVER, 0, SMALLEST[self.low]))
+        never, zero, smallest = (self.constant(graph, np.float32(x)) for x in (NEVER, 0, ROUNDS_TO_ZERO[self.low]))
         size = self.add(graph, "Where", [bad, zero, self.add(graph, "Abs", [flat])])
         ends = [
             self.add(graph, "ReduceMax", [self.add(graph, "Where", [bad, never, one])], keepdims=1)

@@ -14,7 +14,8 @@ from collections.abc import Mapping
 import onnx
 import onnx_ir as ir
 
-from mpcompile.graph import CAST_OP, LOW, Node, PrecisionGraph
+from mpcompile.formats import LOW
+from mpcompile.graph import CAST_OP, Node, PrecisionGraph
 from mpcompile.onnx.capture import OnnxCapture
 from mpcompile.onnx.tensors import DATA_TYPES
 from mpcompile.onnx.write.message import (

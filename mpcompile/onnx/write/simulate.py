@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from mpcompile.formats import LOW
 from mpcompile.onnx.objects import graphs
+from mpcompile.onnx.tensors import DATA_TYPES, NUMPY_TYPES
 
-LOW_TYPES = {ir.DataType.FLOAT16: np.float16, ir.DataType.BFLOAT16: ml_dtypes.bfloat16}
+LOW_TYPES = {DATA_TYPES[low]: NUMPY_TYPES[low] for low in LOW}
 # They move elements and round nothing.
 EXACT = {
     "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Split", "Concat", "Expand", "Gather",

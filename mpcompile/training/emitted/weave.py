@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx
 
-from mpcompile.aten.facts import TORCH_DTYPES, module_path, source_line
+from mpcompile.aten.facts import module_path, source_line
 from mpcompile.aten.graphs import inputs_of, outputs_of
 from mpcompile.aten.read import read
-from mpcompile.graph import CAST_OP, LOW, CastOrigin, Node, Phase, PrecisionGraph
+from mpcompile.formats import LOW
+from mpcompile.graph import CAST_OP, CastOrigin, Node, Phase, PrecisionGraph
 from mpcompile.rules.table import rules_for
 from mpcompile.runtime.device import emulated_kinds
 from mpcompile.training.gradients.forward import Forward
@@ -29,7 +30,6 @@ from mpcompile.training.optimizer.fused_update import FusedUpdate
 
 _CASTS = ("aten._to_copy", "aten.to", "prims.convert_element_type")
 _STORES = ("aten.copy_", "aten._foreach_copy_", "aten.view.dtype")
-_DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 @dataclass

@@ -20,6 +20,7 @@ from torch._functorch._aot_autograd.descriptors import GradAOTOutput, InputMutat
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._guards import TracingContext, tracing
 
+from mpcompile.aten.facts import LOW_DTYPES
 from mpcompile.aten.graphs import inputs_of, outputs_of, values_of
 from mpcompile.aten.recurrent import with_whole_layers
 from mpcompile.runtime.device import emulated_kinds
@@ -105,9 +106,6 @@ def _keep_random(graph: fx.Graph) -> None:
                 one.meta.pop("recompute", None)
 
 
-_LOW = (torch.bfloat16, torch.float16)
-
-
 def _simplify_casts(graph: fx.Graph, *, emulated: bool) -> None:
     """Read a value where it is wide: low -> FP32 -> low is the value itself; so is a gradient's FP32 -> low -> FP32.
 
@@ -118,12 +116,12 @@ def _simplify_casts(graph: fx.Graph, *, emulated: bool) -> None:
     users = {
         (before.meta.get("seq_nr"), node.meta.get("seq_nr"))
         for node, before in chains
-        if not _in_backward(node) and _dtype(before) in _LOW
+        if not _in_backward(node) and _dtype(before) in LOW_DTYPES
     }
     for node, before in chains:
         source = before.args[0]
         same = _dtype(source) == _dtype(node)
-        exact = _dtype(source) in _LOW and _dtype(before) == torch.float32
+        exact = _dtype(source) in LOW_DTYPES and _dtype(before) == torch.float32
         order = node.meta.get("seq_nr"), before.meta.get("seq_nr")
         gradient = _dtype(source) == torch.float32 and _in_backward(before) and order not in users and not emulated
         if same and (exact or gradient):

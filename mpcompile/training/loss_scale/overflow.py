@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mpcompile.aten.facts import op_name
+from mpcompile.aten.facts import LOW_DTYPES, op_name
 from mpcompile.aten.graphs import inputs_of, outputs_of
 from mpcompile.training.emitted.weave import Place
 from mpcompile.training.gradients.joint import Joint
@@ -97,7 +97,7 @@ def explain(joint: Joint, inputs: Sequence[Any], seed: Tensor, names: dict[str, 
         for t in _tensors(given)
         if t.numel()
     )
-    keep = _keep(node, names) if value.dtype in (torch.float16, torch.bfloat16) else []
+    keep = _keep(node, names) if value.dtype in LOW_DTYPES else []
     override = f"mpcompile(model, …, keep_fp32={json.dumps(keep)})" if keep else ""
     return Overflow(
         node.name,

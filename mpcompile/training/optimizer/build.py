@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from mpcompile.aten.facts import LOW_DTYPES
 from mpcompile.aten.graphs import inputs_of
 from mpcompile.runtime.inductor import roundings_kept
 from mpcompile.shadows.step_shadows import ShadowSet
@@ -155,5 +156,5 @@ class Plan:
 def rounds_itself(update: fx.GraphModule) -> bool:
     """True when an update computes with low values of its own; shadows are only stored."""
     made = (n for n in update.graph.nodes if n.op == "call_function" and isinstance(n.meta.get("val"), Tensor))
-    low = (n for n in made if n.meta["val"].dtype in (torch.bfloat16, torch.float16))
+    low = (n for n in made if n.meta["val"].dtype in LOW_DTYPES)
     return any(user.target is not torch.ops.aten.copy_.default for n in low for user in n.users)
