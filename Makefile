@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 WORKERS ?= 2
 
-.PHONY: demo test lint slow docs bench clean
+.PHONY: demo test lint slow fuzz docs bench clean
 
 # torch is pinned for development; the package itself asks for torch>=2.11.
 $(VENV)/.ready: pyproject.toml
@@ -29,6 +29,12 @@ test: lint
 
 slow: $(VENV)/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) -q -m 'slow and not gpu'
+
+# Random trainings against plain torch: make fuzz SECONDS=3600 SEED=0; a script of each that fails goes to fuzz-found/.
+SECONDS ?= 60
+SEED ?= 0
+fuzz: $(VENV)/.ready
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(BIN)/python -m fuzz.run --seconds $(SECONDS) --first $(SEED)
 
 docs: $(VENV)/.ready
 	$(BIN)/python -m mpcompile.tools.reference docs/reference
