@@ -1,6 +1,7 @@
 # What a generated script runs on: one world trained plainly, one by mpcompile, and how far apart they end.
 # Every script carries this text, so it needs nothing but torch and mpcompile. It is filled in by names the script
 # defines: Model, optimizer(m), scheduler(o), EVENTS, SIZES, POLICY, BACKEND, HOW, CLIP, WINDOW, SEED, MODES.
+import copy
 import math
 import os
 import warnings
@@ -8,6 +9,9 @@ import warnings
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils.checkpoint import checkpoint
 
 from mpcompile import MPCompileError, mpcompile
 
