@@ -22,6 +22,7 @@ from mpcompile.aten.write import write
 from mpcompile.compiler import Plan, Settings, decide, log_plan, settings_of
 from mpcompile.errors import CaptureError, MPCompileError, RuleError, page
 from mpcompile.graph import joined
+from mpcompile.likeness import class_like
 from mpcompile.passes.classify import refuse_unmatched
 from mpcompile.policy import Policy
 from mpcompile.rules.table import rules_for
@@ -69,6 +70,10 @@ page(
 )
 
 _ENTRIES = itertools.count()
+# The very tables of the model: what is registered, replaced or renamed on one is so on the other.
+_SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_load_state_dict_post_hooks")
+# What a host replaces on a wrapper: hooks of its own stand around the call of the wrapper, and not of the model.
+_OWN = frozenset({"forward", "training", "_compiled_call_impl", "_is_full_backward_hook"})
 BACKENDS = ("inductor", "eager", "onnxruntime")
 
 
@@ -121,7 +126,7 @@ def mpcompile(
     inner = "inductor" if backend == "onnxruntime" else backend
     settings = settings_of(policy, keep_fp32, low, strict, inner)
     _check_overrides(model, settings)
-    wrapped = MixedPrecisionModule(model, settings, dynamic=dynamic, backend=backend)
+    wrapped = _rewrapped(model, settings, dynamic, backend)
     if example_inputs is not None:
         with torch.no_grad():
             wrapped(*example_inputs)
@@ -171,14 +176,16 @@ def _may_match(glob: str, known: list[str]) -> bool:
 
 
 class MixedPrecisionModule(nn.Module):
-    """The model in mixed precision. Shares the model's parameters, buffers, submodules and names."""
+    """The model in mixed precision. Shares the model's parameters, buffers, submodules and names.
+
+    Whoever asks takes it for its model: `isinstance`, its name, the signature of its ``forward``, its attributes (read,
+    set and deleted) and its methods are the model's (`mpcompile.likeness`). ``type(mp)`` tells.
+    """
 
     def __init__(self, model: nn.Module, settings: Settings, *, dynamic: bool | None, backend: str) -> None:
         super().__init__()
-        # The very tables of the model: what is registered, replaced or renamed on one is so on the other.
-        self._parameters, self._buffers, self._modules = model._parameters, model._buffers, model._modules
-        self._non_persistent_buffers_set = model._non_persistent_buffers_set
         hidden = self.__dict__
+        hidden.update({name: getattr(model, name) for name in _SHARED})
         hidden["_model"], hidden["settings"], hidden["backend"] = model, settings, backend
         hidden["dynamic"] = dynamic
         hidden["_compiler"] = Compiler(
@@ -186,7 +193,12 @@ class MixedPrecisionModule(nn.Module):
         )
         hidden["_call"] = None
         hidden["_recurrent"] = False
-        self.training = model.training
+        hidden["training"] = model.training
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """The model's class, for `isinstance`; every question of Python's own goes by ``type(mp)``."""
+        return type(self.__dict__.get("_model", self))
 
     @property
     def model(self) -> nn.Module:
@@ -210,7 +222,6 @@ class MixedPrecisionModule(nn.Module):
         compiler: Compiler = self._compiler
         return compiler.seconds
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # a torch.compile around this module breaks its graph here, and runs ours
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self._call is None:
             return self._first(args, kwargs)
@@ -248,8 +259,18 @@ class MixedPrecisionModule(nn.Module):
             own = inspect.ismethod(found) and found.__self__ is model
             return watched_method(model, name, found) if own else found
 
-    def __getitem__(self, key: Any) -> Any:
-        return self.model[key]  # type: ignore[index]
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set it on the model, which runs and is saved; what is the wrapper's own (``forward`` too) stays here."""
+        if name in self.__dict__ or name in _OWN:
+            object.__setattr__(self, name, value)
+        else:
+            setattr(self.model, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        if name in self.__dict__:
+            object.__delattr__(self, name)
+        else:
+            delattr(self.model, name)
 
     def __reduce__(self) -> Any:
         """Copies and pickles are of the model and its settings; compiled graphs are made again."""
@@ -335,7 +356,8 @@ class MixedPrecisionModule(nn.Module):
 
 
 def _rewrapped(model: nn.Module, settings: Settings, dynamic: bool | None, backend: str) -> MixedPrecisionModule:
-    return MixedPrecisionModule(model, settings, dynamic=dynamic, backend=backend)
+    kind: Any = class_like(MixedPrecisionModule, model)
+    return kind(model, settings, dynamic=dynamic, backend=backend)  # type: ignore[no-any-return]
 
 
 def _own(error: BackendCompilerFailed) -> Exception:
