@@ -108,8 +108,12 @@ def rows() -> Mapping[str, Device]:
 @cache
 def built_in() -> Mapping[str, Device]:
     """The package's rows; one that is `like` another has its numbers."""
-    text = resources.files("mpcompile").joinpath("devices.toml").read_text(encoding="utf-8")
-    return _read(tomllib.loads(text), "devices.toml")
+    return _read(_shipped(), "devices.toml")
+
+
+@cache
+def _shipped() -> Mapping[str, Any]:
+    return tomllib.loads(resources.files("mpcompile").joinpath("devices.toml").read_text(encoding="utf-8"))
 
 
 def own_path() -> Path | None:
@@ -164,9 +168,21 @@ def _read(table: Mapping[str, Any], path: str) -> dict[str, Device]:
     for name, row in table.items():
         if not isinstance(row, dict):
             raise RuleError("MP206", f"{path}: {name} is not a row", try_="[name] and its numbers below")
-        base = table.get(row.get("like", ""), {})
-        found[name] = _row(name, {**base, **row}, path)
+        found[name] = _row(name, {**_base(name, row.get("like", ""), table, path), **row}, path)
     return found
+
+
+def _base(name: str, like: str, table: Mapping[str, Any], path: str) -> Mapping[str, Any]:
+    """The numbers of the row that `name` is like: of the same file, else one of the package's."""
+    if not like:
+        return {}
+    base = table.get(like) if like != name else None
+    base = base or _shipped().get(like)
+    if base is None:
+        near = suggest(like, [*table, *_shipped()])
+        raise RuleError("MP206", f"{path}: [{name}] is like {like!r}, which is no row",
+                        try_=f"did you mean {near}?" if near else ", ".join(_shipped()))  # fmt: skip
+    return {**_base(like, base.get("like", "") if like != base.get("like") else "", table, path), **base}
 
 
 def _row(name: str, given: dict[str, Any], path: str) -> Device:

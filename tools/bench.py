@@ -18,10 +18,13 @@ page(
     "MP820",
     "A benchmark that does not exist",
     "bench was given a model, candidate, size, regime or device that it does not have.",
-    "mpcompile bench --help lists them; the models other than mlp need transformers.",
+    "mpcompile bench --help lists them; gpt2, bert, vit, resnet and llama need transformers.",
 )
 
-MODELS = ("gpt2", "bert", "vit", "resnet", "llama", "mlp")
+MODELS = (
+    *("gpt2", "bert", "vit", "resnet", "llama", "mlp"),
+    *("gpt2-by-hand", "gpt2-by-hand-1x256", "llama-by-hand", "bert-by-hand", "vit-by-hand"),
+)
 PEER = "compile+autocast"
 
 

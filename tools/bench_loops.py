@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mpcompile import Policy, mpcompile
+from mpcompile.tools.bench_by_hand import LINEAR_CROSS_ENTROPY, Written
 from mpcompile.tools.bench_models import Batch, Workload
 
 LOW = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -134,6 +135,64 @@ class Step:
         return self.run.saved_bytes  # type: ignore[no-any-return]
 
 
+class Captured:
+    """The loop that an expert writes on CUDA: compiled, autocast inside, a low stream, one CUDA graph around the step.
+
+    Nothing of it waits for the host: a capturable fused optimizer, static batches, gradients kept where they are.
+    FP16 has no such loop (`GradScaler` reads the device).
+    """
+
+    forward: Callable[[], Tensor] | None = None
+
+    def __init__(self, job: Job, mode: str) -> None:
+        model, low = job.model(), job.policy.low
+        if isinstance(model, Written):
+            model.stream, model.chunked = LOW[low], LINEAR_CROSS_ENTROPY is not None
+        self.job, self.low = job, low
+        self.call = compiled(model, mode=mode)
+        self.parameters = list(model.parameters())
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            self.parameters, lr=LEARNING_RATE, fused=True, capturable=True
+        )
+        self.total = torch.zeros((), device=job.device)
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.eager_steps = 0
+
+    def ours(self) -> float | None:
+        return None
+
+    def kept(self) -> tuple[int, int] | None:
+        return None
+
+    def _whole(self) -> None:
+        self.total.zero_()
+        for batch in self.job.data:
+            with torch.autocast(self.job.device, LOW[self.low], cache_enabled=False):
+                loss = self.call(**batch) / len(self.job.data)
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.total += loss.detach()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def step(self) -> Tensor:
+        if self.graph is not None:
+            self.graph.replay()
+        elif self.eager_steps < CAPTURE_AFTER:
+            self.eager_steps += 1
+            stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                self._whole()
+            torch.cuda.current_stream().wait_stream(stream)
+        else:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self._whole()
+            graph.replay()
+            self.graph = graph
+        return self.total.clone()
+
+
 @contextlib.contextmanager
 def tf32(on: bool) -> Iterator[None]:
     """FP32 matmuls and convolutions with or without TF32."""
@@ -147,14 +206,14 @@ def tf32(on: bool) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before[1]
 
 
-def compiled(model: nn.Module) -> Callable[..., Tensor]:
+def compiled(model: nn.Module, **options: Any) -> Callable[..., Tensor]:
     """torch.compile, with a cache of its own: candidates must not exhaust each other's recompile limit."""
 
     def call(**batch: Tensor) -> Tensor:
         return model(**batch)  # type: ignore[no-any-return]
 
     call.__code__ = call.__code__.replace()
-    return torch.compile(call)
+    return torch.compile(call, **options)
 
 
 def _as(batch: Batch, dtype: torch.dtype) -> Batch:
@@ -189,6 +248,11 @@ def _same(model: nn.Module) -> Any:
     return model
 
 
+def _reduce_overhead(job: Job) -> Loop:
+    """torch.compile's own CUDA graphs."""
+    return _autocast(job, lambda model: compiled(model, mode="reduce-overhead"))
+
+
 CANDIDATES: dict[str, Callable[[Job], Loop]] = {
     "eager FP32": lambda job: _plain(job, _same),
     "eager TF32": lambda job: _plain(job, _same, Precision),
@@ -196,13 +260,17 @@ CANDIDATES: dict[str, Callable[[Job], Loop]] = {
     "compile TF32": lambda job: _plain(job, compiled, Precision),
     "eager autocast": lambda job: _autocast(job, _same),
     "compile+autocast": lambda job: _autocast(job, compiled),
+    "compile+autocast graphs": _reduce_overhead,
+    "expert": lambda job: Captured(job, "max-autotune-no-cudagraphs"),
     "pure BF16": _pure,
     "mpcompile": _dropin,
     "mpcompile step": lambda job: Step(job, job.model()),
     "mpcompile step remake": lambda job: Step(job, job.model(), remake=True),
 }
 # What says nothing on a CPU: there is no TF32, and the step makes cheap chains again as it is.
-_CUDA_ONLY = ("eager TF32", "compile TF32", "mpcompile step remake")
+_CUDA_ONLY = ("eager TF32", "compile TF32", "compile+autocast graphs", "expert", "mpcompile step remake")
+# Steps that `Captured` runs before it captures one: compilation, and the optimizer's state.
+CAPTURE_AFTER = 3
 
 
 def candidates_for(device: str) -> list[str]:

@@ -1,13 +1,16 @@
-"""The models that `mpcompile bench` trains: architectures of `transformers`, with random weights and random data."""
+"""The models that `mpcompile bench` trains, with random weights and random data: of `transformers`, and written by hand."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from mpcompile.tools import bench_by_hand as by_hand
 
 Batch = dict[str, Tensor]
 
@@ -147,6 +150,38 @@ def _mlp(full: bool) -> Workload:
     return Workload(lambda: MLP(width, depth), sample, 4096 if full else 32, unit="rows")
 
 
+def _gpt2_by_hand(full: bool) -> Workload:
+    vocabulary, time, width, heads, layers = (50304, 1024, 768, 12, 12) if full else (16384, 256, 384, 6, 4)
+    build = functools.partial(by_hand.GPT2, vocabulary, time, width, heads, layers)
+    return Workload(build, _text(vocabulary, time), 16 if full else 4, time, "tokens")
+
+
+def _gpt2_small_batch(full: bool) -> Workload:
+    """One row of 256 tokens: launches count, not arithmetic."""
+    vocabulary, time, width, heads, layers = (50304, 256, 768, 12, 12) if full else (16384, 64, 384, 6, 4)
+    build = functools.partial(by_hand.GPT2, vocabulary, time, width, heads, layers)
+    return Workload(build, _text(vocabulary, time), 1, time, "tokens")
+
+
+def _llama_by_hand(full: bool) -> Workload:
+    vocabulary, time = (128256, 2048) if full else (16384, 256)
+    width, hidden, heads, groups, layers = (2048, 8192, 32, 8, 16) if full else (384, 1024, 6, 2, 4)
+    build = functools.partial(by_hand.Llama, vocabulary, time, width, hidden, heads, groups, layers)
+    return Workload(build, _text(vocabulary, time), 4, time, "tokens")
+
+
+def _bert_by_hand(full: bool) -> Workload:
+    vocabulary, time, width, heads, layers = (30528, 512, 768, 12, 12) if full else (16384, 128, 384, 6, 4)
+    build = functools.partial(by_hand.BERT, vocabulary, time, width, heads, layers)
+    return Workload(build, _text(vocabulary, time), 32 if full else 8, time, "tokens")
+
+
+def _vit_by_hand(full: bool) -> Workload:
+    width, heads, layers = (768, 12, 12) if full else (384, 6, 4)
+    build = functools.partial(by_hand.ViT, 224, width, heads, layers)
+    return Workload(build, _images(224, 1000), 128 if full else 8)
+
+
 WORKLOADS: dict[str, Callable[[bool], Workload]] = {
     "gpt2": _gpt2,
     "bert": _bert,
@@ -154,4 +189,9 @@ WORKLOADS: dict[str, Callable[[bool], Workload]] = {
     "resnet": _resnet,
     "llama": _llama,
     "mlp": _mlp,
+    "gpt2-by-hand": _gpt2_by_hand,
+    "gpt2-by-hand-1x256": _gpt2_small_batch,
+    "llama-by-hand": _llama_by_hand,
+    "bert-by-hand": _bert_by_hand,
+    "vit-by-hand": _vit_by_hand,
 }

@@ -155,3 +155,21 @@ def test_unknown_words_are_one_clear_error(option: str, word: str, near: str) ->
     assert said.exit_code == 2
     assert "MP820" in said.stderr
     assert near in said.stderr
+
+
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # eager; compiled, it is fused
+@pytest.mark.parametrize("name", [name for name in WORKLOADS if "by-hand" in name])
+def test_models_by_hand_train_as_their_parts_say(name: str) -> None:
+    """A loss near the logarithm of the classes, gradients everywhere, and a low stream that changes little."""
+    workload = WORKLOADS[name](False)
+    torch.manual_seed(0)
+    model, batch = workload.build(), workload.sample(1)
+    classes = 16384 if "input_ids" in batch else 1000
+    batch["labels"] = torch.randint(0, classes, batch["labels"].shape)
+    loss = model(**batch)
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters() if p.dim() > 1)
+    assert loss.item() == pytest.approx(torch.tensor(classes).log().item(), rel=0.1)
+    model.stream = torch.bfloat16
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model(**batch).item() == pytest.approx(loss.item(), rel=0.01)

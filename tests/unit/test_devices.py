@@ -187,3 +187,14 @@ def test_without_a_word_the_file_is_in_the_configuration_folder(tmp_path: Path, 
     monkeypatch.delenv(PLACE)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     assert own_path() == tmp_path / "mpcompile" / "devices.toml"
+
+
+def test_a_row_of_the_users_may_be_like_one_of_the_packages(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text('[cpu]\nlike = "cpu"\nbandwidth = 2e10\n[lab]\nlike = "h100"\n[other]\nlike = "lab"\n')
+    mine, shipped = device(f"{file}#cpu"), built_in()["cpu"]
+    assert (mine.bandwidth, mine.fp32, mine.low_call) == (2e10, shipped.fp32, shipped.low_call)
+    assert device(f"{file}#other").bf16 == built_in()["h100"].bf16
+    file.write_text('[cpu]\nlike = "h10"\n')
+    with pytest.raises(RuleError, match=r"MP206.*is like 'h10'.*\n.*'h100'"):
+        device(str(file))
