@@ -7,8 +7,21 @@ A message says what happened, where, why, and what to try.  The long form of eac
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+
+# Control characters, those of C1 and the marks that turn the order of text: a terminal obeys them.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    r"""`text` with what a terminal would obey written as escapes; line breaks and tabs stay.
+
+    >>> printable("a\x1b[2Jb")
+    'a\\x1b[2Jb'
+    """
+    return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 class MPCompileError(Exception):
@@ -25,7 +38,11 @@ class MPCompileError(Exception):
         lines += [
             f"  {label}{text}" for label, text in (("where: ", where), ("why:   ", why), ("try:   ", try_)) if text
         ]
-        super().__init__("\n".join(lines))
+        super().__init__(printable("\n".join(lines)))
+
+    def to_dict(self) -> dict[str, str]:
+        """The same as plain data: code, what, where, why, try."""
+        return {"code": self.code, "what": self.what, "where": self.where, "why": self.why, "try": self.try_}
 
 
 class CaptureError(MPCompileError):

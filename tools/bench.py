@@ -49,6 +49,7 @@ def bench(
     _one_of(device, ("cpu", "cuda"), "device")
     _one_of(size, ("small", "full"), "size")
     _one_of(regime, ("large", "micro"), "regime")
+    options.place(output)
     from mpcompile.tools.bench_loops import candidates_for
 
     ways = _picked(candidates, candidates_for(device), "candidate") if candidates else candidates_for(device)
@@ -111,7 +112,6 @@ def _record(found: dict[str, Any], device: str, output: Path | None) -> None:
 
     found["versions"] = versions(device)
     if output:
-        output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 

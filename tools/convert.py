@@ -39,6 +39,7 @@ def convert(
     json: options.Json = False,
 ) -> None:
     """Convert an ONNX model. Nothing is written unless the result loads."""
+    options.place(out)
     from mpcompile import mpcompile
 
     made = mpcompile(
@@ -65,11 +66,11 @@ def convert(
         return
     from mpcompile.report.table import foot
 
-    typer.echo(f"written: {out} ({out.stat().st_size:,} bytes; {Path(model).stat().st_size:,} before)")
-    typer.echo(foot(report).splitlines()[0])
+    options.say(f"written: {out} ({out.stat().st_size:,} bytes; {Path(model).stat().st_size:,} before)")
+    options.say(foot(report).splitlines()[0])
     for note in made.notes:
-        typer.echo(f"note: {note}")
+        options.say(f"note: {note}")
     for error in made.errors[:WORST]:
-        typer.echo(f"output {error}")
+        options.say(f"output {error}")
     if made.kept:
-        typer.echo(f"kept FP32: {', '.join(made.kept)}")
+        options.say(f"kept FP32: {', '.join(made.kept)}")

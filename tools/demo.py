@@ -78,7 +78,9 @@ def demo(
     json: options.Json = False,
 ) -> None:
     """Train a byte-level GPT in FP32 and with mpcompile. Exit code 1 when the losses disagree."""
-    out.mkdir(parents=True, exist_ok=True)
+    if not out.is_dir():
+        options.place(out)
+        out.mkdir()
     outcome = _run(steps, seed, policy, out)
     options.print_json(asdict(outcome)) if json else _show(outcome)
     if not outcome.agree:

@@ -33,7 +33,7 @@ def diff(
     first, second = _report(a, policy), _report(b, policy_b or policy)
     found = compare(first, second)
     same = not (found["changed"] or found["only_a"] or found["only_b"])
-    options.print_json({"same": same, **found}) if json else typer.echo(_text(found, same))
+    options.print_json({"same": same, **found}) if json else options.say(_text(found, same))
     if not same:
         raise typer.Exit(1)
 

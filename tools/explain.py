@@ -37,13 +37,13 @@ def explain(
     """Explain a node's precision (TARGET NODE), or an error (CODE)."""
     if re.fullmatch(r"(?i)mp\d+", what):
         found = _page(what.upper())
-        options.print_json(asdict(found)) if json else typer.echo(_page_text(found))
+        options.print_json(asdict(found)) if json else options.say(_page_text(found))
         return
     if not node:
         raise UsageError("MP806", f"which node of {what}?", try_=f"mpcompile explain {what} NODE")
     report = target.study(what, policy, keep_fp32, low).report
     facts = node_facts(report, _find(report, node))
-    options.print_json(facts) if json else typer.echo(_node_text(facts))
+    options.print_json(facts) if json else options.say(_node_text(facts))
 
 
 def _page(code: str) -> Page:

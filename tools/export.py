@@ -22,10 +22,13 @@ def export(
     """Write a PyTorch model's mixed-precision forward as ONNX."""
     if target.is_onnx(model):
         raise UsageError("MP802", f"{model} is ONNX already", try_=f"mpcompile convert {model} {out}")
+    options.place(out)
     from mpcompile import mpcompile
 
     made = target.load(model)
     mp = mpcompile(made.model, policy, keep_fp32=tuple(keep_fp32 or ()), low=tuple(low or ()))
     mp.export_onnx(out, *made.args, **made.kwargs)
     size = out.stat().st_size
-    options.print_json({"written": str(out), "bytes": size}) if json else typer.echo(f"written: {out} ({size:,} bytes)")
+    options.print_json({"written": str(out), "bytes": size}) if json else options.say(
+        f"written: {out} ({size:,} bytes)"
+    )

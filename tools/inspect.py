@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from mpcompile.errors import printable
 from mpcompile.tools import options, target
 
 
@@ -27,25 +28,27 @@ def inspect(
     json: options.Json = False,
 ) -> None:
     """Show each node's precision, who decided it and why."""
+    for path in (html, dot):
+        options.place(path)
     study = target.study(model, policy, keep_fp32, low)
     if after:
         text = study.text_after(after)
-        options.print_json({"pass": after, "text": text}) if json else typer.echo(text, nl=False)
+        options.print_json({"pass": after, "text": text}) if json else typer.echo(printable(text), nl=False)
         return
     report = study.report
     if html:
         report.to_html(html)
     if dot:
-        dot.write_text(report.to_dot(), encoding="utf-8")
+        dot.write_text(report.to_dot(), encoding="utf-8", errors="backslashreplace")
     report = report.filter(only=only) if only else report
     report = report.sort(sort) if sort else report
     if json:
-        typer.echo(report.to_json())
+        options.print_json(report.to_dict())
         return
     _show(report)
     for path in (html, dot):
         if path:
-            typer.echo(f"written: {path}")
+            options.say(f"written: {path}")
 
 
 def _show(report: object) -> None:

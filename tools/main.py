@@ -2,28 +2,74 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import traceback
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
 from mpcompile import __version__
-from mpcompile.errors import MPCompileError
-from mpcompile.tools import bench, convert, demo, diff, doctor, explain, export, inspect
+from mpcompile.errors import MPCompileError, UsageError, page
+from mpcompile.tools import bench, convert, demo, diff, doctor, explain, export, inspect, options
+
+page(
+    "MP800",
+    "A command line that is not understood",
+    "An option or a verb does not exist, or its value is of another type.",
+    "mpcompile --help, or mpcompile VERB --help.",
+)
+page(
+    "MP809",
+    "A fault that no check has foreseen",
+    "Something raised an error that mpcompile does not know: most likely a bug of mpcompile.",
+    "Run again with MPCOMPILE_TRACEBACK=1 in the environment, and report the traceback.",
+)
 
 # What was asked about is not so: the input is good, and an output is off by more than --max-error.
 FAILED_CHECKS = ("MP605",)
 
 
+# The class of the errors that the command line's own parser raises: typer has it, and gives it no name of its own.
+BadUsage: Any = typer.BadParameter.__mro__[1]
+
+
 class Verbs(TyperGroup):
-    """Turns the project's errors into one message, and exit code 2; 1 where a check that was asked for failed."""
+    """Turns every error into one message (one JSON object under --json), and exit code 2; 1 where a check failed."""
 
     def invoke(self, ctx: Any) -> Any:
+        found: MPCompileError
+        cause: Exception
+        as_json = "--json" in (*getattr(ctx, "_protected_args", ()), *ctx.args)
         try:
             return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):
+            raise
         except MPCompileError as error:
-            typer.echo(str(error), err=True)
-            raise typer.Exit(1 if error.code in FAILED_CHECKS else 2) from error
+            found, cause = error, error
+        except BadUsage as error:
+            if not as_json:
+                raise
+            found, cause = UsageError("MP800", error.format_message(), try_="--help"), error
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # who reads has had enough
+                raise
+            found, cause = UsageError("MP808", f"{type(error).__name__}: {error}"), error
+        except Exception as error:
+            if os.environ.get("MPCOMPILE_TRACEBACK"):
+                raise
+            found, cause = _fault(error), error
+        code = 1 if found.code in FAILED_CHECKS else 2
+        options.print_json({"error": found.to_dict(), "exit": code}) if as_json else options.say(str(found), err=True)
+        raise typer.Exit(code) from cause
+
+
+def _fault(error: Exception) -> UsageError:
+    """What no check has foreseen, in one message."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return UsageError("MP809", f"{type(error).__name__}: {error}", where=f"{frame.filename}:{frame.lineno}",
+                      try_="set MPCOMPILE_TRACEBACK=1 for the whole traceback, and report it")  # fmt: skip
 
 
 app = typer.Typer(

@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from mpcompile.errors import UsageError, page, printable
+from mpcompile.places import unwritable
+
+page(
+    "MP808",
+    "A file that cannot be read or written",
+    "A folder on the path is not there (none is made in silence), something other than a file has that name, rights "
+    "are lacking, or the disk is full.",
+    "Make the folder first, or give another path.",
+)
 
 Target = Annotated[
     str, typer.Argument(help="FILE.py:FACTORY, PACKAGE.MODULE:FACTORY or MODEL.onnx", show_default=False)
@@ -20,6 +33,27 @@ Low = Annotated[list[str] | None, typer.Option("--low", help="Glob on module pat
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
+# What JSON writes as it is and a terminal obeys.
+_OBEYED = re.compile(r"[\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
 def print_json(data: Any) -> None:
     """Print `data` as indented JSON on standard output."""
-    typer.echo(json.dumps(data, indent=2, ensure_ascii=False))
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    typer.echo(_OBEYED.sub(lambda found: f"\\u{ord(found[0]):04x}", text))
+
+
+def say(text: str, *, err: bool = False) -> None:
+    """Print text, in which names of the user's models may stand: no terminal obeys them."""
+    typer.echo(printable(text), err=err)
+
+
+def place(path: Path | None) -> Path | None:
+    """`path`, where a file is to be written later.
+
+    Raises:
+      UsageError: MP808.
+    """
+    if path is not None and (why := unwritable(path)):
+        raise UsageError("MP808", "nothing can be written there", where=str(path), why=why)
+    return path

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import importlib.util
 import os
@@ -35,6 +36,12 @@ page(
     "A factory that failed, or returned something else",
     "The factory must return (model, args) or (model, args, kwargs): an nn.Module and its example arguments.",
     "def make(): return MyModel(), (torch.randn(8, 16),)",
+)
+page(
+    "MP810",
+    "A model that refuses its own example inputs",
+    "The factory's model was called with the factory's arguments, as it would be without mpcompile, and failed.",
+    "Mend the factory: sizes, element types, indices beyond a table, keywords that forward does not have.",
 )
 page(
     "MP805",
@@ -116,8 +123,13 @@ def existing(path: str) -> str:
     Raises:
       UsageError: MP802, with near names of the same directory.
     """
-    if Path(path).is_file():
-        return path
+    try:
+        if Path(path).is_file():
+            return path
+        if Path(path).exists():
+            raise UsageError("MP802", f"{path!r} is no file")
+    except ValueError as error:  # a zero byte
+        raise UsageError("MP802", f"{path!r} names no file", why=str(error)) from error
     folder = Path(path).parent
     near = suggest(Path(path).name, [p.name for p in folder.iterdir()]) if folder.is_dir() else ""
     raise UsageError("MP802", f"there is no file {path!r}", try_=f"did you mean {near}?" if near else "")
@@ -143,7 +155,34 @@ def load(target: str) -> Factory:
         given = factory()
     except Exception as error:
         raise UsageError("MP804", f"{target} failed: {type(error).__name__}: {error}", where=_place(error)) from error
-    return _checked(target, given)
+    made = _checked(target, given)
+    _try_out(target, made)
+    return made
+
+
+def _try_out(target: str, made: Factory) -> None:
+    """Run the model once: what it refuses itself is no example. Its buffers and torch's random numbers stay as they are.
+
+    Raises:
+      UsageError: MP810.
+    """
+    import torch
+
+    if any(tensor.is_meta for tensor in made.model.state_dict().values()):
+        return  # nothing can be run
+    buffers = {name: buffer.detach().clone() for name, buffer in made.model.named_buffers()}
+    try:
+        args, kwargs = copy.deepcopy((made.args, made.kwargs))
+        with torch.random.fork_rng(), torch.no_grad():
+            made.model(*args, **kwargs)
+    except Exception as error:
+        raise UsageError("MP810", f"the model of {target} does not take its example: {type(error).__name__}: {error}",
+                         where=_place(error), try_="call the factory and the model in a Python shell") from error  # fmt: skip
+    finally:
+        with torch.no_grad():
+            for name, buffer in made.model.named_buffers():
+                if name in buffers and buffer.shape == buffers[name].shape:
+                    buffer.copy_(buffers[name])
 
 
 def _import(place: str) -> ModuleType:

@@ -14,6 +14,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from mpcompile.errors import printable
 from mpcompile.formats import FORMATS
 
 if TYPE_CHECKING:
@@ -86,8 +87,8 @@ def node_table(report: Report) -> Group:
     parts: list[RenderableType] = [Text(f"{report.source}, {report.device}: {report.policy}", style="italic")]
     parts.append(_grid([[Text(name, style="bold") for name in COLUMNS]], widths))
     for heading, lines in blocks:
-        parts += [Text(heading, style="bold"), _grid(lines, widths)]
-    return Group(*parts, Text(foot(report), style="dim italic"))
+        parts += [_text(heading, style="bold"), _grid(lines, widths)]
+    return Group(*parts, Text(printable(foot(report)), style="dim italic"))
 
 
 def _grid(lines: Sequence[Sequence[Text]], widths: Sequence[int]) -> Table:
@@ -115,7 +116,7 @@ def _lines(section: Section, fold: bool) -> Iterator[list[Text]]:
         ops = list(dict.fromkeys(_short(row.op) for row in idle))
         shown = ", ".join(ops[:_FOLDED]) + (", …" if len(ops) > _FOLDED else "")
         why = f"integers and bools are never cast: {shown}"
-        yield [Text(part) for part in (f"  {len(idle)} nodes", "", "keep", "propagate", why, "")]
+        yield [_text(part) for part in (f"  {len(idle)} nodes", "", "keep", "propagate", why, "")]
 
 
 def _runs(rows: Sequence[NodeRow]) -> Iterator[tuple[NodeRow, int]]:
@@ -134,12 +135,17 @@ def _heading(section: Section) -> str:
 
 def _cells(row: NodeRow, count: int) -> Iterator[Text]:
     now = f"{row.was or '-'} → {row.precision}" if row.precision != "keep" else "keep"
-    yield Text(f"  {row.id} ×{count}" if count > 1 else f"  {row.id}")
-    yield Text(_short(row.op))
+    yield _text(f"  {row.id} ×{count}" if count > 1 else f"  {row.id}")
+    yield _text(_short(row.op))
     yield Text(now, COLOURS.get(row.precision, ""))
     yield Text(f"{row.verdict} ({row.decided_by})" if row.decided_by != "rule" else row.verdict)
-    yield Text(row.reason)
-    yield Text(row.source)
+    yield _text(row.reason)
+    yield _text(row.source)
+
+
+def _text(text: str, style: str = "") -> Text:
+    """One line of text of the user's, which no terminal obeys."""
+    return Text(printable(text).replace("\n", "\\n"), style)
 
 
 def _short(op: str) -> str:

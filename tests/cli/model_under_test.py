@@ -39,3 +39,30 @@ def wrong_parts() -> tuple[str, int]:
 
 def fails() -> None:
     raise KeyError("no weights here")
+
+
+def make_too_short() -> tuple[nn.Module, tuple[torch.Tensor]]:
+    return nn.Linear(8, 8), (torch.zeros(2, 7),)
+
+
+def make_index_beyond() -> tuple[nn.Module, tuple[torch.Tensor]]:
+    return Net(), (torch.full((4, 4), 32),)
+
+
+def make_bad_keyword() -> tuple[nn.Module, tuple[torch.Tensor], dict[str, float]]:
+    return (*make(), {"scael": 0.5})
+
+
+def make_int_input() -> tuple[nn.Module, tuple[torch.Tensor]]:
+    return nn.Linear(8, 8), (torch.zeros(2, 8, dtype=torch.int64),)
+
+
+class Statistics(nn.BatchNorm1d):
+    """It writes to its input."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.add_(1))
+
+
+def make_with_statistics() -> tuple[nn.Module, tuple[torch.Tensor]]:
+    return Statistics(4), (torch.ones(2, 4),)

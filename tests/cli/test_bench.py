@@ -42,11 +42,17 @@ def job(micro: int = 1, policy: str = "bf16") -> Job:
 
 
 def test_json_has_every_figure(tmp_path: Path) -> None:
-    out = tmp_path / "deep" / "bench.json"
+    out = tmp_path / "bench.json"
     ways = "eager FP32,eager autocast"
     said = CliRunner().invoke(
         app,
-        ["bench", "--models", "mlp", "--candidates", ways, "--rounds", "3", "--check", "2", "--json", "-o", str(out)],
+        [
+            *["bench", "-p", "bf16", "--models", "mlp", "--rounds", "3", "--check", "2", "--json"],
+            "--candidates",
+            ways,
+            "-o",
+            str(out),
+        ],
     )
     assert said.exit_code == 0, said.stderr
     found = json.loads(said.stdout)
@@ -64,7 +70,9 @@ def test_json_has_every_figure(tmp_path: Path) -> None:
 
 
 def test_table_names_the_candidates() -> None:
-    said = CliRunner().invoke(app, ["bench", "--models", "mlp", "--candidates", "eager FP32", "--rounds", "1"])
+    said = CliRunner().invoke(
+        app, ["bench", "-p", "bf16", "--models", "mlp", "--candidates", "eager FP32", "--rounds", "1"]
+    )
     assert said.exit_code == 0
     assert "eager FP32" in said.stdout
     assert "1 x 8 rows" in said.stdout
@@ -72,7 +80,7 @@ def test_table_names_the_candidates() -> None:
 
 def test_a_failure_is_told_below_the_table() -> None:
     ways = "eager FP32,eager autocast"
-    arguments = ["bench", "--models", "mlp", "--candidates", ways, "--rounds", "1", "--max-seconds", "-1"]
+    arguments = ["bench", "-p", "bf16", "--models", "mlp", "--candidates", ways, "--rounds", "1", "--max-seconds", "-1"]
     said = CliRunner().invoke(app, arguments)
     assert said.exit_code == 0
     assert said.stdout.count("failed") == 2

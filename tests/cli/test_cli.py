@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from importlib import resources
 from pathlib import Path
@@ -83,7 +84,7 @@ def test_inspect_only_and_sort() -> None:
     assert {row["precision"] for row in rows} == {"fp32"}
     sizes = [row["bytes"] for row in data("inspect", MODEL, "-p", "bf16", "--sort", "bytes")["nodes"]]
     assert sizes == sorted(sizes, reverse=True)
-    assert "MP801" in call("inspect", MODEL, "--only", "fp23", code=2).stderr
+    assert "MP801" in call("inspect", MODEL, "-p", "bf16", "--only", "fp23", code=2).stderr
 
 
 def test_inspect_overrides() -> None:
@@ -105,12 +106,14 @@ def test_inspect_after_a_pass() -> None:
     graph = parse_graph(text)
     assert not graph.casts()
     assert all(node.verdict for node in graph)
-    assert "MP805" in call("inspect", MODEL, "--after", "asign", code=2).stderr
-    assert "'assign'" in call("inspect", MODEL, "--after", "asign", code=2).stderr
+    assert "MP805" in call("inspect", MODEL, "-p", "bf16", "--after", "asign", code=2).stderr
+    assert "'assign'" in call("inspect", MODEL, "-p", "bf16", "--after", "asign", code=2).stderr
 
 
 def test_inspect_writes_pages(tmp_path: Path) -> None:
-    said = call("inspect", MODEL, "--html", str(tmp_path / "r.html"), "--dot", str(tmp_path / "r.dot")).stdout
+    said = call(
+        "inspect", MODEL, "-p", "bf16", "--html", str(tmp_path / "r.html"), "--dot", str(tmp_path / "r.dot")
+    ).stdout
     assert f"written: {tmp_path / 'r.html'}" in said
     assert "<table" in (tmp_path / "r.html").read_text()
     assert (tmp_path / "r.dot").read_text().startswith("digraph")
@@ -168,7 +171,7 @@ def test_explain_a_code() -> None:
 
 
 def test_explain_names_near_nodes() -> None:
-    refused = call("explain", MODEL, "linaer", code=2).stderr
+    refused = call("explain", MODEL, "linaer", "-p", "bf16", code=2).stderr
     assert "MP806" in refused
     assert "'linear'" in refused
     assert "which node" in call("explain", MODEL, code=2).stderr
@@ -247,3 +250,82 @@ def test_export_a_pytorch_model(tmp_path: Path) -> None:
 
 def test_export_refuses_onnx(tmp_path: Path) -> None:
     assert "mpcompile convert" in call("export", str(tmp_path / "net.onnx"), str(tmp_path / "out.onnx"), code=2).stderr
+
+
+def test_errors_are_json_where_json_was_asked_for(tmp_path: Path) -> None:
+    empty = tmp_path / "empty.onnx"
+    empty.write_bytes(b"")
+    for arguments, code in [
+        (("convert", str(empty), str(tmp_path / "o.onnx")), "MP601"),
+        (("inspect", "no.such.module:make"), "MP803"),
+        (("inspect", MODEL, "-p", "bf16", "--no-such-option"), "MP800"),
+        (("inspekt", MODEL), "MP800"),
+        (("bench", "--rounds", "many"), "MP800"),
+    ]:
+        found = data(*arguments, code=2)
+        assert (found["error"]["code"], found["exit"]) == (code, 2)
+        assert found["error"]["what"]
+
+
+@pytest.mark.parametrize("option", ["--html", "--dot"])
+def test_places_that_cannot_be_written_are_refused_before_any_work(option: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for bad in (tmp_path / "no" / "such" / "r", tmp_path, tmp_path / "pipe", Path("/dev/null")):
+        refused = call("inspect", "never.imported:make", option, str(bad), code=2)
+        assert refused.stderr.startswith("MP808")
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "pipe"]
+
+
+def test_no_verb_makes_folders_in_silence(tmp_path: Path) -> None:
+    out = str(tmp_path / "a" / "b")
+    for arguments in (("export", MODEL, out), ("convert", "m.onnx", out), ("bench", "-o", out), ("demo", "--out", out)):
+        assert call(*arguments, code=2).stderr.startswith("MP808")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["make_too_short", "make_index_beyond", "make_bad_keyword", "make_int_input"])
+def test_examples_that_the_model_itself_refuses_are_refused(name: str) -> None:
+    refused = call("inspect", MODEL.replace(":make", f":{name}"), "-p", "bf16", code=2)
+    assert refused.stderr.startswith("MP810")
+
+
+def test_trying_the_example_out_changes_nothing() -> None:
+    import torch
+
+    from mpcompile.tools.target import load
+
+    torch.manual_seed(3)
+    wanted = torch.rand(3)
+    torch.manual_seed(3)
+    made = load(MODEL.replace(":make", ":make_with_statistics"))
+    assert torch.equal(torch.rand(3), wanted)
+    assert int(made.model.num_batches_tracked) == 0
+    assert torch.equal(made.model.running_mean, torch.zeros(4))
+    assert torch.equal(made.args[0], torch.ones(2, 4))
+
+
+def test_a_fault_that_nobody_foresaw_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mpcompile.tools import target
+
+    def fault(*_: Any) -> Any:
+        raise KeyError("odd")
+
+    monkeypatch.setattr(target, "study", fault)
+    monkeypatch.delenv("MPCOMPILE_TRACEBACK", raising=False)
+    assert call("inspect", MODEL, code=2).stderr.startswith("MP809: KeyError: 'odd'")
+    assert data("inspect", MODEL, code=2)["error"]["code"] == "MP809"
+
+
+def test_no_terminal_obeys_what_is_printed(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    bad = "h\x1b[2J\x9b31m\u202e"
+    nodes = [onnx.helper.make_node("MatMul", ["x", "x"], [bad], bad), onnx.helper.make_node("Relu", [bad], ["y"])]
+    ports = [onnx.helper.make_tensor_value_info(name, 1, [64, 64]) for name in ("x", "y")]
+    source = tmp_path / "net.onnx"
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "net", ports[:1], ports[1:])), source)
+    for arguments in (("inspect", str(source)), ("explain", str(source), bad), ("explain", str(source), "h"),
+                      ("inspect", str(source), "--after", "assign"), ("diff", str(source), str(source)),
+                      ("convert", str(source), str(tmp_path / "o.onnx"), "--keep-fp32", bad)):  # fmt: skip
+        for more in ((), ("--json",)):
+            said = CliRunner().invoke(app, [*arguments, *more, "-p", "fp16"])
+            assert not set(said.output) & set("\x1b\x9b\u202e"), arguments

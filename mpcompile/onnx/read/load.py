@@ -21,6 +21,7 @@ import onnx_ir as ir
 from onnx import numpy_helper
 
 from mpcompile.errors import OnnxError, page
+from mpcompile.onnx.read.guard import guard, readable
 from mpcompile.onnx.tensors import as_object
 
 page(
@@ -110,25 +111,40 @@ def load(model: Any) -> Loaded:
         loaded.take(model.clone())
         return loaded
     if isinstance(model, onnx.ModelProto):
+        guard(model, "", "")
         return Loaded(*_without_weights(model))
     if not isinstance(model, (str, os.PathLike)):
         raise OnnxError("MP601", f"a {type(model).__name__} is no ONNX model", try_="a path or an onnx.ModelProto")
     path = os.fspath(model)
-    if not os.path.isfile(path):
-        raise OnnxError("MP601", "there is no such file", where=path)
+    readable(path)
     try:
         given = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's own error classes vary by version
         why = f"{type(error).__name__}: {error}"
         raise OnnxError("MP601", "the file is not an ONNX model", where=path, why=why) from error
-    return Loaded(*_without_weights(given), os.path.dirname(path) or ".", path)
+    folder = os.path.dirname(path) or "."
+    guard(given, folder, path)
+    return Loaded(*_without_weights(given), folder, path)
 
 
-def unreadable(error: BaseException, path: str) -> OnnxError:
+def unreadable(error: BaseException, path: str, refused: str = "") -> OnnxError:
     """What is said of a model that `error` says is wrong: the first reason, which libraries wrap many times over."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return OnnxError("MP601", "the model cannot be read", where=path, why=f"{type(error).__name__}: {error}")
+    why = f"{type(error).__name__}: {error}"
+    return OnnxError("MP601", "the model cannot be read", where=path, why=f"{refused} ({why})" if refused else why)
+
+
+def refusal(model: Any) -> str:
+    """What onnx.checker has against a model; "" when it has nothing, or cannot be asked."""
+    try:
+        given = ir.to_proto(model) if isinstance(model, ir.Model) else model
+        onnx.checker.check_model(given if isinstance(given, onnx.ModelProto) else os.fspath(given))
+    except (onnx.checker.ValidationError, UnicodeDecodeError) as error:
+        return " ".join(str(error).split())[:400]
+    except Exception:  # it raises what it likes of what it does not understand, too: that says nothing
+        return ""
+    return ""
 
 
 def _without_weights(given: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, Any]]:

@@ -38,6 +38,9 @@ def prepare(loaded: Loaded, low: str) -> list[str]:
     found, operators = _survey(loaded.proto.graph)
     for graph in found[1:]:
         _check_outputs(graph)
+    if _drop_negative(loaded):
+        notes.append("declared shapes have negative dimensions, which were read as unknown ones")
+        found, operators = _survey(loaded.proto.graph)
     if loaded.proto.functions:
         model = loaded.objects()
         common.InlinePass()(model)
@@ -63,6 +66,23 @@ def unmade(name: str) -> OnnxError:
     """What is said of a model in which `name` is read, but never made."""
     return OnnxError("MP601", f"nothing makes the value {name!r}, which a node reads or a body returns",
                      why="the model is not valid ONNX", try_="onnx.checker.check_model(model)")  # fmt: skip
+
+
+def _drop_negative(loaded: Loaded) -> bool:
+    """Make negative dimensions (some writers' way to say "any") unknown ones, in a copy; whether there were any."""
+
+    def negative(message: onnx.GraphProto) -> list[onnx.TensorShapeProto.Dimension]:
+        infos = [info for graph in _survey(message)[0] for info in (*graph.input, *graph.output, *graph.value_info)]
+        return [dim for info in infos for dim in info.type.tensor_type.shape.dim if dim.dim_value < 0]
+
+    if not negative(loaded.proto.graph):
+        return False
+    twin = onnx.ModelProto()
+    twin.CopyFrom(loaded.proto)
+    for dim in negative(twin.graph):
+        dim.Clear()
+    loaded.proto = twin
+    return True
 
 
 def _settle_cast_like(loaded: Loaded) -> None:

@@ -11,19 +11,20 @@ from) and hands over the type variables of every operator's schema.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import onnx
 
-from mpcompile.errors import OnnxError
+from mpcompile.errors import MPCompileError, OnnxError
 from mpcompile.formats import CASTABLE
 from mpcompile.graph import NOTHING, Node, Role, Value
 from mpcompile.onnx.capture import OURS, Names, OnnxCapture, Region, region_path
 from mpcompile.onnx.read import facts
 from mpcompile.onnx.read.complete import complete
-from mpcompile.onnx.read.load import load, unreadable
+from mpcompile.onnx.read.load import load, refusal, unreadable
 from mpcompile.onnx.read.message import bodies
 from mpcompile.onnx.read.prepare import prepare, sort, unmade
 from mpcompile.onnx.schema import dtype_name, op_name, plain_domain, signature
@@ -73,8 +74,21 @@ def read(model: Any, low: str = "fp32", *, provider: str = "") -> OnnxCapture:
       provider: whose kernels count ("cuda", "cpu"; see ``onnx_kernels.toml``); "" for the schemas alone.
 
     Raises:
-      OnnxError: MP601.
+      OnnxError: MP601, MP609.
     """
+    try:
+        return _read(model, low, provider)
+    except MPCompileError:
+        raise
+    except Exception as error:  # `onnx`, `onnx_ir` and protobuf raise what they like of a model that is wrong
+        why = "nested too deep" if isinstance(error, RecursionError) else refusal(model)
+        if why:
+            path = os.fspath(model) if isinstance(model, (str, os.PathLike)) else ""
+            raise unreadable(error, path, why) from error
+        raise
+
+
+def _read(model: Any, low: str, provider: str) -> OnnxCapture:
     loaded = load(model)
     notes = prepare(loaded, low)
 

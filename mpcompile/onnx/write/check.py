@@ -19,6 +19,7 @@ import onnxruntime
 
 from mpcompile.errors import OnnxError, page
 from mpcompile.onnx.run.session import on_disk, session
+from mpcompile.places import unwritable
 
 page(
     "MP602",
@@ -31,6 +32,12 @@ page(
     "A converted model that ONNX Runtime does not load",
     "The model given loads, the converted one does not: a provider lacks a kernel. Nothing was written.",
     "Give the provider that will run it (provider='cpu' or 'cuda'), or keep_fp32 on the node that the message names.",
+)
+page(
+    "MP610",
+    "A place where no model can be written",
+    "The folder is not there or may not be written to, or something other than a file has that name.",
+    "Make the folder first, or give another path. Nothing was written.",
 )
 
 # Protobuf holds 2 GB; above this many bytes of weights they go to a data file.
@@ -112,9 +119,13 @@ def save_atomic(path: str | os.PathLike[str], fill: Callable[[Path], None]) -> N
 
     Args:
       fill: writes the model under the name of `path`, and data files beside it, into the folder that it is given.
+
+    Raises:
+      OnnxError: MP610.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    if why := unwritable(target):
+        raise OnnxError("MP610", "the model cannot be written", where=str(target), why=why)
     folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         fill(folder)
