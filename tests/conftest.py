@@ -6,7 +6,12 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, settings
+
+# Triton asks when it is imported: without a GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Shared machines are slow at times: a slow example is no failure.
 settings.register_profile("mpcompile", deadline=None, suppress_health_check=[HealthCheck.too_slow])

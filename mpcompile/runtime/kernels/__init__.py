@@ -1,0 +1,1 @@
+"""Triton kernels: the optimizer's update in two passes, and the loss over a large vocabulary."""

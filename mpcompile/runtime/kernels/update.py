@@ -1,0 +1,334 @@
+"""The update of all parameters in two passes and three launches: 30 bytes a parameter with low gradients.
+
+Pass one reads the gradients (2 bytes), pass two reads gradient, master and moments and writes master, moments and
+shadow (28); between them one program moves what is a number.  Nothing asks the device anything, and everything can be
+captured in a CUDA graph.  AdamW, Adam and SGD; other optimizers keep their ways.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mpcompile.runtime.kernels.table import GRAD, OTHER, AddressTable, Rows, chunks, dense, fits
+
+# FP64 numbers of a group, of the rule, and of a parameter.
+NUMBERS = 8
+# Programs of the first pass, a multiprocessor.
+RESIDENT = 16
+
+
+@functools.cache
+def available(device: str) -> bool:
+    """Whether Triton can run there: on CUDA, or (for tests) anywhere under its interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return device == "cuda" or (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the kernels are cut: elements a program and warps of each pass; FP64 between load and store (`wide`)."""
+
+    chunk: int = 512
+    warps: int = 4
+    look_chunk: int = 4096
+    look_warps: int = 8
+    wide: bool = True
+
+
+class Rule(NamedTuple):
+    """A loss scale's rule, as numbers (see `mpcompile.training.loss_scale.scale.LossScale`); `off`: the loss is never scaled."""
+
+    dynamic: bool = False
+    growth: float = 2.0
+    backoff: float = 0.5
+    interval: int = 2000
+    floor: float = 1.0
+    cap: float = math.inf
+    hysteresis: int = 1
+    refill_always: bool = False
+    off: bool = False
+
+
+class Scale(NamedTuple):
+    """A loss scale's state on the device, as `mpcompile.training.loss_scale.scale.ScaleState`, and the next backward's seed."""
+
+    scale: Tensor
+    growth_tracker: Tensor
+    hysteresis_left: Tensor
+    steps: Tensor
+    skipped: Tensor
+    floor_hits: Tensor
+    seed: Tensor
+
+
+class Result(NamedTuple):
+    """finite: 0-dim bool; norm: 0-dim FP32, of the unscaled gradients before clipping; scale: 0-dim FP32, the next."""
+
+    finite: Tensor
+    norm: Tensor
+    scale: Tensor
+
+
+def adam_numbers(group: dict[str, Any], decoupled: bool) -> list[float]:
+    """A group of Adam or AdamW as the kernels read it."""
+    decay = float(group["weight_decay"])
+    sign = -1.0 if group.get("maximize") else 1.0
+    betas = [float(beta) for beta in group["betas"]]
+    return [float(group["lr"]), *betas, float(group["eps"]), decay * decoupled, decay * (not decoupled), sign, 0.0]
+
+
+def sgd_numbers(group: dict[str, Any]) -> list[float]:
+    """A group of SGD as the kernels read it."""
+    sign = -1.0 if group.get("maximize") else 1.0
+    numbers = [float(group[key]) for key in ("lr", "momentum", "dampening", "nesterov", "weight_decay")]
+    return [*numbers, sign, 0.0, 0.0]
+
+
+def serves(rows: Rows, low: torch.dtype | None) -> bool:
+    """True when the kernels can update these rows: FP32 in and out, laid out alike, one low type.
+
+    Args:
+      low: the low type of the shadows.
+    """
+    for cell, row, _ in rows.cells():
+        if cell.device != rows.masters[0].device or (cell.dim() and not fits(rows.masters[row], cell)):
+            return False
+    states = [t for t in [*rows.firsts, *rows.seconds, *rows.counters] if t is not None]
+    split = [lower is not None for lower in rows.lowers]
+    masters = [torch.bfloat16 if halved else torch.float32 for halved in split]
+    return (
+        all(dense(master) for master in rows.masters)
+        and all(state.dtype == torch.float32 for state in states)
+        and all(master.dtype == dtype for master, dtype in zip(rows.masters, masters, strict=True))
+        and all(shadow is None or shadow.dtype == low for shadow in rows.shadows)
+        and len({first is None for first in rows.firsts}) == 1
+    )
+
+
+class UpdateKernel:
+    """One update, bound to the tensors that it writes.
+
+    Args:
+      rows: those tensors; every one is checked by address at each call and may move.
+      parts: per parameter, the positions among the gradients that are summed.
+      grads: examples of them (dtype and layout count); FP32 or of one low type.
+      adam: Adam's arithmetic, else SGD's.
+      groups: the numbers of each group (`adam_numbers`, `sgd_numbers`).
+      low: the low type of shadows and gradients.
+      max_norm: clip to this global norm.
+      rule, scale, accumulate: the step's own loss scale, which the update moves; without it `found_inf` and
+        `grad_scale` of a call are a GradScaler's.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        parts: Sequence[Sequence[int]],
+        grads: Sequence[Tensor],
+        *,
+        adam: bool,
+        groups: Sequence[Sequence[float]],
+        low: torch.dtype,
+        max_norm: float | None = None,
+        rule: Rule | None = None,
+        scale: Scale | None = None,
+        accumulate: int = 1,
+        shape: Shape | None = None,
+    ) -> None:
+        self.rows, self.parts, self.adam, self.low, self.shape = rows, parts, adam, low, shape or Shape()
+        self.device = rows.masters[0].device
+        self.scale, self.rule, self.clips = scale, rule or Rule(), max_norm is not None
+        self._gather = _Gather.of(rows.masters, parts, grads)
+        dtypes = {each.dtype for each in self._gather.like}
+        if not dtypes <= {low, torch.float32}:
+            raise ValueError(f"gradients are FP32 or {low}, not {dtypes}")
+        self._flags = _Flags(
+            low if dtypes != {torch.float32} else torch.float32,
+            len(dtypes) > 1,
+            any(column == OTHER for _, column, _ in self._gather.places(low)),
+            any(shadow is not None for shadow in rows.shadows),
+            any(lower is not None for lower in rows.lowers),
+            rows.firsts[0] is not None,
+        )
+        self._table = AddressTable(rows, self._gather.places(low), self.device)
+        counts = [master.numel() for master in rows.masters]
+        self._chunks = chunks(counts, self.shape.chunk, self.device)
+        self._looks = chunks(counts, self.shape.look_chunk, self.device)
+        self._programs = max(1, min(len(self._looks[0]), RESIDENT * _multiprocessors(self.device)))
+        fresh = functools.partial(torch.empty, device=self.device)
+        self._partials = fresh(2 * self._programs, dtype=torch.float32)
+        self._factors = fresh(2, dtype=torch.float32)
+        self._numbers = fresh(len(counts), NUMBERS, dtype=torch.float64)
+        self._groups = torch.zeros(len(groups), NUMBERS, dtype=torch.float64, device=self.device)
+        self._seen: list[list[float]] = []
+        self.set_groups(groups)
+        self._rule = torch.tensor([*map(float, self.rule[:NUMBERS])], dtype=torch.float64, device=self.device)
+        limits = [math.inf if max_norm is None else float(max_norm), 1.0 / accumulate]
+        self._limits = torch.tensor(limits, dtype=torch.float64, device=self.device)
+
+    def set_groups(self, groups: Sequence[Sequence[float]]) -> None:
+        """Take in the groups' numbers; the device hears of it only when one changed. Not while a graph is captured."""
+        now = [list(group) for group in groups]
+        if now == self._seen:
+            return
+        # From a fresh pinned tensor: the copy then waits for nothing.
+        staged = torch.tensor(now, dtype=torch.float64, pin_memory=self.device.type == "cuda")
+        self._groups.copy_(staged, non_blocking=True)
+        self._seen = now
+
+    def __call__(
+        self, grads: Sequence[Tensor], found_inf: Tensor | None = None, grad_scale: Tensor | None = None
+    ) -> Result:
+        """Update everything in place.
+
+        Args:
+          grads: as the examples were; still scaled.
+          found_inf, grad_scale: 0-dim or of one element, FP32, where a GradScaler keeps the scale.
+        """
+        grads = self._gather(grads)
+        with _on(self.device):
+            table = self._table.now(grads)
+            looked = self.clips or self.scale is not None
+            if looked:
+                self._look(table)
+            result = self._settle(table, looked, found_inf, grad_scale)
+            self._move(table)
+        return result
+
+    def _look(self, table: Tensor) -> None:
+        from mpcompile.runtime.kernels import update_triton
+
+        flags = self._flags
+        update_triton.look[(self._programs,)](
+            table, *self._looks, self._partials, len(self._looks[0]),
+            LOW=_type(flags.low), MIXED=flags.mixed, TWO=flags.two, CHUNK=self.shape.look_chunk,
+            num_warps=self.shape.look_warps,
+        )  # fmt: skip
+
+    def _settle(self, table: Tensor, looked: bool, found_inf: Tensor | None, grad_scale: Tensor | None) -> Result:
+        from mpcompile.runtime.kernels import update_triton
+
+        finite = torch.empty((), dtype=torch.uint8, device=self.device)
+        norm, after = torch.empty(2, device=self.device).unbind()
+        owned = self.scale is not None
+        unscale = grad_scale is not None or (owned and not self.rule.off)
+        update_triton.settle[(1,)](
+            self._partials, self._programs, table, len(self.rows.masters), self._groups, self._numbers, self._rule,
+            self._limits, self._factors, *(self.scale or (None,) * 7), found_inf, grad_scale, finite, norm, after,
+            LOOKED=looked, OWNED=owned, FOUND=found_inf is not None, UNSCALE=unscale, ADAM=self.adam, num_warps=4,
+        )  # fmt: skip
+        return Result(finite.view(torch.bool), norm, after)
+
+    def _move(self, table: Tensor) -> None:
+        from mpcompile.runtime.kernels import update_triton
+
+        flags = self._flags
+        shadows = _type(self.low) if flags.shadows else None
+        if not len(self._chunks[0]):
+            return
+        update_triton.move[(len(self._chunks[0]),)](
+            table, *self._chunks, self._numbers, self._factors, LOW=_type(flags.low), MIXED=flags.mixed,
+            TWO=flags.two, SHADOWS=shadows, SPLIT=flags.split, ADAM=self.adam, MOMENTUM=flags.momentum, WIDE=self.shape.wide,
+            CHUNK=self.shape.chunk, num_warps=self.shape.warps,
+        )  # fmt: skip
+
+
+class _Flags(NamedTuple):
+    """What the kernels are compiled for.
+
+    Fields:
+      low: the gradients' type, the low one where both are there (`mixed`); two: some parameter has two gradients.
+      shadows, split, momentum: some row has a shadow, a lower half; all have a first moment.
+    """
+
+    low: torch.dtype
+    mixed: bool
+    two: bool
+    shadows: bool
+    split: bool
+    momentum: bool
+
+
+class _Way(NamedTuple):
+    """How a gradient reaches the kernels.
+
+    Fields:
+      row, column: its place in the table; positions: the gradients that it is the sum of.
+      master: what it must lie as, where it does not (None: it is taken as it is).
+    """
+
+    row: int
+    column: int
+    positions: tuple[int, ...]
+    master: Tensor | None
+    like: Tensor
+
+    def ready(self, grads: Sequence[Tensor]) -> Tensor:
+        first, *more = (grads[i] for i in self.positions)
+        if self.master is None:
+            return first
+        made = torch.empty_like(self.master, dtype=self.like.dtype, requires_grad=False).copy_(first)
+        for each in more:
+            made.add_(each)
+        return made
+
+
+@dataclass(frozen=True)
+class _Gather:
+    """The gradients as the kernels read them: as they are; copied where one lies otherwise than its master."""
+
+    ways: list[_Way]
+    order: list[int]
+
+    @classmethod
+    def of(cls, masters: Sequence[Tensor], parts: Sequence[Sequence[int]], grads: Sequence[Tensor]) -> _Gather:
+        ways = list[_Way]()
+        for row, (master, part) in enumerate(zip(masters, parts, strict=True)):
+            # Beyond two, the later ones are summed in FP32 before.
+            for column, positions in zip((GRAD, OTHER), (part[:1], part[1:]), strict=True):
+                if positions:
+                    ways.append(_way(row, column, tuple(positions), master, grads))
+        return cls(ways, [] if any(way.master is not None for way in ways) else [way.positions[0] for way in ways])
+
+    @property
+    def like(self) -> list[Tensor]:
+        return [way.like for way in self.ways]
+
+    def places(self, low: torch.dtype) -> list[tuple[int, int, bool]]:
+        return [(way.row, way.column, way.like.dtype == low) for way in self.ways]
+
+    def __call__(self, grads: Sequence[Tensor]) -> list[Tensor]:
+        return [grads[i] for i in self.order] if self.order else [way.ready(grads) for way in self.ways]
+
+
+def _way(row: int, column: int, positions: tuple[int, ...], master: Tensor, grads: Sequence[Tensor]) -> _Way:
+    first = grads[positions[0]]
+    plain = len(positions) == 1 and fits(master, first)
+    dtype = first.dtype if len(positions) == 1 else torch.float32
+    return _Way(row, column, positions, None if plain else master, torch.empty((), dtype=dtype, device="meta"))
+
+
+def _type(dtype: torch.dtype) -> Any:
+    import triton.language as tl
+
+    return {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}[dtype]
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()

@@ -1,0 +1,406 @@
+"""The device side of the one-launch update: three kernels over a table of addresses.
+
+`look` reads every gradient once: FP32 partial sums of squares, and whether an element is infinite or NaN.  `settle`, one
+program, adds the partials up and moves all scalars: clip factor, loss scale, step counters, and per parameter the
+numbers that the update multiplies by.  `move` reads gradient, master and moments and writes master, moments
+and shadow, or returns at once where the step is skipped.  `mpcompile.runtime.kernels.update` says what the tables hold.
+
+What is stored is FP32; between a load and a store the arithmetic is FP64 (as ATen's fused kernels do in part), so every
+result is the exact one rounded once.  Square root and quotient start from FP32 and take one Newton step: FP64's own cost
+too much.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Columns of a parameter's row.
+GRAD = tl.constexpr(0)
+OTHER = tl.constexpr(1)
+MASTER = tl.constexpr(2)
+FIRST = tl.constexpr(3)
+SECOND = tl.constexpr(4)
+SHADOW = tl.constexpr(5)
+LOWER = tl.constexpr(6)
+COUNTER = tl.constexpr(7)
+COUNT = tl.constexpr(8)
+GROUP = tl.constexpr(9)
+LOW_GRAD = tl.constexpr(10)
+LOW_OTHER = tl.constexpr(11)
+ALIGNED = tl.constexpr(12)
+COLUMNS = tl.constexpr(16)
+# FP64 numbers of a group, a parameter or the rule; what `settle` reads at once.
+NUMBERS = tl.constexpr(8)
+TILE = tl.constexpr(256)
+
+
+@triton.jit
+def _at(address, start, offsets, TYPE: tl.constexpr, FULL: tl.constexpr):
+    """Pointers to elements of TYPE; FULL promises the compiler that the first lies on 16 bytes.
+
+    Of low types it is told 8: then every access is of four elements a thread, and none changes hands between threads.
+    """
+    pointers = address.to(tl.pointer_type(TYPE)) + start + offsets
+    if FULL:
+        pointers = tl.multiple_of(pointers, 4 * TYPE.primitive_bitwidth // 8)
+    return pointers
+
+
+@triton.jit
+def _load(address, start, offsets, left, TYPE: tl.constexpr, FULL: tl.constexpr):
+    """Elements of TYPE at `address`; FULL says that they are all there."""
+    pointers = _at(address, start, offsets, TYPE, FULL)
+    if FULL:
+        value = tl.load(pointers)
+    else:
+        value = tl.load(pointers, mask=offsets < left, other=0)
+    return value
+
+
+@triton.jit
+def _store(address, start, offsets, left, value, TYPE: tl.constexpr, FULL: tl.constexpr):
+    pointers = _at(address, start, offsets, TYPE, FULL)
+    if FULL:
+        tl.store(pointers, value)
+    else:
+        tl.store(pointers, value, mask=offsets < left)
+
+
+@triton.jit
+def _one(address, low, start, offsets, left, LOW: tl.constexpr, MIXED: tl.constexpr, FULL: tl.constexpr):
+    """One gradient, in FP32."""
+    if MIXED:
+        if low != 0:
+            value = _load(address, start, offsets, left, LOW, FULL).to(tl.float32)
+        else:
+            value = _load(address, start, offsets, left, tl.float32, FULL)
+    else:
+        value = _load(address, start, offsets, left, LOW, FULL).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _gradient(
+    grad, low, other, low_other, start, offsets, left,
+    LOW: tl.constexpr, MIXED: tl.constexpr, TWO: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a row, in FP32: the sum of two where a tied weight has two."""
+    value = _one(grad, low, start, offsets, left, LOW, MIXED, FULL)
+    if TWO:
+        if other != 0:
+            value += _one(other, low_other, start, offsets, left, LOW, MIXED, FULL)
+    return value
+
+
+@triton.jit
+def look(
+    table, chunk_row, chunk_number, partials, chunks,
+    LOW: tl.constexpr, MIXED: tl.constexpr, TWO: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Per program: the sum of its gradients' squares, and 0 or NaN (an element times 0)."""
+    offsets = tl.arange(0, CHUNK)
+    total = tl.zeros([CHUNK], tl.float32)
+    broken = tl.zeros([CHUNK], tl.float32)
+    for chunk in range(tl.program_id(0), chunks, tl.num_programs(0)):
+        row = table + tl.load(chunk_row + chunk).to(tl.int64) * COLUMNS
+        start = tl.load(chunk_number + chunk).to(tl.int64) * CHUNK
+        left, aligned = tl.load(row + COUNT) - start, tl.load(row + ALIGNED)
+        at, low, other, low_other = (
+            tl.load(row),
+            tl.load(row + LOW_GRAD),
+            tl.load(row + OTHER),
+            tl.load(row + LOW_OTHER),
+        )
+        if (left >= CHUNK) & (aligned != 0):
+            grad = _gradient(at, low, other, low_other, start, offsets, left, LOW, MIXED, TWO, True)
+        else:
+            grad = _gradient(at, low, other, low_other, start, offsets, left, LOW, MIXED, TWO, False)
+        total += grad * grad
+        broken += grad * 0.0
+    tl.store(partials + tl.program_id(0), tl.sum(total, 0))
+    tl.store(partials + tl.num_programs(0) + tl.program_id(0), tl.sum(broken, 0))
+
+
+@triton.jit
+def _sum(partials, count):
+    offsets = tl.arange(0, TILE)
+    total = tl.zeros([TILE], tl.float64)
+    for first in range(0, count, TILE):
+        total += tl.load(partials + first + offsets, mask=first + offsets < count, other=0.0).to(tl.float64)
+    return tl.sum(total, 0)
+
+
+@triton.jit
+def _move_scale(finite, rule, scale, growth_tracker, hysteresis, steps, skipped, floor_hits):
+    """`mpcompile.training.loss_scale.scale.transition`, in place; returns the scale after it."""
+    now = tl.load(scale)
+    after = now
+    tl.store(steps, tl.load(steps) + finite.to(tl.int64))
+    tl.store(skipped, tl.load(skipped) + 1 - finite.to(tl.int64))
+    if tl.load(rule) != 0.0:
+        growth, backoff, interval, most = tl.load(rule + 1), tl.load(rule + 2), tl.load(rule + 3), tl.load(rule + 6)
+        floor, cap = tl.load(rule + 4).to(tl.float32), tl.load(rule + 5).to(tl.float32)
+        left, count = tl.load(hysteresis), tl.load(growth_tracker)
+        full = count + 1 >= interval
+        if finite:
+            grown = (now.to(tl.float64) * growth).to(tl.float32)
+            grown = tl.where(grown > cap, cap, grown)
+            # A product past FP32 is not taken.
+            grown = tl.where(grown < float("inf"), grown, now)
+            after = tl.where(full, grown, now)
+            tl.store(growth_tracker, tl.where(full, 0, count + 1))
+            tl.store(hysteresis, tl.where(full | (tl.load(rule + 7) != 0.0), most.to(tl.int32), left))
+        else:
+            left = tl.where(left > 0, left - 1, 0)
+            lowered = (now.to(tl.float64) * backoff).to(tl.float32)
+            lowered = tl.where(lowered < floor, floor, lowered)
+            after = tl.where(left <= 0, lowered, now)
+            tl.store(growth_tracker, 0)
+            tl.store(hysteresis, left)
+            tl.store(floor_hits, tl.load(floor_hits) + ((left <= 0) & (now <= floor)).to(tl.int64))
+        tl.store(scale, after)
+    return after
+
+
+@triton.jit
+def settle(
+    partials, programs, table, rows, groups, numbers, rule, limits, factors,
+    scale, growth_tracker, hysteresis, steps, skipped, floor_hits, seed,
+    found_inf, grad_scale, finite_out, norm_out, scale_out,
+    LOOKED: tl.constexpr, OWNED: tl.constexpr, FOUND: tl.constexpr, UNSCALE: tl.constexpr, ADAM: tl.constexpr,
+):  # fmt: skip
+    """All scalars of one update.
+
+    Args:
+      rule: kind (0 static), growth, backoff, interval, floor, cap, hysteresis, refill on every clean step.
+      limits: the greatest norm (infinite: none), 1 / accumulate.
+      factors: receives what gradients are multiplied by, and 1 where the step is skipped.
+      scale …seed: the loss scale's own state, OWNED by this update; else found_inf and grad_scale are a GradScaler's.
+    """
+    # Not `tl.full([], ...)`: that is a block, which the interpreter cannot combine with others.
+    broken = tl.load(limits + 1) * 0.0
+    norm = broken.to(tl.float32)
+    if LOOKED:
+        norm = tl.sqrt(_sum(partials, programs)).to(tl.float32)
+        broken += _sum(partials + programs, programs)
+    if FOUND:
+        broken += tl.load(found_inf).to(tl.float64)
+    finite = broken == 0.0
+    taken = tl.where(finite, 1.0, 0.0)
+    factor = (tl.load(limits + 1) * 0.0 + 1.0).to(tl.float32)
+    if UNSCALE:
+        before = tl.load(scale if OWNED else grad_scale)
+        factor = (1.0 / before.to(tl.float64)).to(tl.float32)
+        norm = norm * factor
+    most = tl.load(limits).to(tl.float32)
+    if most < float("inf"):
+        clip = (1.0 / (norm + 1e-6)) * most
+        factor = factor * tl.where(clip > 1.0, 1.0, clip)
+    tl.store(factors, factor)
+    tl.store(factors + 1, 1.0 - taken)
+    tl.store(finite_out, finite.to(tl.uint8))
+    tl.store(norm_out, norm)
+    if OWNED:
+        after = _move_scale(finite, rule, scale, growth_tracker, hysteresis, steps, skipped, floor_hits)
+        tl.store(scale_out, after)
+        tl.store(seed, after * tl.load(limits + 1).to(tl.float32))
+    for first in range(0, rows, TILE):
+        if ADAM:
+            _adam_numbers(first, rows, table, groups, numbers, taken)
+        else:
+            _sgd_numbers(first, rows, table, groups, numbers, taken)
+
+
+@triton.jit
+def _power(base, exponent):
+    """base ** exponent for 0 <= base < 1, in FP64."""
+    power = tl.exp(exponent * tl.log(tl.where(base > 0.0, base, 1.0)))
+    return tl.where(base > 0.0, power, 0.0)
+
+
+@triton.jit
+def _adam_numbers(first, rows, table, groups, numbers, taken):
+    """Per parameter: step size, 1 / sqrt(second correction), betas, epsilon, decay, coupled decay, sign."""
+    number = first + tl.arange(0, TILE)
+    there = number < rows
+    row = table + number.to(tl.int64) * COLUMNS
+    group = groups + tl.load(row + GROUP, mask=there, other=0) * NUMBERS
+    counter = tl.load(row + COUNTER, mask=there, other=0).to(tl.pointer_type(tl.float32))
+    step = tl.load(counter, mask=there, other=0.0)
+    tl.store(counter, step + taken.to(tl.float32), mask=there)
+    lr, beta1, beta2, eps = tl.load(group), tl.load(group + 1), tl.load(group + 2), tl.load(group + 3)
+    out = numbers + number * NUMBERS
+    step = (step + 1.0).to(tl.float64)
+    tl.store(out, lr / (1.0 - _power(beta1, step)), mask=there)
+    tl.store(out + 1, 1.0 / tl.sqrt(1.0 - _power(beta2, step)), mask=there)
+    tl.store(out + 2, beta1, mask=there)
+    tl.store(out + 3, beta2, mask=there)
+    tl.store(out + 4, eps, mask=there)
+    tl.store(out + 5, 1.0 - lr * tl.load(group + 4), mask=there)
+    tl.store(out + 6, tl.load(group + 5), mask=there)
+    tl.store(out + 7, tl.load(group + 6), mask=there)
+
+
+@triton.jit
+def _sgd_numbers(first, rows, table, groups, numbers, taken):
+    """Per parameter: lr, momentum, 1 - dampening (1 at the first step), nesterov, decay, sign."""
+    number = first + tl.arange(0, TILE)
+    there = number < rows
+    row = table + number.to(tl.int64) * COLUMNS
+    group = groups + tl.load(row + GROUP, mask=there, other=0) * NUMBERS
+    address = tl.load(row + COUNTER, mask=there, other=0)
+    counter, counted = address.to(tl.pointer_type(tl.float32)), there & (address != 0)
+    # The first buffer is the gradient itself, undampened; before it the buffer is zeros.
+    begun = tl.load(counter, mask=counted, other=1.0)
+    tl.store(counter, tl.where(taken > 0.0, 1.0, begun), mask=counted)
+    dampening = tl.where(begun != 0.0, tl.load(group + 2), 0.0)
+    out = numbers + number * NUMBERS
+    tl.store(out, tl.load(group), mask=there)
+    tl.store(out + 1, tl.load(group + 1), mask=there)
+    tl.store(out + 2, 1.0 - dampening, mask=there)
+    tl.store(out + 3, tl.load(group + 3), mask=there)
+    tl.store(out + 4, tl.load(group + 4), mask=there)
+    tl.store(out + 5, tl.load(group + 5), mask=there)
+
+
+@triton.jit
+def _master(address, lower, start, offsets, left, SPLIT: tl.constexpr, FULL: tl.constexpr):
+    """A master in FP32; where SPLIT, rows with a `lower` address hold it as BF16 and 16 lower bits."""
+    if SPLIT:
+        if lower != 0:
+            high = _load(address, start, offsets, left, tl.int16, FULL).to(tl.int32)
+            bits = (high << 16) + _load(lower, start, offsets, left, tl.int16, FULL).to(tl.int32)
+            master = bits.to(tl.float32, bitcast=True)
+        else:
+            master = _load(address, start, offsets, left, tl.float32, FULL)
+    else:
+        master = _load(address, start, offsets, left, tl.float32, FULL)
+    return master
+
+
+@triton.jit
+def _write_master(
+    address, lower, shadow, start, offsets, left, master,
+    SHADOWS: tl.constexpr, SPLIT: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    """Store a master, and its shadow where there is one."""
+    if SPLIT:
+        if lower != 0:
+            bits = master.to(tl.int32, bitcast=True)
+            high = (bits + 0x8000) >> 16
+            _store(address, start, offsets, left, high.to(tl.int16), tl.int16, FULL)
+            _store(lower, start, offsets, left, (bits - (high << 16)).to(tl.int16), tl.int16, FULL)
+        else:
+            _store(address, start, offsets, left, master, tl.float32, FULL)
+    else:
+        _store(address, start, offsets, left, master, tl.float32, FULL)
+    if SHADOWS is not None:
+        if shadow != 0:
+            _store(shadow, start, offsets, left, master.to(SHADOWS), SHADOWS, FULL)
+
+
+@triton.jit
+def _quotient(first, second, inverse, eps, WIDE: tl.constexpr):
+    """first / (sqrt(second) * inverse + eps)."""
+    root = tl.sqrt_rn(second.to(tl.float32))
+    if WIDE:
+        usual = (root > 0.0) & (root < float("inf"))
+        rest = (second - root.to(tl.float64) * root.to(tl.float64)).to(tl.float32)
+        correction = tl.where(usual, rest * (0.5 / tl.where(usual, root, 1.0)), 0.0)
+        below = (root.to(tl.float64) + correction.to(tl.float64)) * inverse + eps
+        single = below.to(tl.float32)
+        guess = (1.0 / single).to(tl.float64)
+        value = first * guess
+        usual = (single > 0.0) & (single < float("inf"))
+        value = tl.where(usual, value + (first - value * below) * guess, value)
+    else:
+        value = tl.div_rn(first, root * inverse + eps)
+    return value
+
+
+@triton.jit
+def _adam_chunk(
+    numbers, factor, at, lower, shadow, at_first, at_second, grad, low, other, low_other, start, offsets, left,
+    LOW: tl.constexpr, MIXED: tl.constexpr, TWO: tl.constexpr, SHADOWS: tl.constexpr, SPLIT: tl.constexpr,
+    WIDE: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    KIND: tl.constexpr = tl.float64 if WIDE else tl.float32
+    # Every load is on its way before the first result is waited for.
+    master = _master(at, lower, start, offsets, left, SPLIT, FULL)
+    first = _load(at_first, start, offsets, left, tl.float32, FULL)
+    second = _load(at_second, start, offsets, left, tl.float32, FULL)
+    grad = _gradient(grad, low, other, low_other, start, offsets, left, LOW, MIXED, TWO, FULL)
+    size, inverse = tl.load(numbers).to(KIND), tl.load(numbers + 1).to(KIND)
+    beta1, beta2 = tl.load(numbers + 2), tl.load(numbers + 3)
+    eps, decay, coupled = tl.load(numbers + 4).to(KIND), tl.load(numbers + 5).to(KIND), tl.load(numbers + 6)
+    grad = grad.to(KIND) * (factor * tl.load(numbers + 7)).to(KIND)
+    master = master.to(KIND)
+    if coupled != 0.0:
+        grad = grad + coupled.to(KIND) * master
+    first = beta1.to(KIND) * first.to(KIND) + (1.0 - beta1).to(KIND) * grad
+    second = beta2.to(KIND) * second.to(KIND) + (1.0 - beta2).to(KIND) * grad * grad
+    master = decay * master - size * _quotient(first, second, inverse, eps, WIDE)
+    _store(at_first, start, offsets, left, first.to(tl.float32), tl.float32, FULL)
+    _store(at_second, start, offsets, left, second.to(tl.float32), tl.float32, FULL)
+    _write_master(at, lower, shadow, start, offsets, left, master.to(tl.float32), SHADOWS, SPLIT, FULL)
+
+
+@triton.jit
+def _sgd_chunk(
+    numbers, factor, at, lower, shadow, at_first, at_second, grad, low, other, low_other, start, offsets, left,
+    LOW: tl.constexpr, MIXED: tl.constexpr, TWO: tl.constexpr, SHADOWS: tl.constexpr, SPLIT: tl.constexpr,
+    MOMENTUM: tl.constexpr, WIDE: tl.constexpr, FULL: tl.constexpr,
+):  # fmt: skip
+    KIND: tl.constexpr = tl.float64 if WIDE else tl.float32
+    master = _master(at, lower, start, offsets, left, SPLIT, FULL)
+    if MOMENTUM:
+        buffer = _load(at_first, start, offsets, left, tl.float32, FULL)
+    grad = _gradient(grad, low, other, low_other, start, offsets, left, LOW, MIXED, TWO, FULL)
+    lr, decay = tl.load(numbers).to(KIND), tl.load(numbers + 4)
+    grad = grad.to(KIND) * (factor * tl.load(numbers + 5)).to(KIND)
+    master = master.to(KIND)
+    if decay != 0.0:
+        grad = grad + decay.to(KIND) * master
+    if MOMENTUM:
+        momentum, fresh = tl.load(numbers + 1).to(KIND), tl.load(numbers + 2).to(KIND)
+        moved = momentum * buffer.to(KIND) + fresh * grad
+        _store(at_first, start, offsets, left, moved.to(tl.float32), tl.float32, FULL)
+        grad = tl.where(tl.load(numbers + 3) != 0.0, grad + momentum * moved, moved)
+    master = master - lr * grad
+    _write_master(at, lower, shadow, start, offsets, left, master.to(tl.float32), SHADOWS, SPLIT, FULL)
+
+
+@triton.jit
+def move(
+    table, chunk_row, chunk_number, numbers, factors,
+    LOW: tl.constexpr, MIXED: tl.constexpr, TWO: tl.constexpr, SHADOWS: tl.constexpr, SPLIT: tl.constexpr,
+    ADAM: tl.constexpr, MOMENTUM: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """The optimizer's arithmetic on one chunk of a parameter: Adam and AdamW, or SGD."""
+    factor, skipped = tl.load(factors), tl.load(factors + 1)
+    which = tl.load(chunk_row + tl.program_id(0))
+    start = tl.load(chunk_number + tl.program_id(0)).to(tl.int64) * CHUNK
+    # All of the row before the first branch: one wait for them together.
+    row = table + which.to(tl.int64) * COLUMNS
+    numbers += which * NUMBERS
+    left, aligned = tl.load(row + COUNT) - start, tl.load(row + ALIGNED)
+    at, lower, shadow = tl.load(row + MASTER), tl.load(row + LOWER), tl.load(row + SHADOW)
+    first, second, grad, low = tl.load(row + FIRST), tl.load(row + SECOND), tl.load(row + GRAD), tl.load(row + LOW_GRAD)
+    other, low_other = tl.load(row + OTHER), tl.load(row + LOW_OTHER)
+    if skipped != 0.0:
+        return
+    offsets = tl.arange(0, CHUNK)
+    if ADAM:
+        if (left >= CHUNK) & (aligned != 0):
+            _adam_chunk(numbers, factor, at, lower, shadow, first, second, grad, low, other, low_other, start,
+                        offsets, left, LOW, MIXED, TWO, SHADOWS, SPLIT, WIDE, True)  # fmt: skip
+        else:
+            _adam_chunk(numbers, factor, at, lower, shadow, first, second, grad, low, other, low_other, start,
+                        offsets, left, LOW, MIXED, TWO, SHADOWS, SPLIT, WIDE, False)  # fmt: skip
+    elif (left >= CHUNK) & (aligned != 0):
+        _sgd_chunk(numbers, factor, at, lower, shadow, first, second, grad, low, other, low_other, start,
+                   offsets, left, LOW, MIXED, TWO, SHADOWS, SPLIT, MOMENTUM, WIDE, True)  # fmt: skip
+    else:
+        _sgd_chunk(numbers, factor, at, lower, shadow, first, second, grad, low, other, low_other, start,
+                   offsets, left, LOW, MIXED, TWO, SHADOWS, SPLIT, MOMENTUM, WIDE, False)  # fmt: skip
