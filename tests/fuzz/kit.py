@@ -136,8 +136,10 @@ def tell(w, new, old=()):
         w.o.state.pop(p, None)
     held = {id(p) for p in w.params()}
     fresh = [p for p in new if id(p) not in held]
-    if fresh:
+    if fresh and w.sched is None:
         w.o.add_param_group({"params": fresh})
+    elif fresh:  # a scheduler knows the groups that it was made for
+        w.o.param_groups[0]["params"] += fresh
 
 
 def train(how, shake=0.0):
