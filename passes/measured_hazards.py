@@ -40,10 +40,14 @@ class MeasuredHazards:
     """Fields:
     low: the low type of the policy.
     ranges: value name -> what was measured.
+    on: the inputs on which that was, in words; "" for samples of the user's.
+    headroom: how many times larger values may be on other inputs.
     """
 
     low: str
     ranges: Mapping[str, Measured] = field(default_factory=dict)
+    on: str = ""
+    headroom: float = 1.0
 
     name: ClassVar[str] = "measured-hazards"
 
@@ -53,13 +57,18 @@ class MeasuredHazards:
         for node in graph:
             found = next((name for name in (*node.outputs, *node.inputs) if name in reasons), "")
             if found and graph.values[found].castable:
-                raised += _raise(node, f"measured: {found!r} {reasons[found]}")
-        return PassResult(bool(raised), (f"{raised} nodes raised to fp32 by measured ranges",) if raised else ())
+                raised += _raise(
+                    node, f"measured{' on generated inputs' if self.on else ''}: {found!r} {reasons[found]}"
+                )
+        note = f"{raised} nodes raised to fp32 by measured ranges" + (f", on {self.on}" if self.on else "")
+        return PassResult(bool(raised), (note,) if raised or self.on else ())
 
     def _reason(self, seen: Measured) -> str:
         size, limit = max(abs(seen.least), abs(seen.most)), LARGEST[self.low]
         if size > limit:
             return f"reaches {size:.4g}, beyond {self.low}'s largest number, {limit:.6g}"
+        if size * self.headroom > limit:
+            return f"reaches {size:.4g}, near {self.low}'s largest number, {limit:.6g}"
         if seen.vanishing > VANISHING:
             return f"has {seen.vanishing:.0%} of its elements below {ROUNDS_TO_ZERO[self.low]:.2g}, zero in {self.low}"
         return ""

@@ -21,6 +21,7 @@ from mpcompile.onnx.read import reader as frontend
 from mpcompile.onnx.run import calibrate as calibrate_room
 from mpcompile.onnx.run import session as ort
 from mpcompile.onnx.run.calibrate import OutputError
+from mpcompile.onnx.run.generate import NotRun, on_generated
 from mpcompile.onnx.tune import sensitivities, smallest
 from mpcompile.onnx.write import check as onnx_check
 from mpcompile.onnx.write import edits as onnx_write
@@ -53,6 +54,8 @@ FP16_NODES = 2000
 SLOW_TO_LOAD = "the CPU provider's time to load FP16 goes with the square of its nodes"
 # What `auto` aims at when no max_error is given: a few roundings of FP16.
 AUTO_ERROR = 1e-2
+# How much larger than on generated inputs values may be on real ones.
+HEADROOM = 4.0
 
 
 @dataclass(frozen=True)
@@ -216,6 +219,7 @@ def convert(
     simulate: bool = False,
     annotate: bool = True,
     calibrate: Any = None,
+    ranges: bool = True,
     max_error: float | None = None,
     auto: bool = False,
     session_options: Any = None,
@@ -233,6 +237,8 @@ def convert(
       annotate: write each node's decision and its reason into the node's metadata.
       calibrate: sample inputs: an ``.npz`` path, a mapping of input names to arrays, several of them, or a function
         that returns them. Values that overflow or vanish on them stay FP32, and outputs are compared (`errors`).
+      ranges: without samples, run the model on generated inputs of the declared shapes for the ranges of its values (FP16
+        alone; seeded, in bounded time, said in the report and in `notes`); False leaves that out.
       max_error: largest error of an output on the samples, relative to its largest element; beyond it, an error.
       auto: find a small set of nodes to keep FP32 so that `max_error` (1e-2 when not given) holds; see `kept`.
       session_options: `onnxruntime.SessionOptions` for the check that the model loads (custom operator libraries).
@@ -249,11 +255,27 @@ def convert(
     )
     settled = frontend_policy(policy)
     if calibrate is None:
-        made = plan(settled, options, model)
+        made = (
+            _generated(settled, options, model) if ranges and settled.low == "fp16" else plan(settled, options, model)
+        )
     else:
         made = _calibrated(settled, options, model, calibrate_room.samples(calibrate), max_error, auto)
     made.check()
     return made
+
+
+def _generated(policy: Policy, options: Options, model: Any) -> OnnxMixedPrecision:
+    """Plan with ranges that were measured on generated inputs."""
+    with no_garbage_collection():
+        capture = frontend.read(model, policy.low, provider=options.provider)
+    try:
+        said, ranges = on_generated(capture, lambda feeds, bounds: calibrate_room.record(capture, feeds, policy.low,
+                                                                                          bounds=bounds))  # fmt: skip
+    except NotRun as why:
+        capture.notes.append(f"ranges not measured, {why}: give samples (calibrate=), since FP16 ends at 65,504")
+        return plan(policy, options, capture)
+    capture.notes.append(f"ranges measured on {said}; samples (calibrate=) say more, ranges=False leaves this out")
+    return plan(policy, options, capture, ranges, said)
 
 
 def _calibrated(policy: Policy, options: Options, model: Any, feeds: Sequence[Any], max_error: float | None,
@@ -311,7 +333,7 @@ def frontend_policy(policy: str | Policy) -> Policy:
 
 
 def plan(policy: Policy, options: Options, model: Any,
-         ranges: dict[str, Measured] | None = None) -> OnnxMixedPrecision:  # fmt: skip
+         ranges: dict[str, Measured] | None = None, on: str = "") -> OnnxMixedPrecision:  # fmt: skip
     """Read `model` (or take a capture of it) and decide; nothing is checked or written yet."""
     if not options.keep_io:
         policy = replace(policy, output="low")
@@ -319,7 +341,7 @@ def plan(policy: Policy, options: Options, model: Any,
     with no_garbage_collection():
         if not isinstance(model, frontend.OnnxCapture):
             capture = frontend.read(model, policy.low, provider=options.provider)
-        graph, steps = run(capture.graph, passes_for(policy, options, capture, ranges))
+        graph, steps = run(capture.graph, passes_for(policy, options, capture, ranges, on))
     _call_by_name(graph)
     shown = (options.provider or "cpu") if policy.device == "auto" else policy.device
     graph.header.update(source="onnx", policy=str(policy), device=shown)
@@ -337,7 +359,7 @@ def _call_by_name(graph: PrecisionGraph) -> None:
 
 
 def passes_for(policy: Policy, options: Options, capture: frontend.OnnxCapture,
-               ranges: dict[str, Measured] | None = None) -> list[Pass]:  # fmt: skip
+               ranges: dict[str, Measured] | None = None, on: str = "") -> list[Pass]:  # fmt: skip
     """The default passes, with the schemas' types and the measured ranges held once the verdicts are given."""
     device = "cpu-onnx" if options.provider == "cpu" else options.provider or "cuda"
     device = device if policy.device == "auto" else policy.device
@@ -347,7 +369,7 @@ def passes_for(policy: Policy, options: Options, capture: frontend.OnnxCapture,
         return passes
     passes = [replace(one, bind=True) if isinstance(one, Assign) else one for one in passes]
     after = next(i for i, one in enumerate(passes) if one.name == "classify") + 1
-    measured: list[Pass] = [MeasuredHazards(policy.low, ranges)] if ranges else []
+    measured: list[Pass] = [MeasuredHazards(policy.low, ranges, on, HEADROOM if on else 1.0)] if ranges else []
     return [*passes[:after], Legalize(policy.low, capture.signatures), *measured, *passes[after:]]
 
 

@@ -98,7 +98,7 @@ def test_all_values_are_measured_slice_by_slice(monkeypatch: pytest.MonkeyPatch)
 
     feeds = {"x": noise(64, 16)}
     whole = convert(mlp(), "fp16", calibrate=feeds).ranges
-    monkeypatch.setattr(calibrate.record, "__defaults__", (64,))
+    monkeypatch.setattr(calibrate.record, "__defaults__", (64, None))
     assert convert(mlp(), "fp16", calibrate=feeds).ranges == whole
     assert set(whole) == {"x", "h", "a", "r", "y"}
 

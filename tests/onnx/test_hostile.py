@@ -17,11 +17,11 @@ import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mpcompile.onnx.convert import convert
 from onnx import TensorProto, numpy_helper
 from onnx_models import mlp, noise, parse
 
 from mpcompile.errors import MPCompileError, OnnxError
+from mpcompile.onnx.convert import convert
 
 HUGE = 1 << 40
 BELL = "\x1b[2J\x07\x9b31m\u202e"

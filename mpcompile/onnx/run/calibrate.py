@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,11 +13,12 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from mpcompile.errors import OnnxError, page
+from mpcompile.errors import MPCompileError, OnnxError, page
 from mpcompile.formats import ITEMSIZE, ROUNDS_TO_ZERO
 from mpcompile.onnx.capture import OnnxCapture
 from mpcompile.onnx.run import session as ort
 from mpcompile.onnx.run.calibrate_bodies import record_bodies
+from mpcompile.onnx.run.generate import Bounds
 from mpcompile.passes.measured_hazards import Measured
 
 page(
@@ -67,25 +69,32 @@ def samples(given: Any) -> list[Feeds]:
     return found
 
 
-def record(capture: OnnxCapture, feeds: Sequence[Feeds], low: str, slice_bytes: int = SLICE) -> dict[str, Measured]:
+def record(capture: OnnxCapture, feeds: Sequence[Feeds], low: str, slice_bytes: int = SLICE,
+           bounds: Bounds | None = None) -> dict[str, Measured]:  # fmt: skip
     """Ranges of all FP32 values: inputs, those of the main graph and those of the bodies in it, over all samples.
 
     The main graph's values are fetched in slices of about `slice_bytes`, each in a run of its own.
     """
-    seen = record_bodies(capture, feeds, low)
+    seen = record_bodies(capture, feeds, low, bounds)
     inputs = {capture.own(name): name for name in capture.graph.inputs
               if capture.graph.values[name].dtype == "fp32"}  # fmt: skip
     given = [{inputs[key]: np.asarray(array) for key, array in one.items() if key in inputs} for one in feeds]
-    for found in chain(given, *(values(capture, names, feeds) for names in _slices(capture, slice_bytes))):
-        for name, array in found.items():
-            measured = measure(array, low)
-            if measured is not None:
-                seen[name] = seen[name].join(measured) if name in seen else measured
+    try:
+        for found in chain(
+            given, *(values(capture, names, feeds, bounds=bounds) for names in _slices(capture, slice_bytes))
+        ):
+            for name, array in found.items():
+                measured = measure(array, low)
+                if measured is not None:
+                    seen[name] = seen[name].join(measured) if name in seen else measured
+    except Exception:  # ONNX Runtime has a class for each of its codes, and no base of them
+        if bounds is None or not bounds.over or len(seen) <= len(inputs):
+            raise
     return seen
 
 
 def values(capture: OnnxCapture, names: Sequence[str], feeds: Sequence[Feeds],
-           model: ir.Model | None = None) -> Iterator[dict[str, Any]]:  # fmt: skip
+           model: ir.Model | None = None, bounds: Bounds | None = None) -> Iterator[dict[str, Any]]:  # fmt: skip
     """The values `names` for each sample; `model` is the capture's own unless a rewritten one is given."""
     target = capture.loaded.objects() if model is None else model.clone()
     by_name = {out.name: out for node in target.graph for out in node.outputs}
@@ -93,20 +102,25 @@ def values(capture: OnnxCapture, names: Sequence[str], feeds: Sequence[Feeds],
     present = {name: by_name[key] for name, key in onnx_names.items() if key in by_name}
     target.graph.outputs.clear()
     target.graph.outputs.extend(present.values())
-    held = ort.session(target, ["CPUExecutionProvider"])
+    held = ort.session(target, ["CPUExecutionProvider"], bounds.session_options() if bounds else None)
     for one in feeds:
-        yield dict(zip(present, ort.run(held, one).values(), strict=True))
+        found = ort.run(held, one, run_options=bounds.options if bounds else None)
+        yield dict(zip(present, found.values(), strict=True))
 
 
 def measure(array: Any, low: str) -> Measured | None:
     """What is to be known of one array; None when it is empty, or has no finite element."""
-    finite = np.abs(array[np.isfinite(array)])
-    if finite.size == 0:
+    if not array.size:
         return None
-    some = finite[finite > 0]
-    vanishing = float(np.mean(some < ROUNDS_TO_ZERO[low])) if some.size else 0.0
-    picked = array[np.isfinite(array)]
-    return Measured(float(picked.min()), float(picked.max()), vanishing)
+    least, most = float(array.min()), float(array.max())
+    if not (math.isfinite(least) and math.isfinite(most)):
+        finite = array[np.isfinite(array)]
+        return measure(finite, low) if finite.size else None
+    sizes = np.abs(array)
+    some = int(np.count_nonzero(sizes))
+    zeros = sizes.size - some
+    vanishing = int(np.count_nonzero(sizes < ROUNDS_TO_ZERO[low])) - zeros if some else 0
+    return Measured(least, most, vanishing / some if some else 0.0)
 
 
 def _slices(capture: OnnxCapture, limit: int) -> Iterator[list[str]]:
@@ -128,18 +142,31 @@ def _slices(capture: OnnxCapture, limit: int) -> Iterator[list[str]]:
         yield group
 
 
-def reference(source: Any, feeds: Sequence[Feeds]) -> list[dict[str, Any]]:
-    """Outputs of the model as it was given, for each sample."""
-    held = ort.session(source, ["CPUExecutionProvider"])
-    return [ort.run(held, one) for one in feeds]
+def reference(source: Any, feeds: Sequence[Feeds], bounds: Bounds | None = None) -> list[dict[str, Any]]:
+    """Outputs of the model as it was given, for each sample.
+
+    Raises:
+      OnnxError: MP606, for samples that the model itself refuses.
+    """
+    held = ort.session(source, ["CPUExecutionProvider"], bounds.session_options() if bounds else None)
+    try:
+        return [ort.run(held, one, run_options=bounds.options if bounds else None) for one in feeds]
+    except MPCompileError:
+        raise
+    except Exception as error:  # ONNX Runtime has a class for each of its codes, and no base of them
+        if bounds is not None:
+            raise
+        why = " ".join(str(error).split())[:400]
+        raise OnnxError("MP606", "the model as it was given fails on the samples", why=why) from error
 
 
-def compare(model: onnx.ModelProto | ir.Model, feeds: Sequence[Feeds], wanted: Sequence[Feeds]) -> list[OutputError]:
+def compare(model: onnx.ModelProto | ir.Model, feeds: Sequence[Feeds], wanted: Sequence[Feeds],
+            bounds: Bounds | None = None) -> list[OutputError]:  # fmt: skip
     """How far the outputs of `model` are from `wanted`, worst first; the worst sample of each output counts."""
-    held = ort.session(model, ["CPUExecutionProvider"])
+    held = ort.session(model, ["CPUExecutionProvider"], bounds.session_options() if bounds else None)
     worst: dict[str, OutputError] = {}
     for one, want in zip(feeds, wanted, strict=True):
-        for name, got in ort.run(held, one).items():
+        for name, got in ort.run(held, one, run_options=bounds.options if bounds else None).items():
             error = difference(name, got, want[name])
             if name not in worst or error.relative > worst[name].relative:
                 worst[name] = error

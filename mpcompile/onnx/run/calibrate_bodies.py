@@ -16,13 +16,15 @@ from mpcompile.formats import ROUNDS_TO_ZERO
 from mpcompile.onnx.capture import OnnxCapture, region_path
 from mpcompile.onnx.objects import opset, subgraphs
 from mpcompile.onnx.run import session as ort
+from mpcompile.onnx.run.generate import Bounds
 from mpcompile.passes.measured_hazards import Measured
 
 NEVER = -np.inf
 CONTROL = ("If", "Loop", "Scan")
 
 
-def record_bodies(capture: OnnxCapture, feeds: Sequence[Mapping[str, Any]], low: str) -> dict[str, Measured]:
+def record_bodies(capture: OnnxCapture, feeds: Sequence[Mapping[str, Any]], low: str,
+                  bounds: Bounds | None = None) -> dict[str, Measured]:  # fmt: skip
     """Ranges of the FP32 values of all bodies, over all samples."""
     wanted = {name for node in capture.graph if node.scope for name in node.outputs
               if capture.graph.values[name].dtype == "fp32" and capture.own(name)}  # fmt: skip
@@ -36,9 +38,11 @@ def record_bodies(capture: OnnxCapture, feeds: Sequence[Mapping[str, Any]], low:
         return {}
     target.graph.outputs.clear()
     target.graph.outputs.extend(value for value, _ in found)
-    held, seen = ort.session(target, ["CPUExecutionProvider"]), dict[str, Measured]()
+    held = ort.session(target, ["CPUExecutionProvider"], bounds.session_options() if bounds else None)
+    seen = dict[str, Measured]()
     for one in feeds:
-        for (_, names), rows in zip(found, ort.run(held, one).values(), strict=True):
+        rows_of = ort.run(held, one, run_options=bounds.options if bounds else None)
+        for (_, names), rows in zip(found, rows_of.values(), strict=True):
             for name, measured in _read(names, rows):
                 seen[name] = seen[name].join(measured) if name in seen else measured
     return seen

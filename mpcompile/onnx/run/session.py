@@ -57,7 +57,8 @@ def has_provider(name: str) -> bool:
     return f"{name}executionprovider" in {p.lower() for p in ort.get_available_providers()}
 
 
-def run(held: ort.InferenceSession, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Any]:
+def run(held: ort.InferenceSession, feeds: Mapping[str, Any], outputs: Sequence[str] | None = None, *,
+        run_options: Any = None) -> dict[str, Any]:  # fmt: skip
     """Run `held` once; BF16 arrays (of ml_dtypes) go in and come out, which ONNX Runtime's own `run` refuses.
 
     Raises:
@@ -72,13 +73,13 @@ def run(held: ort.InferenceSession, feeds: Mapping[str, Any], outputs: Sequence[
                              try_=f"the model's inputs are {', '.join(known)}")  # fmt: skip
     names = list(outputs) if outputs is not None else [o.name for o in held.get_outputs()]
     if not any(_is_bf16(i) for i in (*held.get_inputs(), *held.get_outputs())):
-        return dict(zip(names, held.run(names, dict(feeds)), strict=True))
+        return dict(zip(names, held.run(names, dict(feeds), run_options), strict=True))
     binding = held.io_binding()
     for name, array in feeds.items():
         binding.bind_ortvalue_input(name, _ortvalue(array))
     for name in names:
         binding.bind_output(name)
-    held.run_with_iobinding(binding)
+    held.run_with_iobinding(binding, run_options)
     return {name: _array(value) for name, value in zip(names, binding.get_outputs(), strict=True)}
 
 
