@@ -289,6 +289,7 @@ def test_the_user_s_own_rounding_survives_the_compiler() -> None:
     assert torch.equal(got, x.to(torch.bfloat16).float())
 
 
+@pytest.mark.fp32_products
 def test_the_compiled_backward_of_fp32_regions_equals_the_eager_one() -> None:
     torch.manual_seed(0)
     # Operations whose arithmetic the compiler does not reorder: what is left to differ is precision.
