@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from fuzz import sample
+from fuzz.known import KNOWN
 from fuzz.parts import Case
 from fuzz.script import run, script
 from fuzz.shrink import shrink
@@ -100,11 +101,21 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, default=Path("fuzz-found"))
     parser.add_argument("--each", choices=("step", "dropin"), help="every part alone, by this way of training")
     parser.add_argument("--skip", type=int, default=0, help="of --each, leave out so many at the start")
+    parser.add_argument("--only", default="", help="of --each, the parts of these names")
+    parser.add_argument("--all", action="store_true", help="what is known to fail, too")
     parser.add_argument("--quiet", action="store_true")
     parser.add_argument("--no-shrink", action="store_true")
     given = parser.parse_args(arguments)
     without = frozenset(word.strip() for word in given.without.split(",") if word)
+    without |= frozenset() if given.all else frozenset(KNOWN)
     cases = sample.each(given.each, given.policy or "fp32") if given.each else None
+    if cases is not None:
+        only = {word.strip() for word in given.only.split(",") if word}
+        cases = (
+            case
+            for case in cases
+            if (only or set(case.parts())) & set(case.parts()) and not without & set(case.parts())
+        )
     if cases is not None:
         cases = itertools.islice(cases, given.skip, given.skip + given.count)
     found = session(given.seconds, given.first, given.policy, without, smaller=not given.no_shrink, out=given.out,
