@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-import re
 import tomllib
 from collections.abc import Iterator
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from autocast_lists import header_lists, registered
 from opsweep import traced
 from oracle import output_dtypes
 from torch import fx
@@ -22,11 +21,6 @@ from mpcompile.rules import Rule, rules_for
 
 DIFFERENCES = tomllib.loads(resources.files("mpcompile.rules").joinpath("differences.toml").read_text())
 VERDICT = {"lower": "low", "fp32": "fp32", "set_dtype": "fp32", "promote": "propagate"}
-# Registered outside the header's lists. CUDA autocast refuses binary_cross_entropy; FP32 is what its message asks for.
-MORE_CUDA = {
-    "norm.Scalar": "fp32", "norm.ScalarOpt_dim": "fp32", "binary_cross_entropy.default": "fp32",
-    "cudnn_convolution.default": "lower", "cudnn_convolution_transpose.default": "lower",
-}  # fmt: skip
 # The CPU's lists stand in torch's C++ only; what is registered and not named here is on its FP32 list.
 CPU_LOWER = (
     "conv1d", "conv1d.padding", "conv2d", "conv2d.padding", "conv3d", "conv3d.padding", "bmm", "mm",
@@ -43,24 +37,6 @@ def full(name: str) -> str:
 
 def short(name: str) -> str:
     return name.removesuffix(".default")
-
-
-def registered(device: str) -> set[str]:
-    names = torch._C._dispatch_get_registrations_for_dispatch_key(f"Autocast{device}")
-    return {full(name.removeprefix("aten::")) for name in names if name.startswith("aten::")}
-
-
-def header_lists() -> dict[str, str]:
-    """Overload -> list, from the header that torch ships."""
-    text = (Path(torch.__file__).parent / "include/ATen/autocast_mode.h").read_text()
-    macros = {"LOWER_PRECISION_FP": "lower", "FP32": "fp32", "FP32_SET_OPT_DTYPE": "set_dtype", "PROMOTE": "promote"}
-    found = dict(MORE_CUDA)
-    for macro, name in macros.items():
-        body = re.search(rf"#define AT_FORALL_{macro}\(_\)(.*?)\n\n", text, re.S)
-        assert body is not None, macro
-        for op, overload in re.findall(r"_\(\s*(\w+)(?:,\s*(\w+))?\)", body.group(1)):
-            found[f"{op}.{overload or 'default'}"] = name
-    return found
 
 
 def cpu_lists() -> dict[str, str]:
