@@ -2,13 +2,17 @@
 
 When is a shadow stale?  `Tensor._version` rises with ordinary in-place edits, ``load_state_dict`` and most
 optimizers, but not with ``fused=True`` optimizers (measured on torch 2.13 CPU) and never with ``p.data`` edits.  So
-a master is compared by five things, all read on the host without a sync:
+a master is first compared by what is read on the host by a fixed number of calls, without a sync:
 
 * its version counter and its storage address;
 * the count of `torch.optim` steps that have touched it (a global post-step hook, which fused optimizers call too);
 * its gradient: a backward that ran and a gradient that was since cleared mean that someone stepped by hand;
-* on a CPU, a sample of its elements, which sees ``p.data`` edits outside training (an average of weights swapped
-  in for evaluation).  On other devices reading elements would be a sync: `refresh` says so instead.
+* whether the last look was under the same grad mode: weights are swapped in between training and evaluation.
+
+On a CPU every shadow that is not cast for these is then compared with its master (`mpcompile.shadows.comparison`), so
+that any edit is seen, however made.  On other devices reading elements would be a sync, and casting again at every
+forward costs what autocast costs: an edit through ``p.data`` between two forwards of one kind, without an optimizer's
+step between them, is not seen there, and `mpcompile.api.MixedPrecisionModule.refresh` is the way to say so.
 """
 
 from __future__ import annotations
@@ -22,7 +26,18 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-_SAMPLE = 64
+from mpcompile.errors import RuntimeFailure, page
+from mpcompile.shadows.comparison import Comparison
+
+page(
+    "MP721",
+    "A weight beyond the range of FP16",
+    "FP16 ends at 65,504: the low copy of a larger weight is infinite, and so is what reads it. The plan was made for "
+    "weights that were smaller (a checkpoint was loaded since, or the weight was edited).",
+    "Wrap the model anew, so that the plan sees the weights as they are: mpcompile(model, ...). Or keep_fp32=[...] for "
+    "what reads it, or policy='bf16'.",
+)
+
 _VERSION, _GRAD = operator.attrgetter("_version"), operator.attrgetter("grad")
 
 
@@ -74,15 +89,12 @@ class _Entry:
     Fields:
       lie: how the master lies (shape, strides, device), and so the shadow.
       state: (version, address, steps) then; had_grad: whether it was last seen with a gradient.
-      view: some of the master's elements, where they are sampled; `sample` is what they were.
     """
 
     shadow: torch.Tensor
     lie: tuple[Any, ...]
     state: tuple[int, int, int] = (-1, 0, 0)
     had_grad: bool = False
-    view: torch.Tensor | None = None
-    sample: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,7 @@ class _Look:
     """All of some masters that can change and is read on the host, by a fixed number of calls."""
 
     epoch: int
+    learning: bool
     ids: list[int]
     versions: list[int]
     addresses: list[int]
@@ -110,9 +123,9 @@ class ShadowTable:
 
     def get(self, master: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """The up-to-date shadow of `master` (same shape, `dtype`), cast now only if the master changed."""
-        entries = self.entries([master], [dtype])
-        self.bring_up_to_date([master], entries, self.look([master]))
-        return entries[0].shadow
+        watched = Watched(self, self.entries([master], [dtype]))
+        watched.bring_up_to_date([master])
+        return watched.entries[0].shadow
 
     def entries(self, masters: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> list[_Entry]:
         """The entries of several masters, made where they are new; their shadows may be stale."""
@@ -123,30 +136,19 @@ class ShadowTable:
         try:
             versions = list(map(_VERSION, masters))
         except RuntimeError:
-            # An inference tensor has no version; it cannot be trained either, so its address and sample must do.
+            # An inference tensor has no version; it cannot be trained either: its address must do, and its elements.
             versions = [0 if master.is_inference() else master._version for master in masters]
         grads = [grad is not None for grad in map(_GRAD, masters)]
-        return _Look(self.epoch, list(map(id, masters)), versions, list(map(torch.Tensor.data_ptr, masters)), grads)
-
-    def bring_up_to_date(self, masters: Sequence[torch.Tensor], entries: Sequence[_Entry], look: _Look) -> None:
-        """Cast the shadows whose masters changed, together."""
-        stale = [
-            (master, entry, state)
-            for master, entry, state, has_grad in zip(masters, entries, self._states(look), look.grads, strict=True)
-            if entry.state != state or (entry.had_grad and not has_grad) or _edited(entry)
-        ]
-        for entry, has_grad in zip(entries, look.grads, strict=True):
-            entry.had_grad = has_grad
-        if stale:
-            self._write(stale)
+        addresses = list(map(torch.Tensor.data_ptr, masters))
+        return _Look(self.epoch, torch.is_grad_enabled(), list(map(id, masters)), versions, addresses, grads)
 
     def refresh(self, masters: Iterable[torch.Tensor]) -> None:
         """Cast the shadows of `masters` again, whatever they look like (after `p.data` edits on a GPU)."""
         wanted = {id(m): m for m in masters}
         found = [(wanted[key], entry) for (key, _), entry in self._entries.items() if key in wanted]
         if found:
-            states = self._states(self.look([master for master, _ in found]))
-            self._write([(*pair, state) for pair, state in zip(found, states, strict=True)])
+            states = self.states(self.look([master for master, _ in found]))
+            self.write([(*pair, state) for pair, state in zip(found, states, strict=True)])
 
     def note_step(self, masters: Sequence[torch.Tensor]) -> None:
         """An optimizer stepped: these masters changed."""
@@ -155,7 +157,7 @@ class ShadowTable:
                 self._steps[id(master)] += 1
                 self.epoch += 1
 
-    def _states(self, look: _Look) -> Iterator[tuple[int, int, int]]:
+    def states(self, look: _Look) -> Iterator[tuple[int, int, int]]:
         """(version, address, steps) of each master."""
         return zip(look.versions, look.addresses, map(self._steps.__getitem__, look.ids), strict=True)
 
@@ -181,35 +183,105 @@ class ShadowTable:
         self._steps.pop(key[0], None)
         self.gone += 1
 
-    def _write(self, stale: Sequence[tuple[torch.Tensor, _Entry, tuple[int, int, int]]]) -> None:
+    def write(self, stale: Sequence[tuple[torch.Tensor, _Entry, tuple[int, int, int]]]) -> None:
+        """Cast these again, together; each is that of its master in the given state.
+
+        Raises:
+          RuntimeFailure: MP721, where FP16 cannot hold a weight.
+        """
         with torch.inference_mode(False), torch.no_grad():
             # In place: a graph that saved a shadow for a backward still to come is told by its version.
             torch._foreach_copy_([entry.shadow for _, entry, _ in stale], [master for master, *_ in stale])
-        _sample(stale)
+        # Reading elements off another device waits for it: there, once per shadow.
+        _refuse_infinite([
+            (master, entry.shadow) for master, entry, _ in stale
+            if entry.shadow.dtype == torch.float16 and (entry.state[0] == -1 or master.device.type == "cpu")
+        ])  # fmt: skip
         for _, entry, state in stale:
             entry.state = state
         self.casts += len(stale)
 
 
-def _edited(entry: _Entry) -> bool:
-    """Whether a sampled element changed: only elements show an edit through `p.data`."""
-    return entry.sample is not None and entry.view is not None and not torch.equal(entry.sample, entry.view)
+def _refuse_infinite(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """A shadow is to be infinite only where its master is.
+
+    Raises:
+      RuntimeFailure: MP721.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        for master, shadow in pairs:
+            if shadow.is_meta or not shadow.isinf().any() or not (shadow.isinf() & master.isfinite()).any():
+                continue
+            largest = master[master.isfinite()].abs().max().item()
+            raise RuntimeFailure(
+                "MP721", f"a weight of shape {tuple(master.shape)} holds {largest:g}, and is read in FP16",
+                why="FP16 ends at 65,504: its low copy would be infinite",
+                try_="mpcompile(model, ...) anew, which plans for the weights as they are; or policy='bf16'",
+            )  # fmt: skip
 
 
-def _sample(written: Sequence[tuple[torch.Tensor, _Entry, tuple[int, int, int]]]) -> None:
-    """Keep some elements of each master on a CPU, read by views that are made once per address."""
-    for master, entry, state in written:
-        if entry.state[1] != state[1]:
-            entry.view = spread(master, _SAMPLE) if master.device.type == "cpu" and master.numel() else None
-    entries = [(entry, entry.view) for _, entry, _ in written if entry.view is not None]
-    views = [view for _, view in entries]
-    copies = torch.split(torch.cat(views), list(map(len, views))) if views else ()
-    for (entry, _), copy in zip(entries, copies, strict=True):
-        entry.sample = copy
+class Watched:
+    """The shadows of some masters, kept equal to them by a few calls where nothing changed.
+
+    The one rule of staleness, for the drop-in's graphs (`ShadowGroup`) and the training step's (`ShadowSet`), which
+    hold the masters.
+
+    Args:
+      table: where the shadows live.
+      entries: the entry of each master.
+    """
+
+    def __init__(self, table: ShadowTable, entries: Sequence[_Entry]) -> None:
+        self.table, self.entries = table, list(entries)
+        self.shadows = [entry.shadow for entry in entries]
+        self._seen: _Look | None = None
+        # What an update of our own left behind, not yet written into the entries.
+        self._noted: list[tuple[int, int, int]] | None = None
+        self._comparison: Comparison | None = None
+
+    def bring_up_to_date(self, masters: Sequence[torch.Tensor], now: _Look | None = None) -> None:
+        """Cast again what is not its master's any more; `now` is what the masters look like, where it is known."""
+        now = now or self.table.look(masters)
+        stale = self._changed(masters, now) if now != self._seen else set[int]()
+        if self._comparison is None or self._seen is None or self._seen.addresses != now.addresses:
+            self._comparison = Comparison(masters, self.shadows)
+        self._write(masters, stale, now)
+        if len(stale) < len(masters):
+            self._write(masters, self._comparison.differing(), now)
+        self._seen = now
+
+    def _write(self, masters: Sequence[torch.Tensor], numbers: set[int], now: _Look) -> None:
+        if numbers:
+            states = list(self.table.states(now))
+            self.table.write([(masters[i], self.entries[i], states[i]) for i in sorted(numbers)])
+
+    def note_update(self, masters: Sequence[torch.Tensor]) -> None:
+        """The shadows are those of the masters as they are now: who updated these wrote those too."""
+        now = self.table.look(masters)
+        if self._seen is not None and self._seen.addresses != now.addresses:
+            self._comparison = None
+        self._seen, self._noted = now, list(self.table.states(now))
+
+    def _changed(self, masters: Sequence[torch.Tensor], now: _Look) -> set[int]:
+        """The numbers of the masters that changed as far as host calls tell."""
+        if self._noted is not None:
+            for entry, state in zip(self.entries, self._noted, strict=True):
+                entry.state = state
+            self._noted = None
+        turned = self._seen is not None and self._seen.learning != now.learning
+        stale = set[int]()
+        for number, (master, entry, state, has_grad) in enumerate(
+            zip(masters, self.entries, self.table.states(now), now.grads, strict=True)
+        ):
+            unread = turned and master.device.type != "cpu"
+            if unread or entry.state != state or (entry.had_grad and not has_grad):
+                stale.add(number)
+            entry.had_grad = has_grad
+        return stale
 
 
 class ShadowGroup:
-    """The shadows that one compiled graph reads, found with a few calls where no master changed.
+    """The shadows that one compiled graph reads.
 
     Args:
       table: where the shadows live.
@@ -218,48 +290,18 @@ class ShadowGroup:
 
     def __init__(self, table: ShadowTable, dtypes: Sequence[torch.dtype]) -> None:
         self.table, self.dtypes = table, list(dtypes)
-        self._seen: _Look | None = None
         self._gone = -1
-        self._entries: list[_Entry] = []
-        self._shadows: list[torch.Tensor] = []
-        # On a CPU: the masters' sampled elements, as views and as they were.
-        self._views: list[torch.Tensor] = []
-        self._sample: torch.Tensor | None = None
+        self._found: tuple[list[int], list[int]] | None = None
+        self._watched = Watched(table, ())
 
     def get(self, masters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The up-to-date shadows of `masters`."""
         now = self.table.look(masters)
-        if now != self._seen or self._gone != self.table.gone or self._edited():
-            self._find(masters, now)
-            self.table.bring_up_to_date(masters, self._entries, now)
-            self._seen = now
-            self._views = [entry.view for entry in self._entries if entry.view is not None]
-            self._sample = torch.cat(self._views) if self._views else None
-        return self._shadows
-
-    def _find(self, masters: Sequence[torch.Tensor], now: _Look) -> None:
-        """The entries of `masters`: those of the last call, where the masters are the same and where they were."""
-        seen = self._seen
-        if (
-            seen is not None
-            and (seen.ids, seen.addresses) == (now.ids, now.addresses)
-            and self._gone == self.table.gone
-        ):
-            return
-        self._entries = self.table.entries(masters, self.dtypes)
-        self._shadows = [entry.shadow for entry in self._entries]
-        self._gone = self.table.gone
-
-    def _edited(self) -> bool:
-        return self._sample is not None and not torch.equal(self._sample, torch.cat(self._views))
-
-
-def spread(master: torch.Tensor, most: int) -> torch.Tensor:
-    """Up to `most` elements over the whole of a master, first and last among them, without a copy."""
-    flat, count = master.detach(), master.numel()
-    if torch.ops.aten.is_non_overlapping_and_dense.default(flat):
-        return flat.as_strided((min(count, most),), (max(1, (count - 1) // (most - 1)),))
-    return flat[(0,) * (flat.dim() - 1)][:most]
+        if self._gone != self.table.gone or self._found != (now.ids, now.addresses):
+            self._watched = Watched(self.table, self.table.entries(masters, self.dtypes))
+            self._gone, self._found = self.table.gone, (now.ids, now.addresses)
+        self._watched.bring_up_to_date(masters, now)
+        return self._watched.shadows
 
 
 SHADOWS = ShadowTable()
