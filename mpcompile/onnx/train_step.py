@@ -168,7 +168,10 @@ class OrtTrainStep:
     def _compile(self, batch: Batch) -> Compiled:
         emitted, updater = emit_step(self.torch_step, batch)
         step = step_to_onnx(emitted.module, emitted.arguments(batch.tensors), self.low)
-        model = simulate(step.model) if self.low in LOW and self._device == "cpu" else step.model
+        model = step.model
+        if self.low in LOW and self._device == "cpu":
+            onnx_check.check_types(ir.to_proto(model))
+            model = simulate(model)
         options = ort.SessionOptions()
         options.log_severity_level = 4
         options.intra_op_num_threads = torch.get_num_threads()

@@ -88,7 +88,7 @@ def export_onnx(mp: Any, path: str | os.PathLike[str], *args: Any, dynamic_shape
     replace_wrong(written)
     held = translate(written, args, kwargs, dynamic_shapes, OPSETS.get(plan.policy.low, 20), custom_translation_table)
     made = OnnxExport(held[0], plan.graph)
-    added = settle(made.ir_model)
+    added = settle(made.ir_model, "cuda")
     if added:
         made.notes.append(f"{added} casts make explicit what PyTorch's kernels promote inside")
     plan.graph.header.update(policy=str(plan.policy), device=plan.row)

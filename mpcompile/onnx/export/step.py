@@ -76,7 +76,7 @@ def step_to_onnx(module: fx.GraphModule, arguments: Sequence[Tensor], low: str) 
         traced = make_fx(act, step_table(random), tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
         _tidy(traced)
     model, _ = translate(traced, tuple(arguments), {}, None, OPSETS.get(low, 20))
-    added = settle(model)
+    added = settle(model, "cuda")
     made = _named(model, names, places, added)
     made.seeded = seeded
     return made

@@ -14,6 +14,7 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes import common
 
+from mpcompile.onnx.export.sequences import plain_splits
 from mpcompile.onnx.objects import graphs, infer, opset, settle_cast_like
 from mpcompile.onnx.schema import signature
 from mpcompile.onnx.tensors import DATA_TYPES, NUMPY_TYPES
@@ -21,14 +22,19 @@ from mpcompile.onnx.tensors import DATA_TYPES, NUMPY_TYPES
 FLOATS = set(DATA_TYPES.values())
 
 
-def settle(model: ir.Model) -> int:
-    """Settle the types of `model` in place; the number of casts that had to be added."""
+def settle(model: ir.Model, provider: str = "") -> int:
+    """Settle the types of `model` in place; the number of casts that had to be added.
+
+    Args:
+      provider: whose kernels count beside the schemas: what has none in a low type computes in FP32.
+    """
     if model.functions:
         common.InlinePass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    plain_splits(model)
     recorded = _forget_types(model)
     infer(model)
-    added = sum(_node(model, node, recorded) for graph in graphs(model) for node in list(graph))
+    added = sum(_node(model, node, recorded, provider) for graph in graphs(model) for node in list(graph))
     for graph in graphs(model):
         for node in list(graph):
             settle_cast_like(node)
@@ -45,8 +51,8 @@ def _forget_types(model: ir.Model) -> dict[ir.Value, Any]:
     return found
 
 
-def _node(model: ir.Model, node: ir.Node, recorded: dict[ir.Value, Any]) -> int:
-    types = signature(node.domain, node.op_type, opset(model, node.domain), "")
+def _node(model: ir.Model, node: ir.Node, recorded: dict[ir.Value, Any], provider: str) -> int:
+    types = signature(node.domain, node.op_type, opset(model, node.domain), provider)
     groups: dict[str, list[int]] = {}
     for index, value in enumerate(node.inputs):
         if value is not None and value.dtype in FLOATS:

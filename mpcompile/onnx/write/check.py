@@ -86,6 +86,16 @@ def check(model: Any, original: Callable[[], Any], loads: Any = None, options: A
     return notes
 
 
+def check_types(model: onnx.ModelProto) -> None:
+    """Hold the real model, not its simulation, to what every operator's schema takes.
+
+    Raises:
+      OnnxError: MP602.
+    """
+    if error := _fails(lambda: _full_check(model)):
+        raise OnnxError("MP602", "the model fails onnx.checker", why=_first_lines(error), try_="report it")
+
+
 def _frugal() -> Any:
     """Options for large weights: the optimizer would fold the CPU provider's casts, into an FP32 copy of them all."""
     options = onnxruntime.SessionOptions()
