@@ -16,7 +16,9 @@ _OWN = ("aten", "prims", "prim", "profiler")
 def registered_autocast(node: fx.Node) -> str:
     """The name of the dtype that autocast gives the node's op on the device of its first output; "" for none."""
     op, value = node.target, node.meta.get("val")
-    if not isinstance(op, torch._ops.OpOverload) or op.namespace in _OWN:
+    if not isinstance(op, torch._ops.OpOverload):
+        return getattr(op, "mp_autocast", "")
+    if op.namespace in _OWN:
         return ""
     results = value if isinstance(value, (list, tuple)) else [value]
     device = next((v.device.type for v in results if isinstance(v, torch.Tensor)), None)

@@ -44,7 +44,8 @@ def op_name(target: Any) -> str:
         return str(target)
     if isinstance(target, torch._ops.HigherOrderOperator):
         return f"hop.{target._name}"
-    return f"builtin.{getattr(target, '__name__', str(target))}"
+    # A call of the program's own Python that the graph keeps whole says itself what it is.
+    return getattr(target, "mp_op", None) or f"builtin.{getattr(target, '__name__', str(target))}"
 
 
 def value_of(name: str, sample: Any) -> Value:

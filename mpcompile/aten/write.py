@@ -146,7 +146,9 @@ class _Writer:
             self.last_input = self.graph.placeholder(f"shadow_{len(self.shadows)}")
         self.last_input.meta["mp_name"] = f"{name}.shadow"
         self.shadows.append((name, target))
-        return self.graph.call_function(self.use_shadow, (master, self.last_input))  # type: ignore[arg-type]
+        used = self.graph.call_function(self.use_shadow, (master, self.last_input))  # type: ignore[arg-type]
+        used.meta["mp_low"] = target
+        return used
 
     def _output(self, node: fx.Node) -> None:
         names = iter(self.plan.outputs)

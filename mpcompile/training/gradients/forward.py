@@ -27,7 +27,7 @@ from mpcompile.compiler import Plan, Settings, decide
 from mpcompile.errors import TrainingError, page
 from mpcompile.runtime.device import device_of, emulated_kinds
 from mpcompile.training.gradients import activation_checkpoints as checkpoints
-from mpcompile.training.gradients import custom_functions
+from mpcompile.training.gradients import custom_functions, gradient_hooks, traced_calls
 from mpcompile.training.gradients.batch import Batch
 
 page(
@@ -146,10 +146,13 @@ def capture(
       CaptureError: MP101. TrainingError: MP531.
     """
     sizes = tuple({d: Dim.AUTO for t, d in dynamic if t == i} for i in range(len(batch.tensors))) if dynamic else None
-    with checkpoints.seen(), custom_functions.refused():
-        program = export(LossOf(model, loss_fn, batch), tuple(batch.tensors), None, sizes and {"tensors": sizes})
+    with traced_calls.recording() as calls, checkpoints.seen(), custom_functions.recorded(), gradient_hooks.recorded():
+        # Export marks on the tensors themselves which sizes move: on aliases, not on the caller's.
+        tensors = tuple(t.detach().requires_grad_(t.requires_grad) for t in batch.tensors)
+        program = export(LossOf(model, loss_fn, batch), tensors, None, sizes and {"tensors": sizes})
     module = program.graph_module
     inline_regions(module)
+    traced_calls.settle(module, calls)
     checkpoints.tag(module)
     _name_loss(module, loss_fn)
     sources = _name_inputs(program, module)
@@ -160,7 +163,12 @@ def capture(
         use_shadow=_shadow_alone,
         emulate=emulated_kinds(plan.device, plan.policy.low, compiled=compiled),
     )
+    parameters = owned(model, loss_fn)[0]
+    hooked = {name: p for name, p in parameters.items() if id(p) in trained and p._backward_hooks}
+    _read_masters(written.module, hooked)
     read_shadows(written.module, _shadow_alone)
+    gradient_hooks.insert_for_parameters(written.module, hooked)
+    _fix_results(written.module, plan)
     written.module.graph.set_codegen(fx.graph.CodeGen())
     if chunk_loss:
         _chunk_losses(written.module, plan)
@@ -168,8 +176,24 @@ def capture(
         align_linears(written.module, plan.capture, plan.graph, plan.device)
     written.module.recompile()
     constants = {_settled(name): value for name, value in program.constants.items()}
-    parameters = owned(model, loss_fn)[0]
     return _assemble(written.module, written.shadows, sources, plan, constants, parameters, trained)
+
+
+def _read_masters(module: fx.GraphModule, hooked: Mapping[str, Tensor]) -> None:
+    """Cast what has gradient hooks in the graph: they see its whole gradient, in FP32."""
+    for node in module.graph.find_nodes(op="call_function", target=_shadow_alone) if hooked else ():
+        master = node.args[0]
+        if master.meta.get("mp_name") in hooked:
+            low = TORCH_DTYPES[node.meta["mp_low"]]
+            node.target, node.args = torch.ops.aten.to.dtype, (master, low)
+
+
+def _fix_results(module: fx.GraphModule, plan: Plan) -> None:
+    """Results of the program's own calls have the types that the plan gives them, whatever the program's code gives."""
+    for node, call in traced_calls.calls_of(module).items():
+        planned = plan.graph.nodes.get(node.meta.get("mp_node", ""))
+        if planned is not None:
+            call.dtypes = [TORCH_DTYPES.get(plan.graph.values[name].dtype) for name in planned.outputs]
 
 
 def _chunk_losses(module: fx.GraphModule, plan: Plan) -> None:

@@ -23,9 +23,11 @@ from torch._guards import TracingContext, tracing
 from mpcompile.aten.facts import LOW_DTYPES
 from mpcompile.aten.graphs import inputs_of, outputs_of, values_of
 from mpcompile.aten.recurrent import with_whole_layers
+from mpcompile.errors import MPCompileError
 from mpcompile.runtime.device import emulated_kinds
 from mpcompile.runtime.inductor import plain_autograd
 from mpcompile.training.gradients.forward import Forward
+from mpcompile.training.gradients.traced_calls import HOOKS, calls_of
 
 
 @dataclass
@@ -53,10 +55,28 @@ def trace(forward: Forward, decompositions: dict[Any, Callable[..., Any]] | None
     fake_mode = forward.fakes[0].fake_mode  # type: ignore[attr-defined]
     # Plain ATen has recurrent layers by their time steps; a compiler is given them whole.
     module = forward.module if decompositions is None else with_whole_layers(forward.module)
-    with contextlib.ExitStack() as stack, fresh_tracing(fake_mode):
-        stack.enter_context(plain_autograd())
-        made = aot_export_joint_with_descriptors(stack, module, tuple(forward.fakes), decompositions=decompositions)
-    return _read(made.graph_module, forward)
+    for last in (False, True):
+        try:
+            with contextlib.ExitStack() as stack, fresh_tracing(fake_mode):
+                stack.enter_context(plain_autograd())
+                made = aot_export_joint_with_descriptors(
+                    stack, module, tuple(forward.fakes), decompositions=decompositions
+                )
+            return _read(made.graph_module, forward)
+        except MPCompileError:
+            raise
+        except Exception:
+            if last or not _leave_whole(module):
+                raise
+    raise AssertionError("unreachable")
+
+
+def _leave_whole(module: fx.GraphModule) -> bool:
+    """Let the program's own functions run as they are: one of them, or its backward, could not be traced."""
+    traced = [c for c in calls_of(module).values() if c.op not in HOOKS and not c.opaque]
+    for call in traced:
+        call.opaque = True
+    return bool(traced)
 
 
 @contextlib.contextmanager

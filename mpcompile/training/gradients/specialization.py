@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from mpcompile.aten.graphs import outputs_of, values_of
 from mpcompile.aten.write import has_user_low_cast
-from mpcompile.errors import CaptureError, TrainingError, page
+from mpcompile.errors import MPCompileError, TrainingError, page
 from mpcompile.runtime.inductor import roundings_kept
 from mpcompile.shadows.step_shadows import ShadowSet
 from mpcompile.training.accumulation import Layout
 from mpcompile.training.gradients.batch import Batch, Hole
 from mpcompile.training.gradients.compile import Run, decompositions, run_joint
 from mpcompile.training.gradients.forward import Forward, Input, capture, owned
+from mpcompile.training.gradients.gradient_hooks import refuse_unseen
 from mpcompile.training.gradients.joint import Joint, trace
 
 _TRAINING = operator.attrgetter("training")
@@ -34,14 +35,6 @@ _REQUIRES_GRAD = operator.attrgetter("requires_grad")
 # So many values of the arguments that are no tensors are compiled before a word is said.
 MANY_VALUES = 8
 
-page(
-    "MP523",
-    "A hook that the emitted step would not run",
-    "A parameter has a gradient hook, or a module a backward hook. The backward is one compiled graph, in which no "
-    "Python runs.",
-    "Put the arithmetic into the loss or the optimizer (max_grad_norm clips), remove the hook, or use the drop-in way: "
-    "`loss = mp(x); loss.backward(); optimizer.step()`.",
-)
 page(
     "MP535",
     "A model that is spread over several processes",
@@ -247,12 +240,11 @@ class Artefacts:
     def _make(self, batch: Batch, moving: list[tuple[int, int]]) -> Artefact:
         _refuse_masters(self.named, self.trained())
         try:
-            forward = self._capture(batch, moving)
-        except CaptureError:
+            artefact = self._compiled(self._capture(batch, moving))
+        except MPCompileError:
             if not moving:
                 raise
-            forward = self._capture(batch, [])
-        artefact = self._compiled(forward)
+            artefact = self._compiled(self._capture(batch, []))
         self.on_new(artefact)
         return artefact
 
@@ -300,15 +292,7 @@ def _refuse_hooks(model: nn.Module, named: dict[str, Tensor]) -> None:
     if spread or any(type(p).__name__ == "DTensor" for p in named.values()):
         raise TrainingError("MP535", f"the training step was given a {type(model).__name__} of several processes",
                             try_="the drop-in way: DDP(mpcompile(model)); loss.backward(); optimizer.step()")  # fmt: skip
-    hooked = [name for name, p in named.items() if p._backward_hooks or getattr(p, "_post_accumulate_grad_hooks", None)]
-    hooked += [name for name, m in model.named_modules() if m._backward_hooks or m._backward_pre_hooks]
-    if hooked:
-        raise TrainingError(
-            "MP523",
-            f"there is a backward hook on {hooked[0] or 'the model'}"
-            + (f" and {len(hooked) - 1} more" * (len(hooked) > 1)),
-            try_="the drop-in way: loss = mp(x); loss.backward(); optimizer.step()",
-        )
+    refuse_unseen(named.items(), model.named_modules())
 
 
 def _refuse_masters(named: dict[str, Tensor], trained: set[int]) -> None:

@@ -1,0 +1,27 @@
+"""The one place that reaches into torch where torch has no public way: what is patched, for how long, and for whom."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+# Tracing and compiling keep their state in torch's modules: one thread at a time.
+COMPILING = threading.RLock()
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
+    """`owner` (a class or a module) with other attributes for a while. Hold `COMPILING`; act in your own thread alone."""
+    before = {name: owner.__dict__[name] for name in attributes}
+    for name, value in attributes.items():
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(owner, name, value)
+
+
+__all__ = ["COMPILING", "replaced"]
