@@ -6,6 +6,8 @@ metadata.  No pickle, so loading a file runs no code.  Each tensor carries a CRC
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import os
 import platform
@@ -21,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from mpcompile.errors import TrainingError, page
@@ -77,7 +79,7 @@ def save_checkpoint(
     state = {name: part.state_dict() for name, part in parts.items() if part is not None}
     packer = _Packer()
     tree = packer.pack({**state, "extra": extra, "rng": _random_state()}, "")
-    facts = {key: _facts(tensor) for key, tensor in packer.tensors.items()}
+    facts = {key: _storable(key, tensor) for key, tensor in packer.tensors.items()}
     words = {"format": FORMAT, "tree": json.dumps(tree), "tensors": json.dumps(facts)}
     _write_whole(Path(path), packer.tensors, {**words, "digest": _digest(words)})
 
@@ -101,9 +103,11 @@ def load_checkpoint(
     state = _read(Path(path))
     parts = {"model": model, "optimizer": optimizer, "step": step}
     wanted = {name: part for name, part in parts.items() if part is not None}
-    missing = [name for name in wanted if name not in state]
+    missing = [name for name in (*wanted, "extra", "rng") if name not in state]
     if missing:
         raise _unreadable(path, f"it holds no {' and no '.join(missing)}")
+    if rng:
+        _check_random_state(path, state["rng"])
     _load_all(path, wanted, state)
     if rng:
         _restore_random_state(state["rng"])
@@ -117,25 +121,44 @@ def _load_all(path: Any, parts: dict[str, Any], state: dict[str, Any]) -> None:
         if "model" in parts:
             _check_model(parts["model"], state["model"])
         for name, part in sorted(parts.items(), key=lambda pair: pair[0] == "model"):
-            # Loading replaces an optimizer's tensors, so these are still what they were.
-            before = part.state_dict() if name != "model" else None
-            done += [(part, before)] if name != "model" else []
+            # Loading replaces an optimizer's tensors, so these are still what they were; a model's are written to.
+            if name != "model":
+                done.append((part, part.state_dict()))
+            elif not _is_plain(part):
+                done.append((part, copy.deepcopy(part.state_dict())))
             part.load_state_dict(state[name])
-    except (RuntimeError, ValueError, KeyError, TypeError, TrainingError) as error:
+    # Whatever a part's own code raises on what it does not know: the file was read, and does not fit.
+    except Exception as error:
         for part, before in done:
             part.load_state_dict(before)
-        raise TrainingError("MP514", f"the checkpoint {os.fspath(path)!r} does not fit", why=str(error)) from error
+        why = f"{type(error).__name__}: {error}"
+        raise TrainingError("MP514", f"the checkpoint {os.fspath(path)!r} does not fit", why=why) from error
 
 
-def _check_model(model: Any, saved: dict[str, Any]) -> None:
+def _is_plain(model: Any) -> bool:
+    """Whether loading is torch's own copying alone, whose refusals `_check_model` knows beforehand."""
+    return isinstance(model, nn.Module) and not any(
+        m._load_state_dict_pre_hooks
+        or type(m)._load_from_state_dict is not nn.Module._load_from_state_dict
+        or type(m).set_extra_state is not nn.Module.set_extra_state
+        or type(m).load_state_dict is not nn.Module.load_state_dict
+        for m in model.modules()
+    )
+
+
+def _check_model(model: Any, saved: Any) -> None:
     """torch would copy what fits before it says what does not."""
-    if not isinstance(model, nn.Module) or any(m._load_state_dict_pre_hooks for m in model.modules()):
+    if not _is_plain(model):
         return
     now = model.state_dict()
-    wrong = sorted(now.keys() ^ saved.keys())
-    wrong += [k for k, v in now.items() if k in saved and isinstance(v, Tensor) and v.shape != saved[k].shape]
+    wrong = sorted(map(str, now.keys() ^ saved.keys()))
+    wrong += [key for key, held in now.items() if key in saved and not _same_form(held, saved[key])]
     if wrong:
         raise ValueError(f"the model's {wrong[0]!r} is missing, unexpected or of another shape ({len(wrong)} such)")
+
+
+def _same_form(held: Any, saved: Any) -> bool:
+    return isinstance(saved, Tensor) and held.shape == saved.shape and (held.is_complex() or not saved.is_complex())
 
 
 def _write_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -204,11 +227,19 @@ def _read(path: Path) -> dict[str, Any]:
         raise _unreadable(path, f"its format is {words.get('format', 'not named')}, not {FORMAT}")
     if words.get("digest") != _digest(words):
         raise _unreadable(path, "its table of contents is not what was written")
-    facts = json.loads(words["tensors"])
-    damaged = [key for key, known in facts.items() if key not in tensors or _facts(tensors[key]) != known]
+    # The digest guards against damage, not against malice: nothing about the words is taken for granted.
+    try:
+        facts = json.loads(words["tensors"])
+        damaged = [key for key, known in facts.items() if key not in tensors or _facts(tensors[key]) != known]
+        damaged += [key for key in tensors if key not in facts]
+        unpacked = _unpack(json.loads(words["tree"]), tensors)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError, RuntimeError) as error:
+        why = f"its table of contents is not one: {type(error).__name__}: {error}"
+        raise _unreadable(path, why[:300]) from error
     if damaged:
         raise _unreadable(path, f"{len(damaged)} tensors are not what was written, first {damaged[0]!r}")
-    unpacked: dict[str, Any] = _unpack(json.loads(words["tree"]), tensors)
+    if not isinstance(unpacked, dict):
+        raise _unreadable(path, f"it holds a {type(unpacked).__name__}, not model, optimizer, step, extra and rng")
     return unpacked
 
 
@@ -224,6 +255,20 @@ def _facts(tensor: Tensor) -> list[Any]:
     return [str(tensor.dtype), list(tensor.shape), zlib.crc32(flat)]
 
 
+def _storable(name: str, tensor: Tensor) -> list[Any]:
+    """`_facts` of a tensor that the file's format knows.
+
+    Raises:
+      TrainingError: MP512.
+    """
+    try:
+        save(dict.fromkeys(["one"], tensor.new_zeros(1)))
+        return _facts(tensor)
+    except (KeyError, ValueError, TypeError, RuntimeError, NotImplementedError, SafetensorError) as error:
+        what = f"{name} is {str(tensor.dtype).removeprefix('torch.')}, which a checkpoint cannot hold"
+        raise TrainingError("MP512", what) from error
+
+
 def _digest(words: dict[str, str]) -> str:
     return str(zlib.crc32("\0".join(f"{k}={words.get(k)}" for k in ("format", "tree", "tensors")).encode()))
 
@@ -233,7 +278,8 @@ class _Packer:
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
-        self._seen: dict[tuple[Any, ...], str] = {}
+        # With each, the tensor itself: while it lives no other comes to lie at its address.
+        self._seen: dict[tuple[Any, ...], tuple[str, Tensor]] = {}
 
     def pack(self, value: Any, path: str) -> Any:
         if isinstance(value, Tensor):
@@ -262,13 +308,17 @@ class _Packer:
                 "a sparse tensor" if tensor.layout != torch.strided else f"a {type(tensor).__name__} without dense data"
             )
             raise TrainingError("MP512", f"{name} is {what}, which a checkpoint cannot hold")
-        tensor = tensor.detach().resolve_conj().resolve_neg()
-        identity = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device)
+        identity = (tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.device,
+                    tensor.is_conj(), tensor.is_neg())  # fmt: skip
         if tensor.numel() and identity in self._seen:
-            return self._seen[identity]
-        self._seen[identity] = name
+            return self._seen[identity][0]
+        # "a.b" and {"a": {"b": …}} have one path, and so have 1 and "1".
+        name = next(
+            n for n in itertools.chain([name], (f"{name}#{i}" for i in itertools.count(2))) if n not in self.tensors
+        )
+        self._seen[identity] = name, tensor
         # A copy only where it must be: off the device, out of a view, or off a storage that another tensor shares.
-        kept = tensor.cpu().contiguous()
+        kept = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
         shared = kept.untyped_storage().nbytes() != kept.numel() * kept.element_size()
         self.tensors[name] = kept.clone() if shared else kept
         return name
@@ -282,6 +332,8 @@ def _unpack(tree: Any, tensors: dict[str, Tensor]) -> Any:
         return tensors[value]
     if kind == "dict":
         return {key: _unpack(item, tensors) for key, item in value}
+    if kind not in ("list", "tuple"):
+        raise ValueError(f"there is no kind {kind!r}")
     items = [_unpack(item, tensors) for item in value]
     return tuple(items) if kind == "tuple" else items
 
@@ -295,10 +347,32 @@ def _random_state() -> dict[str, Any]:
     return state
 
 
+def _check_random_state(path: Any, state: Any) -> None:
+    """Try the states on generators of our own, so that none fails when the rest is loaded already.
+
+    Raises:
+      TrainingError: MP511.
+    """
+    try:
+        torch.Generator().set_state(state["torch"])
+        random.Random().setstate(state["python"])
+        kind, keys, *rest = state["numpy"]
+        np.random.RandomState().set_state((kind, keys.numpy().astype(np.uint32), *rest))
+        if _cuda_fits(state):
+            for number, one in enumerate(state["cuda"]):
+                torch.Generator(f"cuda:{number}").set_state(one)
+    except Exception as error:
+        raise _unreadable(path, f"the state of its random generators: {type(error).__name__}: {error}") from error
+
+
+def _cuda_fits(state: dict[str, Any]) -> bool:
+    return "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count()
+
+
 def _restore_random_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     random.setstate(state["python"])
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
-    if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+    if _cuda_fits(state):
         torch.cuda.set_rng_state_all(state["cuda"])

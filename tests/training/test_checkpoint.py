@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 import os
 import random
@@ -16,8 +18,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from mpcompile.errors import TrainingError
+from mpcompile.training import checkpoint_file
 from mpcompile.training.checkpoint_file import load_checkpoint, save_checkpoint
 
 dtypes = st.sampled_from(
@@ -195,6 +200,141 @@ def test_what_is_not_plain_is_refused_by_name(tmp_path):
     with pytest.raises(TrainingError, match="MP512"):
         save_checkpoint(tmp_path / "a", extra={(1, 2): 3})
     assert not list(tmp_path.iterdir())
+
+
+def test_paths_that_read_alike_hold_their_own_tensors(tmp_path):
+    tree = {
+        "a.b": torch.zeros(2), "a": {"b": torch.ones(2), "1": torch.full((2,), 2.0), 1: torch.full((2,), 3.0)},
+        "a.b#2": torch.full((2,), 4.0), "c": [torch.full((2,), 5.0)], "c.0": torch.full((2,), 6.0), None: torch.full((2,), 7.0),
+        "None": torch.full((2,), 8.0),
+    }  # fmt: skip
+    save_checkpoint(tmp_path / "a", extra=tree)
+    assert same(load_checkpoint(tmp_path / "a"), tree)
+
+
+def test_conjugates_and_negatives_are_their_own(tmp_path):
+    """They share their storage with another, and what is made of them to be written goes at once."""
+    base = torch.complex(torch.arange(6.0), torch.arange(6.0) + 1).reshape(2, 3)
+    tree = {
+        "t": base.t(),
+        "conj": base.t().conj(),
+        "imag": base.conj().imag,
+        "rest": [base[:, i].conj() for i in range(3)],
+    }
+    save_checkpoint(tmp_path / "a", extra=tree)
+    loaded = load_checkpoint(tmp_path / "a")
+    for name in ("t", "conj", "imag"):
+        assert torch.equal(loaded[name], tree[name].resolve_conj().resolve_neg()), name
+    assert all(torch.equal(a, b.resolve_conj()) for a, b in zip(loaded["rest"], tree["rest"], strict=True))
+
+
+def test_tensors_of_a_type_that_the_file_does_not_know_are_refused(tmp_path):
+    with pytest.raises(TrainingError, match=r"MP512(.|\n)*extra\.x"):
+        save_checkpoint(tmp_path / "a", extra={"x": torch.zeros(2, dtype=torch.complex128)})
+    assert not list(tmp_path.iterdir())
+
+
+def rewritten(path, change):
+    """The file with another table of contents, whose digest is right."""
+    with safe_open(path, framework="pt") as file:
+        words, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    words = change(dict(words), tensors) or words
+    facts = {key: checkpoint_file._facts(tensor) for key, tensor in tensors.items()}
+    words.setdefault("tensors", json.dumps(facts))
+    save_file(tensors, path, {**words, "digest": checkpoint_file._digest(words)})
+
+
+def with_tree(change):
+    def changed(words, _):
+        tree = json.loads(words["tree"])
+        return {**words, "tree": json.dumps(change(dict(tree["dict"])))}
+
+    return changed
+
+
+def entry(name, value):
+    return with_tree(lambda parts: {"dict": [[k, value if k == name else v] for k, v in parts.items()]})
+
+
+def rng_entry(name, value):
+    return with_tree(lambda parts: {"dict": [
+        [k, v if k != "rng" else {"dict": [[n, value if n == name else w] for n, w in v["dict"]]}] for k, v in parts.items()
+    ]})  # fmt: skip
+
+
+FORGED = {
+    "no tree": lambda w, _: {k: v for k, v in w.items() if k != "tree"},
+    "no facts": lambda w, _: {**w, "tensors": ""},
+    "facts are a list": lambda w, _: {**w, "tensors": "[]"},
+    "facts are a number": lambda w, _: {**w, "tensors": "3"},
+    "facts know less": lambda w, _: {**w, "tensors": "{}"},
+    "facts know more": lambda w, _: {**w, "tensors": json.dumps({**json.loads(w["tensors"]), "x": ["a", [1], 2]})},
+    "tree is no JSON": lambda w, _: {**w, "tree": "{"},
+    "tree is a number": lambda w, _: {**w, "tree": "7"},
+    "tree is null": lambda w, _: {**w, "tree": "null"},
+    "tree is a list": lambda w, _: {**w, "tree": '{"list": []}'},
+    "tree is empty": lambda w, _: {**w, "tree": "{}"},
+    "two kinds": lambda w, _: {**w, "tree": '{"dict": [], "list": []}'},
+    "an unknown kind": lambda w, _: {**w, "tree": '{"set": [1]}'},
+    "a tensor that is not there": entry("extra", {"tensor": "nowhere"}),
+    "a tensor of a list": entry("extra", {"tensor": [1]}),
+    "a dict of numbers": entry("extra", {"dict": [1, 2]}),
+    "a dict of null": entry("extra", {"dict": None}),
+    "a key that cannot be one": entry("extra", {"dict": [[[1], 2]]}),
+    "a list of null": entry("extra", {"list": None}),
+    "deep": lambda w, _: {**w, "tree": '{"list": [' * 100_000 + "]}" * 100_000},
+    "a large number": lambda w, _: {**w, "tree": "9" * 100_000},
+    "no extra": with_tree(lambda parts: {"dict": [[k, v] for k, v in parts.items() if k != "extra"]}),
+    "no rng": with_tree(lambda parts: {"dict": [[k, v] for k, v in parts.items() if k != "rng"]}),
+    "rng is null": entry("rng", None),
+    "rng lacks numpy": rng_entry("numpy", None),
+    "rng of python is short": rng_entry("python", {"tuple": [3, {"tuple": [1, 2]}, None]}),
+    "rng of torch is a word": rng_entry("torch", "x"),
+    "rng of torch is another tensor": rng_entry("torch", {"tensor": "model.weight"}),
+    "model is a number": entry("model", 3),
+    "model is a list": entry("model", {"list": []}),
+    "model holds numbers": entry("model", {"dict": [["weight", 1], ["bias", 2]]}),
+    "model has keys of numbers": entry("model", {"dict": [[1, 1]]}),
+    "optimizer is null": entry("optimizer", None),
+    "optimizer has no groups": entry("optimizer", {"dict": [["state", {"dict": []}]]}),
+    "optimizer's groups are numbers": entry("optimizer", {"dict": [["state", 1], ["param_groups", {"list": [1]}]]}),
+}
+
+
+@pytest.mark.parametrize("forgery", FORGED)
+def test_a_forged_table_of_contents_is_a_coded_error_and_touches_nothing(tmp_path, forgery):
+    path, model = tmp_path / "a", torch.nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.125)
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    save_checkpoint(path, model=model, optimizer=optimizer, extra={"epoch": 3})
+    rewritten(path, FORGED[forgery])
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    optimizer.param_groups[0]["lr"] = 0.5
+    before = copy.deepcopy((dict(model.state_dict()), optimizer.state_dict()))
+    drawn = torch.get_rng_state(), random.getstate()
+    with pytest.raises(TrainingError, match=r"MP51[14]"):
+        load_checkpoint(path, model=model, optimizer=optimizer)
+    assert same(before, (dict(model.state_dict()), optimizer.state_dict()))
+    assert torch.equal(drawn[0], torch.get_rng_state())
+    assert drawn[1] == random.getstate()
+
+
+def test_a_model_whose_own_loading_fails_half_way_is_put_back(tmp_path):
+    class Picky(torch.nn.Linear):
+        def _load_from_state_dict(self, *args):
+            super()._load_from_state_dict(*args)
+            if self.weight.sum() > 0:
+                raise ArithmeticError("positive")
+
+    model = Picky(3, 2)
+    torch.nn.init.ones_(model.weight)
+    save_checkpoint(tmp_path / "a", model=model)
+    torch.nn.init.constant_(model.weight, -1.0)
+    with pytest.raises(TrainingError, match=r"MP514(.|\n)*ArithmeticError: positive"):
+        load_checkpoint(tmp_path / "a", model=model)
+    assert model.weight.eq(-1.0).all()
 
 
 WRITER = """
