@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,6 +20,21 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 SHAPES = [(1000, 513), (513,), (64, 3, 7, 7), (1 << 20,), ()]
+
+
+@pytest.fixture
+def no_sync() -> Iterator[Any]:
+    """Call it, and whatever waits for the device is an error until the test ends."""
+
+    def refuse() -> None:
+        with warnings.catch_warnings():
+            # torch says that the mode is a prototype.
+            warnings.simplefilter("ignore", UserWarning)
+            torch.cuda.set_sync_debug_mode("error")
+
+    before = torch.cuda.get_sync_debug_mode()
+    yield refuse
+    torch.cuda.set_sync_debug_mode(before)
 
 
 def state() -> tuple[Rows, list[Tensor], Any]:
@@ -40,18 +57,26 @@ def made(rows: Rows, grads: list[Tensor], scale: Any) -> UpdateKernel:
                         low=torch.bfloat16, max_norm=1.0, rule=Rule(True), scale=scale)  # fmt: skip
 
 
-def test_no_sync_and_the_same_in_a_graph() -> None:
+def test_nothing_waits_for_the_device(no_sync: Any) -> None:
+    rows, grads, scale = state()
+    kernel = made(rows, grads, scale)
+    kernel(grads)
+    others = [[g.clone() for g in grads] for _ in range(3)]
+    torch.cuda.synchronize()
+    no_sync()
+    for i, other in enumerate(others):
+        kernel.set_groups([[1e-3 / (i + 2), 0.9, 0.999, 1e-8, 0.01, 0.0, 1.0, 0.0]])
+        kernel(other)
+
+
+def test_the_same_in_a_graph() -> None:
     rows, grads, scale = state()
     other_rows, other_grads, other_scale = copy.deepcopy((rows, grads, scale))
     eager, captured = made(rows, grads, scale), made(other_rows, other_grads, other_scale)
     eager(grads)
     captured(other_grads)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(3):
-            eager([g.clone() for g in grads])
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    for _ in range(3):
+        eager([g.clone() for g in grads])
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
     with torch.cuda.graph(graph):

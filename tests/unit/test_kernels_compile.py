@@ -16,9 +16,9 @@ import re, sys
 import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from mpcompile.runtime.kernels import update_triton as kernels
+from mpcompile.runtime.kernels import move_triton, update_triton as kernels
 
-TYPES = dict(table="*i64", chunk_row="*i32", chunk_number="*i32", partials="*fp32", chunks="i32", numbers="*fp64",
+TYPES = dict(table="*i64", chunk_row="*i32", chunk_number="*i32", partials="*fp32", chunks="i32", numbers="*fp32",
              factors="*fp32", programs="i32", rows="i32", groups="*fp64", rule="*fp64", limits="*fp64", scale="*fp32",
              growth_tracker="*i32", hysteresis="*i32", steps="*i64", skipped="*i64", floor_hits="*i64", seed="*fp32",
              found_inf="*fp32", grad_scale="*fp32", finite_out="*u8", norm_out="*fp32", scale_out="*fp32")
@@ -33,8 +33,8 @@ def ptx(kernel, warps, **constants):
 
 kinds = [(True, tl.bfloat16, False, False), (True, tl.float16, True, True), (False, tl.bfloat16, True, False)]
 for adam, low, mixed, split in kinds:
-    text = ptx(kernels.move, 4, LOW=low, MIXED=mixed, TWO=mixed, SHADOWS=low, SPLIT=split, ADAM=adam, MOMENTUM=True,
-               WIDE=True, CHUNK=512)
+    text = ptx(move_triton.move, 4, LOW=low, MIXED=mixed, TWO=mixed, SHADOWS=low, SPLIT=split, ADAM=adam, MOMENTUM=True,
+               WIDE=split, CHUNK=1024)
     found = set(re.findall(r"(?:ld|st)[.]global[.]v[0-9][.]b32", text))
     assert {"ld.global.v4.b32", "st.global.v4.b32", "ld.global.v2.b32", "st.global.v2.b32"} <= found, found
 assert "ld.global.v2.b32" in ptx(kernels.look, 8, LOW=tl.bfloat16, MIXED=False, TWO=False, CHUNK=4096)

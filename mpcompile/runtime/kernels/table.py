@@ -113,7 +113,7 @@ class AddressTable:
         for row, column, low in self.grads:
             self._table[row, column - GRAD + LOW_GRAD] = low
         self._sent = torch.zeros(self._table.shape, dtype=torch.int64, device=self.device)
-        self._fill_spare()
+        self.fill_spare()
 
     def now(self, grads: Sequence[Tensor]) -> Tensor:
         """The table on the device, int64 (rows, COLUMNS), for these gradients and for where all tensors lie now.
@@ -126,7 +126,7 @@ class AddressTable:
             self._kept.append(staged)
             self._write(addresses, staged)
             return torch.empty_like(self._sent).copy_(staged, non_blocking=True)
-        self._fill_spare()
+        self.fill_spare()
         if addresses != self._seen:
             staged = torch.empty(self._table.shape, dtype=torch.int64, pin_memory=self.device.type == "cuda")
             self._write(addresses, staged)
@@ -139,7 +139,8 @@ class AddressTable:
         self._table[:, ALIGNED] = (self._table[:, : LOWER + 1] % WIDE == 0).all(axis=1)
         staged.copy_(torch.from_numpy(self._table))
 
-    def _fill_spare(self) -> None:
+    def fill_spare(self) -> None:
+        """Make the pinned tables that captures will take."""
         if self.device.type == "cuda" and len(self._spare) < SPARE:
             self._spare += [
                 torch.empty(self._table.shape, dtype=torch.int64, pin_memory=True)

@@ -2,12 +2,8 @@
 
 `look` reads every gradient once: FP32 partial sums of squares, and whether an element is infinite or NaN.  `settle`, one
 program, adds the partials up and moves all scalars: clip factor, loss scale, step counters, and per parameter the
-numbers that the update multiplies by.  `move` reads gradient, master and moments and writes master, moments
-and shadow, or returns at once where the step is skipped.  `mpcompile.runtime.kernels.update` says what the tables hold.
-
-What is stored is FP32; between a load and a store the arithmetic is FP64 (as ATen's fused kernels do in part), so every
-result is the exact one rounded once.  Square root and quotient start from FP32 and take one Newton step: FP64's own cost
-too much.
+numbers that the update multiplies by.  `move` (`mpcompile.runtime.kernels.move_triton`) reads gradient, master and
+moments and writes master, moments and shadow.  `mpcompile.runtime.kernels.update` says what the tables hold.
 """
 
 from __future__ import annotations
@@ -30,7 +26,7 @@ LOW_GRAD = tl.constexpr(10)
 LOW_OTHER = tl.constexpr(11)
 ALIGNED = tl.constexpr(12)
 COLUMNS = tl.constexpr(16)
-# FP64 numbers of a group, a parameter or the rule; what `settle` reads at once.
+# FP64 numbers of a group or the rule, FP32 pairs of a parameter; what `settle` reads at once.
 NUMBERS = tl.constexpr(8)
 TILE = tl.constexpr(256)
 
@@ -48,7 +44,7 @@ def _at(address, start, offsets, TYPE: tl.constexpr, FULL: tl.constexpr):
 
 
 @triton.jit
-def _load(address, start, offsets, left, TYPE: tl.constexpr, FULL: tl.constexpr):
+def read(address, start, offsets, left, TYPE: tl.constexpr, FULL: tl.constexpr):
     """Elements of TYPE at `address`; FULL says that they are all there."""
     pointers = _at(address, start, offsets, TYPE, FULL)
     if FULL:
@@ -59,7 +55,7 @@ def _load(address, start, offsets, left, TYPE: tl.constexpr, FULL: tl.constexpr)
 
 
 @triton.jit
-def _store(address, start, offsets, left, value, TYPE: tl.constexpr, FULL: tl.constexpr):
+def write(address, start, offsets, left, value, TYPE: tl.constexpr, FULL: tl.constexpr):
     pointers = _at(address, start, offsets, TYPE, FULL)
     if FULL:
         tl.store(pointers, value)
@@ -72,16 +68,16 @@ def _one(address, low, start, offsets, left, LOW: tl.constexpr, MIXED: tl.conste
     """One gradient, in FP32."""
     if MIXED:
         if low != 0:
-            value = _load(address, start, offsets, left, LOW, FULL).to(tl.float32)
+            value = read(address, start, offsets, left, LOW, FULL).to(tl.float32)
         else:
-            value = _load(address, start, offsets, left, tl.float32, FULL)
+            value = read(address, start, offsets, left, tl.float32, FULL)
     else:
-        value = _load(address, start, offsets, left, LOW, FULL).to(tl.float32)
+        value = read(address, start, offsets, left, LOW, FULL).to(tl.float32)
     return value
 
 
 @triton.jit
-def _gradient(
+def gradient(
     grad, low, other, low_other, start, offsets, left,
     LOW: tl.constexpr, MIXED: tl.constexpr, TWO: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
@@ -113,9 +109,9 @@ def look(
             tl.load(row + LOW_OTHER),
         )
         if (left >= CHUNK) & (aligned != 0):
-            grad = _gradient(at, low, other, low_other, start, offsets, left, LOW, MIXED, TWO, True)
+            grad = gradient(at, low, other, low_other, start, offsets, left, LOW, MIXED, TWO, True)
         else:
-            grad = _gradient(at, low, other, low_other, start, offsets, left, LOW, MIXED, TWO, False)
+            grad = gradient(at, low, other, low_other, start, offsets, left, LOW, MIXED, TWO, False)
         total += grad * grad
         broken += grad * 0.0
     tl.store(partials + tl.program_id(0), tl.sum(total, 0))
@@ -220,8 +216,17 @@ def _power(base, exponent):
 
 
 @triton.jit
+def _keep(numbers, index, value, there):
+    """Store an FP64 number as an FP32 pair: itself, and what that rounding left."""
+    near = value.to(tl.float32)
+    rest = (value - near.to(tl.float64)).to(tl.float32)
+    tl.store(numbers + 2 * index, near, mask=there)
+    tl.store(numbers + 2 * index + 1, tl.where(tl.abs(near) < float("inf"), rest, 0.0), mask=there)
+
+
+@triton.jit
 def _adam_numbers(first, rows, table, groups, numbers, taken):
-    """Per parameter: step size, 1 / sqrt(second correction), betas, epsilon, decay, coupled decay, sign."""
+    """Per parameter: -step size, 1 / sqrt(second correction), betas, epsilon, decay, coupled decay, sign."""
     number = first + tl.arange(0, TILE)
     there = number < rows
     row = table + number.to(tl.int64) * COLUMNS
@@ -229,22 +234,22 @@ def _adam_numbers(first, rows, table, groups, numbers, taken):
     counter = tl.load(row + COUNTER, mask=there, other=0).to(tl.pointer_type(tl.float32))
     step = tl.load(counter, mask=there, other=0.0)
     tl.store(counter, step + taken.to(tl.float32), mask=there)
-    lr, beta1, beta2, eps = tl.load(group), tl.load(group + 1), tl.load(group + 2), tl.load(group + 3)
-    out = numbers + number * NUMBERS
+    lr, beta1, beta2 = tl.load(group), tl.load(group + 1), tl.load(group + 2)
+    out = numbers + number * 2 * NUMBERS
     step = (step + 1.0).to(tl.float64)
-    tl.store(out, lr / (1.0 - _power(beta1, step)), mask=there)
-    tl.store(out + 1, 1.0 / tl.sqrt(1.0 - _power(beta2, step)), mask=there)
-    tl.store(out + 2, beta1, mask=there)
-    tl.store(out + 3, beta2, mask=there)
-    tl.store(out + 4, eps, mask=there)
-    tl.store(out + 5, 1.0 - lr * tl.load(group + 4), mask=there)
-    tl.store(out + 6, tl.load(group + 5), mask=there)
-    tl.store(out + 7, tl.load(group + 6), mask=there)
+    _keep(out, 0, -lr / (1.0 - _power(beta1, step)), there)
+    _keep(out, 1, 1.0 / tl.sqrt(1.0 - _power(beta2, step)), there)
+    _keep(out, 2, beta1, there)
+    _keep(out, 3, beta2, there)
+    _keep(out, 4, tl.load(group + 3), there)
+    _keep(out, 5, 1.0 - lr * tl.load(group + 4), there)
+    _keep(out, 6, tl.load(group + 5), there)
+    _keep(out, 7, tl.load(group + 6), there)
 
 
 @triton.jit
 def _sgd_numbers(first, rows, table, groups, numbers, taken):
-    """Per parameter: lr, momentum, 1 - dampening (1 at the first step), nesterov, decay, sign."""
+    """Per parameter: -lr, momentum, 1 - dampening (1 at the first step), nesterov, decay, sign."""
     number = first + tl.arange(0, TILE)
     there = number < rows
     row = table + number.to(tl.int64) * COLUMNS
@@ -255,152 +260,10 @@ def _sgd_numbers(first, rows, table, groups, numbers, taken):
     begun = tl.load(counter, mask=counted, other=1.0)
     tl.store(counter, tl.where(taken > 0.0, 1.0, begun), mask=counted)
     dampening = tl.where(begun != 0.0, tl.load(group + 2), 0.0)
-    out = numbers + number * NUMBERS
-    tl.store(out, tl.load(group), mask=there)
-    tl.store(out + 1, tl.load(group + 1), mask=there)
-    tl.store(out + 2, 1.0 - dampening, mask=there)
-    tl.store(out + 3, tl.load(group + 3), mask=there)
-    tl.store(out + 4, tl.load(group + 4), mask=there)
-    tl.store(out + 5, tl.load(group + 5), mask=there)
-
-
-@triton.jit
-def _master(address, lower, start, offsets, left, SPLIT: tl.constexpr, FULL: tl.constexpr):
-    """A master in FP32; where SPLIT, rows with a `lower` address hold it as BF16 and 16 lower bits."""
-    if SPLIT:
-        if lower != 0:
-            high = _load(address, start, offsets, left, tl.int16, FULL).to(tl.int32)
-            bits = (high << 16) + _load(lower, start, offsets, left, tl.int16, FULL).to(tl.int32)
-            master = bits.to(tl.float32, bitcast=True)
-        else:
-            master = _load(address, start, offsets, left, tl.float32, FULL)
-    else:
-        master = _load(address, start, offsets, left, tl.float32, FULL)
-    return master
-
-
-@triton.jit
-def _write_master(
-    address, lower, shadow, start, offsets, left, master,
-    SHADOWS: tl.constexpr, SPLIT: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    """Store a master, and its shadow where there is one."""
-    if SPLIT:
-        if lower != 0:
-            bits = master.to(tl.int32, bitcast=True)
-            high = (bits + 0x8000) >> 16
-            _store(address, start, offsets, left, high.to(tl.int16), tl.int16, FULL)
-            _store(lower, start, offsets, left, (bits - (high << 16)).to(tl.int16), tl.int16, FULL)
-        else:
-            _store(address, start, offsets, left, master, tl.float32, FULL)
-    else:
-        _store(address, start, offsets, left, master, tl.float32, FULL)
-    if SHADOWS is not None:
-        if shadow != 0:
-            _store(shadow, start, offsets, left, master.to(SHADOWS), SHADOWS, FULL)
-
-
-@triton.jit
-def _quotient(first, second, inverse, eps, WIDE: tl.constexpr):
-    """first / (sqrt(second) * inverse + eps)."""
-    root = tl.sqrt_rn(second.to(tl.float32))
-    if WIDE:
-        usual = (root > 0.0) & (root < float("inf"))
-        rest = (second - root.to(tl.float64) * root.to(tl.float64)).to(tl.float32)
-        correction = tl.where(usual, rest * (0.5 / tl.where(usual, root, 1.0)), 0.0)
-        below = (root.to(tl.float64) + correction.to(tl.float64)) * inverse + eps
-        single = below.to(tl.float32)
-        guess = (1.0 / single).to(tl.float64)
-        value = first * guess
-        usual = (single > 0.0) & (single < float("inf"))
-        value = tl.where(usual, value + (first - value * below) * guess, value)
-    else:
-        value = tl.div_rn(first, root * inverse + eps)
-    return value
-
-
-@triton.jit
-def _adam_chunk(
-    numbers, factor, at, lower, shadow, at_first, at_second, grad, low, other, low_other, start, offsets, left,
-    LOW: tl.constexpr, MIXED: tl.constexpr, TWO: tl.constexpr, SHADOWS: tl.constexpr, SPLIT: tl.constexpr,
-    WIDE: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    KIND: tl.constexpr = tl.float64 if WIDE else tl.float32
-    # Every load is on its way before the first result is waited for.
-    master = _master(at, lower, start, offsets, left, SPLIT, FULL)
-    first = _load(at_first, start, offsets, left, tl.float32, FULL)
-    second = _load(at_second, start, offsets, left, tl.float32, FULL)
-    grad = _gradient(grad, low, other, low_other, start, offsets, left, LOW, MIXED, TWO, FULL)
-    size, inverse = tl.load(numbers).to(KIND), tl.load(numbers + 1).to(KIND)
-    beta1, beta2 = tl.load(numbers + 2), tl.load(numbers + 3)
-    eps, decay, coupled = tl.load(numbers + 4).to(KIND), tl.load(numbers + 5).to(KIND), tl.load(numbers + 6)
-    grad = grad.to(KIND) * (factor * tl.load(numbers + 7)).to(KIND)
-    master = master.to(KIND)
-    if coupled != 0.0:
-        grad = grad + coupled.to(KIND) * master
-    first = beta1.to(KIND) * first.to(KIND) + (1.0 - beta1).to(KIND) * grad
-    second = beta2.to(KIND) * second.to(KIND) + (1.0 - beta2).to(KIND) * grad * grad
-    master = decay * master - size * _quotient(first, second, inverse, eps, WIDE)
-    _store(at_first, start, offsets, left, first.to(tl.float32), tl.float32, FULL)
-    _store(at_second, start, offsets, left, second.to(tl.float32), tl.float32, FULL)
-    _write_master(at, lower, shadow, start, offsets, left, master.to(tl.float32), SHADOWS, SPLIT, FULL)
-
-
-@triton.jit
-def _sgd_chunk(
-    numbers, factor, at, lower, shadow, at_first, at_second, grad, low, other, low_other, start, offsets, left,
-    LOW: tl.constexpr, MIXED: tl.constexpr, TWO: tl.constexpr, SHADOWS: tl.constexpr, SPLIT: tl.constexpr,
-    MOMENTUM: tl.constexpr, WIDE: tl.constexpr, FULL: tl.constexpr,
-):  # fmt: skip
-    KIND: tl.constexpr = tl.float64 if WIDE else tl.float32
-    master = _master(at, lower, start, offsets, left, SPLIT, FULL)
-    if MOMENTUM:
-        buffer = _load(at_first, start, offsets, left, tl.float32, FULL)
-    grad = _gradient(grad, low, other, low_other, start, offsets, left, LOW, MIXED, TWO, FULL)
-    lr, decay = tl.load(numbers).to(KIND), tl.load(numbers + 4)
-    grad = grad.to(KIND) * (factor * tl.load(numbers + 5)).to(KIND)
-    master = master.to(KIND)
-    if decay != 0.0:
-        grad = grad + decay.to(KIND) * master
-    if MOMENTUM:
-        momentum, fresh = tl.load(numbers + 1).to(KIND), tl.load(numbers + 2).to(KIND)
-        moved = momentum * buffer.to(KIND) + fresh * grad
-        _store(at_first, start, offsets, left, moved.to(tl.float32), tl.float32, FULL)
-        grad = tl.where(tl.load(numbers + 3) != 0.0, grad + momentum * moved, moved)
-    master = master - lr * grad
-    _write_master(at, lower, shadow, start, offsets, left, master.to(tl.float32), SHADOWS, SPLIT, FULL)
-
-
-@triton.jit
-def move(
-    table, chunk_row, chunk_number, numbers, factors,
-    LOW: tl.constexpr, MIXED: tl.constexpr, TWO: tl.constexpr, SHADOWS: tl.constexpr, SPLIT: tl.constexpr,
-    ADAM: tl.constexpr, MOMENTUM: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """The optimizer's arithmetic on one chunk of a parameter: Adam and AdamW, or SGD."""
-    factor, skipped = tl.load(factors), tl.load(factors + 1)
-    which = tl.load(chunk_row + tl.program_id(0))
-    start = tl.load(chunk_number + tl.program_id(0)).to(tl.int64) * CHUNK
-    # All of the row before the first branch: one wait for them together.
-    row = table + which.to(tl.int64) * COLUMNS
-    numbers += which * NUMBERS
-    left, aligned = tl.load(row + COUNT) - start, tl.load(row + ALIGNED)
-    at, lower, shadow = tl.load(row + MASTER), tl.load(row + LOWER), tl.load(row + SHADOW)
-    first, second, grad, low = tl.load(row + FIRST), tl.load(row + SECOND), tl.load(row + GRAD), tl.load(row + LOW_GRAD)
-    other, low_other = tl.load(row + OTHER), tl.load(row + LOW_OTHER)
-    if skipped != 0.0:
-        return
-    offsets = tl.arange(0, CHUNK)
-    if ADAM:
-        if (left >= CHUNK) & (aligned != 0):
-            _adam_chunk(numbers, factor, at, lower, shadow, first, second, grad, low, other, low_other, start,
-                        offsets, left, LOW, MIXED, TWO, SHADOWS, SPLIT, WIDE, True)  # fmt: skip
-        else:
-            _adam_chunk(numbers, factor, at, lower, shadow, first, second, grad, low, other, low_other, start,
-                        offsets, left, LOW, MIXED, TWO, SHADOWS, SPLIT, WIDE, False)  # fmt: skip
-    elif (left >= CHUNK) & (aligned != 0):
-        _sgd_chunk(numbers, factor, at, lower, shadow, first, second, grad, low, other, low_other, start,
-                   offsets, left, LOW, MIXED, TWO, SHADOWS, SPLIT, MOMENTUM, WIDE, True)  # fmt: skip
-    else:
-        _sgd_chunk(numbers, factor, at, lower, shadow, first, second, grad, low, other, low_other, start,
-                   offsets, left, LOW, MIXED, TWO, SHADOWS, SPLIT, MOMENTUM, WIDE, False)  # fmt: skip
+    out = numbers + number * 2 * NUMBERS
+    _keep(out, 0, -tl.load(group), there)
+    _keep(out, 1, tl.load(group + 1), there)
+    _keep(out, 2, 1.0 - dampening, there)
+    _keep(out, 3, tl.load(group + 3), there)
+    _keep(out, 4, tl.load(group + 4), there)
+    _keep(out, 5, tl.load(group + 5), there)
