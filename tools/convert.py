@@ -20,7 +20,9 @@ def convert(
     policy: options.Policy = "fp16",
     keep_fp32: options.KeepFp32 = None,
     low: options.Low = None,
-    provider: Annotated[str, typer.Option(help="Whose kernels it is for: cuda, cpu, or '' for any.")] = "cuda",
+    provider: Annotated[
+        str, typer.Option(help="Whose kernels it is for: cuda, cpu, tensorrt…, or '' for any.")
+    ] = "cuda",
     keep_io: Annotated[
         bool, typer.Option("--keep-io/--low-io", help="Inputs and outputs keep their types, or FP32 ones become low.")
     ] = True,
@@ -34,6 +36,10 @@ def convert(
     max_error: Annotated[
         float | None, typer.Option(help="Fail when an output is off by more, of its largest element.")
     ] = None,
+    check: Annotated[
+        bool, typer.Option(help="Run the result beside the original, on the samples or generated inputs; NaN fails.")
+    ] = True,
+    ranges: Annotated[bool, typer.Option(help="Without samples: ranges of generated inputs, for FP16.")] = True,
     auto: Annotated[bool, typer.Option("--auto", help="Find a small set of nodes to keep FP32.")] = False,
     strict: Annotated[bool, typer.Option(help="An operator without a rule is an error.")] = False,
     json: options.Json = False,
@@ -53,9 +59,12 @@ def convert(
         simulate=simulate,
         annotate=annotate,
         calibrate=calibrate,
+        ranges=ranges,
         max_error=max_error,
         auto=auto,
     )
+    if check and not made.errors:
+        made.verify()
     made.save(out)
     report = made.report()
     if json:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -54,6 +56,10 @@ FP16_NODES = 2000
 SLOW_TO_LOAD = "the CPU provider's time to load FP16 goes with the square of its nodes"
 # What `auto` aims at when no max_error is given: a few roundings of FP16.
 AUTO_ERROR = 1e-2
+# The row of `devices.toml` that a provider's plan is priced for.
+ROWS = {"cpu": "cpu-onnx", "tensorrt": "tensorrt-onnx"}
+# Floating-point operations from which on a plan in BF16 is held to its price, and how much faster FP16 is worth a line.
+LARGE_WORK, FASTER = 1e8, 1.3
 # How much larger than on generated inputs values may be on real ones.
 HEADROOM = 4.0
 
@@ -136,6 +142,29 @@ class OnnxMixedPrecision:
         feeds = calibrate_room.samples(samples)
         return calibrate_room.compare(self._stand_in(), feeds, calibrate_room.reference(self.capture.source, feeds))
 
+    def verify(self, samples: Any = None) -> list[OutputError]:
+        """`compare` on `samples`, or on generated inputs, with what is not finite an error; empty when nothing ran.
+
+        Raises:
+          OnnxError: MP605.
+        """
+        if samples is not None:
+            self.errors = self.compare(samples)
+        else:
+            stand_in, source = self._stand_in(), self.capture.source
+            try:
+                said, self.errors = on_generated(self.capture, lambda feeds, bounds: calibrate_room.compare(
+                    stand_in, feeds, calibrate_room.reference(source, feeds, bounds), bounds))  # fmt: skip
+            except NotRun as why:
+                self.notes.append(f"outputs not compared, {why}: give samples")
+                return []
+            self.notes.append(f"outputs compared on {said}, in true {self.policy.low} numerics")
+        if not math.isfinite(worst(self)):
+            bad = ", ".join(error.name for error in self.errors if not math.isfinite(error.relative))
+            raise OnnxError("MP605", f"outputs are not finite where the model's own are: {bad}",
+                            try_="calibrate= with samples and auto=True, or keep_fp32 on what overflows")  # fmt: skip
+        return self.errors
+
     def written(self, simulate: bool) -> Written:
         """The plan as a model, plain or simulated."""
         low_inputs = "" if self.options.keep_io or self.policy.low not in LOW else self.policy.low
@@ -147,12 +176,18 @@ class OnnxMixedPrecision:
         """What was decided for each node, and why. See `mpcompile.report.model.Report`."""
         from mpcompile.report.model import build_report
 
-        priced = self.options.provider if self.policy.device == "auto" else self.policy.device
-        return build_report(self.graph, self.policy, priced, steps=self.steps, before=self.capture.graph)
+        return build_report(
+            self.graph, self.policy, _device(self.policy, self.options), steps=self.steps, before=self.capture.graph
+        )
 
     def session(self, providers: Sequence[str] | None = None, options: Any = None) -> Any:
-        """An `onnxruntime.InferenceSession` of the converted model."""
-        return ort.session(self.model, providers, options or self.options.session_options)
+        """An `onnxruntime.InferenceSession` of the converted model, on CUDA and the CPU unless `providers` says else.
+
+        One line about where it runs goes to the logger "mpcompile".
+        """
+        held = ort.session(self.model, providers, options or self.options.session_options)
+        logging.getLogger("mpcompile").info(ort.placed(held, ort.wanted(providers)))
+        return held
 
     def run(self, **feeds: Any) -> dict[str, Any]:
         """Run the converted model once, on the providers installed here: name of each output -> array."""
@@ -232,7 +267,8 @@ def convert(
       keep_fp32, low: globs on module path, operator ("onnx::Exp") or node name, or callables of a `Node`.
       strict: an operator without a rule is an error instead of FP32.
       keep_io: inputs and outputs keep their types; False gives FP32 ones in the low type.
-      provider: whose kernels the model is for: "cuda", "cpu", or "" for any (the schemas alone).
+      provider: whose kernels the model is for: "cuda", "cpu", "tensorrt" or another provider of ONNX Runtime (the
+        schemas alone, where no table of its kernels is known); "" for any.
       simulate: write FP32 operators whose results are rounded through the low type (see `OnnxMixedPrecision.simulated`).
       annotate: write each node's decision and its reason into the node's metadata.
       calibrate: sample inputs: an ``.npz`` path, a mapping of input names to arrays, several of them, or a function
@@ -245,13 +281,20 @@ def convert(
 
     Raises:
       OnnxError: MP601 (not readable), MP602 and MP603 (the result would not load; nothing is written), MP605 (outputs
-        are off by more than `max_error`), MP606 (samples).
+        are off by more than `max_error`), MP606 (samples), MP611 (provider).
       RuleError: MP201 (policy), MP203 (an override that matches nothing).
     """
     if calibrate is None and (auto or max_error is not None):
         raise OnnxError("MP606", "max_error and auto need sample inputs", try_="calibrate='data.npz'")
     options = Options(
-        _several(keep_fp32), _several(low), strict, keep_io, provider, simulate, annotate, session_options
+        _several(keep_fp32),
+        _several(low),
+        strict,
+        keep_io,
+        ort.provider_name(provider),
+        simulate,
+        annotate,
+        session_options,
     )
     settled = frontend_policy(policy)
     if calibrate is None:
@@ -342,13 +385,49 @@ def plan(policy: Policy, options: Options, model: Any,
         if not isinstance(model, frontend.OnnxCapture):
             capture = frontend.read(model, policy.low, provider=options.provider)
         graph, steps = run(capture.graph, passes_for(policy, options, capture, ranges, on))
+        notes = list(capture.notes)
+        if policy.low == "bf16" and sum(node.flops for node in graph) >= LARGE_WORK:
+            graph, steps, found = _priced(policy, options, capture, graph, steps)
+            notes += found
     _call_by_name(graph)
     shown = (options.provider or "cpu") if policy.device == "auto" else policy.device
     graph.header.update(source="onnx", policy=str(policy), device=shown)
-    made = OnnxMixedPrecision(policy, options, capture, graph, steps, list(capture.notes), ranges or {})
+    made = OnnxMixedPrecision(policy, options, capture, graph, steps, notes, ranges or {})
     if unknown := sorted({node.op for node in graph if node.decided_by == "unknown"}):
         made.notes.append(f"operators without a rule stay FP32: {', '.join(unknown)}")
     return made
+
+
+def _priced(policy: Policy, options: Options, capture: frontend.OnnxCapture, graph: PrecisionGraph,
+            steps: list[StepRecord]) -> tuple[PrecisionGraph, list[StepRecord], list[str]]:  # fmt: skip
+    """A BF16 plan that is not slower than FP32 by prediction, and what is to be said of BF16 on this provider."""
+    device, seconds = _device(policy, options), _seconds(policy, options, graph)
+    whole, notes = seconds["fp32"], list[str]()
+    if seconds["plan"] > whole:
+        graph, steps = run(capture.graph, passes_for(policy, options, capture, bind=False))
+        notes.append(f"BF16 would take {seconds['plan'] / whole:.2g} times as long as FP32 on {device}: "
+                     "only what gains by it is BF16")  # fmt: skip
+        seconds = _seconds(policy, options, graph)
+    if options.provider == "cpu":  # it computes FP16 in FP32, too
+        return graph, steps, [*notes, "the CPU provider computes nothing in BF16: FP32 is as fast there"]
+    other = policy.with_low("fp16")
+    half = _seconds(other, options, run(capture.graph, passes_for(other, options, capture))[0])["plan"]
+    if seconds["plan"] > FASTER * half:
+        notes.append(
+            f"BF16 is a poor choice for {device}: FP16 would be {seconds['plan'] / half:.2g} times as fast (estimated)"
+        )
+    return graph, steps, notes
+
+
+def _device(policy: Policy, options: Options) -> str:
+    """The row that a plan is priced for."""
+    return ROWS.get(options.provider, "cuda-onnx") if policy.device == "auto" else policy.device
+
+
+def _seconds(policy: Policy, options: Options, graph: PrecisionGraph) -> dict[str, float]:
+    from mpcompile.report.costs import Estimate
+
+    return Estimate(graph, policy, _device(policy, options), "onnx").to_dict()
 
 
 def _call_by_name(graph: PrecisionGraph) -> None:
@@ -359,15 +438,13 @@ def _call_by_name(graph: PrecisionGraph) -> None:
 
 
 def passes_for(policy: Policy, options: Options, capture: frontend.OnnxCapture,
-               ranges: dict[str, Measured] | None = None, on: str = "") -> list[Pass]:  # fmt: skip
+               ranges: dict[str, Measured] | None = None, on: str = "", bind: bool = True) -> list[Pass]:  # fmt: skip
     """The default passes, with the schemas' types and the measured ranges held once the verdicts are given."""
-    device = "cpu-onnx" if options.provider == "cpu" else options.provider or "cuda"
-    device = device if policy.device == "auto" else policy.device
-    passes = default_passes(policy, device, "onnx", keep_fp32=options.keep_fp32,
+    passes = default_passes(policy, _device(policy, options), "onnx", keep_fp32=options.keep_fp32,
                             force_low=options.low, strict=options.strict, fused=False)  # fmt: skip
     if policy.low not in LOW:
         return passes
-    passes = [replace(one, bind=True) if isinstance(one, Assign) else one for one in passes]
+    passes = [replace(one, bind=bind) if isinstance(one, Assign) else one for one in passes]
     after = next(i for i, one in enumerate(passes) if one.name == "classify") + 1
     measured: list[Pass] = [MeasuredHazards(policy.low, ranges, on, HEADROOM if on else 1.0)] if ranges else []
     return [*passes[:after], Legalize(policy.low, capture.signatures), *measured, *passes[after:]]

@@ -468,7 +468,7 @@ def test_large_weights_go_to_a_data_file(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(OnnxError, match="MP602"):
         broken.save(tmp_path / "broken.onnx")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["big.onnx", "big.onnx.data"]
-    foreign = convert(mlp(), "bf16", provider="rocm")  # what is loaded is its simulation, by way of a file too
+    foreign = convert(mlp(), "bf16", provider="migraphx")  # what is loaded is its simulation, by way of a file too
     monkeypatch.setattr(onnx_emit, "IN_MEMORY", 0)
     foreign.save(tmp_path / "bf16.onnx")
     monkeypatch.undo()
@@ -580,7 +580,7 @@ def test_much_fp16_for_a_provider_that_is_not_here_is_loaded_as_its_simulation(m
 
     monkeypatch.setattr(onnx_check, "session", watched)
     monkeypatch.setattr(onnx_api, "FP16_NODES", 2)
-    made = convert(mlp(), "fp16", provider="rocm")
+    made = convert(mlp(), "fp16", provider="migraphx")
     assert any("loaded as its simulation" in note for note in made.notes)
     assert not convert(mlp(), "fp16", provider="cpu", ranges=False).notes
     assert loaded == [False, True]

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import ml_dtypes
@@ -14,7 +15,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from mpcompile.errors import RuntimeFailure, page
+from mpcompile.errors import OnnxError, RuntimeFailure, page, suggest
 
 page(
     "MP703",
@@ -24,13 +25,75 @@ page(
 )
 
 
+page(
+    "MP611",
+    "A provider that ONNX Runtime does not have",
+    "Models are converted for a provider's kernels, and run on installed ones; there is none of that name.",
+    "For example provider='cuda', 'cpu' or 'tensorrt'; '' for the operators' schemas alone.",
+)
+
+# What is used where nothing is asked for, in this order, of what is installed; TensorRT on request alone.
+DEFAULT = ("CUDAExecutionProvider", "CPUExecutionProvider")
+SUFFIX = "ExecutionProvider"
+
+
+def provider_name(given: str) -> str:
+    """The short name of a provider: "cuda" for "cuda", "CUDA" and "CUDAExecutionProvider"; "" stays.
+
+    Raises:
+      OnnxError: MP611, with near names.
+    """
+    known = sorted({name.removesuffix(SUFFIX).lower() for name in ort.get_all_providers()})
+    name = given.removesuffix(SUFFIX).lower() if isinstance(given, str) else ""
+    if isinstance(given, str) and (not name or name in known):
+        return name
+    near = suggest(name, known)
+    raise OnnxError(
+        "MP611", f"there is no provider {given!r}", try_=f"did you mean {near}?" if near else ", ".join(known)
+    )
+
+
+def default_providers() -> list[str]:
+    """CUDA and the CPU, as far as they are installed."""
+    installed = ort.get_available_providers()
+    chosen = [name for name in DEFAULT if name in installed]
+    if "CUDAExecutionProvider" in chosen:
+        _preload()
+    return chosen
+
+
+@cache
+def _preload() -> None:
+    """Let ONNX Runtime find the CUDA libraries that torch's wheels carry."""
+    if hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()
+
+
+def wanted(providers: Sequence[Any] | None) -> list[str]:
+    """Long names of the providers that are asked for, in order."""
+    given = _long(providers) if providers else default_providers()
+    return [one if isinstance(one, str) else one[0] for one in given]
+
+
+def placed(held: ort.InferenceSession, wanted: Sequence[str]) -> str:
+    """One line: where a session runs, and which wished-for providers did not start."""
+    runs = [name.removesuffix(SUFFIX) for name in held.get_providers()]
+    lacking = [name.removesuffix(SUFFIX) for name in wanted if name not in held.get_providers()]
+    failed = f"; {', '.join(lacking)} did not start" if lacking else ""
+    return f"ONNX Runtime {ort.__version__} runs it on {' and '.join(runs)}{failed}"
+
+
 def session(model: Any, providers: Sequence[str] | None = None, options: Any = None) -> ort.InferenceSession:
     """An ONNX Runtime session that keeps its warnings to itself.
 
     Args:
       model: a `ModelProto`, its bytes, a path, or an `onnx_ir.Model` (by way of a file: its weights may be anywhere).
-      providers: execution providers in order of preference; all that are installed when None.
+      providers: execution providers in order of preference, by their long or short names; CUDA and the CPU when None,
+        as far as they are installed (TensorRT runs on request alone).
       options: an `onnxruntime.SessionOptions`.
+
+    Raises:
+      OnnxError: MP611.
     """
     if options is None:
         options = ort.SessionOptions()
@@ -40,7 +103,14 @@ def session(model: Any, providers: Sequence[str] | None = None, options: Any = N
             return session(path, providers, options)
     source = model.SerializeToString() if isinstance(model, onnx.ModelProto) else model
     source = source if isinstance(source, bytes) else os.fspath(source)
-    return ort.InferenceSession(source, options, providers=list(providers or ort.get_available_providers()))
+    return ort.InferenceSession(source, options, providers=_long(providers) if providers else default_providers())
+
+
+def _long(providers: Sequence[Any]) -> list[Any]:
+    """Providers as ONNX Runtime names them; (name, options) pairs as they are."""
+    long = {name.lower(): name for name in ort.get_all_providers()}
+    named = [providers] if isinstance(providers, str) else providers
+    return [long[f"{provider_name(one)}{SUFFIX}".lower()] if isinstance(one, str) else one for one in named]
 
 
 @contextmanager
@@ -102,4 +172,4 @@ def _array(value: ort.OrtValue) -> Any:
     return torch.utils.dlpack.from_dlpack(value._ortvalue).view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
 
 
-__all__ = ["has_provider", "on_disk", "run", "session"]
+__all__ = ["default_providers", "has_provider", "on_disk", "placed", "provider_name", "run", "session", "wanted"]
