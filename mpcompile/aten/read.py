@@ -141,9 +141,10 @@ class _Reader:
     def _result(self, name: str, node: fx.Node, sample: Any, index: int | None) -> Value:
         if index is not None and index in (users := _items(node)):
             name = users[index].name
-        value = facts.value_of(name, sample)
+        # Inputs have the user's names, and a buffer may well be called `mean`.
+        value = facts.value_of(self._name(name), sample)
         value.alias = self.shared.get(node, "") if index is None else ""
-        self._bind(name, node, index)
+        self._bind(value.name, node, index)
         return value
 
     def _item(self, node: fx.Node) -> None:

@@ -575,3 +575,28 @@ def test_a_learning_rate_set_by_a_hook_before_the_step_counts_for_that_step(accu
         for _ in range(accumulate):
             step(x)
         torch.testing.assert_close(model.weight.detach(), before - rate * grad, rtol=1e-4, atol=1e-6)
+
+
+class NamedAfterOperations(nn.Module):
+    """A parameter and buffers that are called what torch calls the operations of the graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.linear = nn.Parameter(torch.full((8,), 0.5)), nn.Parameter(torch.randn(8, 8) / 3)
+        self.register_buffer("cos", torch.rand(8))
+        self.register_buffer("add", torch.rand(8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = nn.functional.linear(x - self.mean, self.linear)
+        return (y.cos() * self.cos + self.add).mean()
+
+
+def test_parameters_and_buffers_may_have_names_of_operations() -> None:
+    model, x = NamedAfterOperations(), torch.randn(4, 8)
+    model(x).backward()
+    wanted = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.5)
+    mpcompile(model, "bf16,device=free-low", backend="eager").train_step(optimizer)(x)
+    assert wanted.keys() == {"mean", "linear"}
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(optimizer.state[parameter]["momentum_buffer"], wanted[name], rtol=0.05, atol=2e-3)
