@@ -286,3 +286,21 @@ def missing_values() -> Built:
     model = Net(forward, fill=nn.Parameter(torch.zeros(16)), body=mlp(32, 32, 4))
     batch = lambda: ((torch.where(torch.rand(24, 16) < 0.2, torch.nan, torch.randn(24, 16)),), (torch.randn(24, 4),))  # noqa: E731
     return model, batch, mse
+
+
+@case("layer", "rms", scale=4.0)
+def norm_of_many_rows(how: str) -> Built:
+    """The gradients of a norm's weight and bias are sums over thousands of rows."""
+    norm = {"layer": nn.LayerNorm(16), "rms": nn.RMSNorm(16)}[how]
+    model = Net(
+        lambda net, ids: net.head(net.norm(net.body(net.words(ids)))),
+        words=nn.Embedding(40, 16),
+        body=nn.Linear(16, 16),
+        norm=norm,
+        head=nn.Linear(16, 4),
+    )
+
+    def loss(out: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(out, y, reduction="sum") / 10
+
+    return model, lambda: ((torch.randint(0, 40, (4000,)),), (torch.randn(4000, 4) * 0.3 + 0.5,)), loss

@@ -600,3 +600,15 @@ def test_parameters_and_buffers_may_have_names_of_operations() -> None:
     assert wanted.keys() == {"mean", "linear"}
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(optimizer.state[parameter]["momentum_buffer"], wanted[name], rtol=0.05, atol=2e-3)
+
+
+@pytest.mark.parametrize("low", ["bf16", "fp16"])
+def test_a_norm_s_gradients_are_sums_in_fp32_op_by_op(low: str) -> None:
+    """torch's layer_norm on a CPU adds them up in the type of its input."""
+    norm, head = nn.LayerNorm(8), nn.Linear(8, 8)
+    model, x = nn.Sequential(nn.Linear(8, 8), norm, head), torch.randn(3000, 8)
+    mp = mpcompile(model, f"{low},device=free-low", backend="eager")
+    mp(x).sum().backward()
+    assert any(node.kind == "matmul" and node.precision == low for plan in mp.plans for node in plan.graph)
+    assert norm.bias.grad is not None
+    torch.testing.assert_close(norm.bias.grad, head.weight.detach().sum(0) * 3000, rtol=0.02, atol=3.0)
