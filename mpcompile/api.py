@@ -22,13 +22,13 @@ from mpcompile.aten.write import write
 from mpcompile.compiler import Plan, Settings, decide, log_plan, settings_of
 from mpcompile.errors import CaptureError, MPCompileError, RuleError, page
 from mpcompile.graph import joined
+from mpcompile.hardware import device_of, emulated_kinds
 from mpcompile.likeness import class_like
 from mpcompile.passes.classify import refuse_unmatched
 from mpcompile.policy import Policy
 from mpcompile.rules.table import rules_for
 from mpcompile.runtime.compiled import CompiledGraph
 from mpcompile.runtime.coverage import warn_of_eager_call, warn_of_gaps, watch, watched_method
-from mpcompile.runtime.device import device_of, emulated_kinds
 from mpcompile.runtime.dynamo import Compiler
 from mpcompile.shadows.table import SHADOWS
 

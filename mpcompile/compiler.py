@@ -17,9 +17,9 @@ from mpcompile.aten.read import FxCapture, read
 from mpcompile.devices import pinned
 from mpcompile.errors import RuleError
 from mpcompile.graph import PrecisionGraph
+from mpcompile.hardware import row_name, settle_policy
 from mpcompile.pipeline import Observer, StepRecord, default_passes, run
 from mpcompile.policy import Policy
-from mpcompile.runtime.device import row_name, settle_policy
 
 log = logging.getLogger("mpcompile")
 

@@ -1,7 +1,7 @@
 """What a device does in a second: the rows of devices.toml, the user's own file, and one row pinned by the policy.
 
 A *name* here is what `Policy.device` and a report's `device` hold: a row's name, or FILE.toml (FILE.toml#ROW where the
-file has several).  Which row is the machine's own, `mpcompile.runtime.device.row_name` finds.
+file has several).  Which row is the machine's own, `mpcompile.hardware.row_name` finds.
 """
 
 from __future__ import annotations

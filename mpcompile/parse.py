@@ -24,8 +24,12 @@ _PIECE = re.compile(_QUOTED.pattern + "|.")
 _INTEGER = re.compile(r"-?\d+")
 
 
-def read(text: str) -> PrecisionGraph:
-    """See `mpcompile.text.parse_graph`."""
+def parse_graph(text: str) -> PrecisionGraph:
+    """The graph that `mpcompile.text.print_graph` printed (in full detail, not folded).
+
+    Raises:
+      LawError: MP412, with the line and column that does not parse.
+    """
     graph = PrecisionGraph()
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip() or line.startswith("#"):

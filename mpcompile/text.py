@@ -1,4 +1,4 @@
-"""The text form of a precision graph: everything in it, compact, and read back by `parse_graph`.
+"""The text form of a precision graph: everything in it, compact, and read back by `mpcompile.parse.parse_graph`.
 
     graph source=fx device=cpu
     input x: fp32[8, s0]
@@ -154,17 +154,6 @@ def literal(value: Any) -> str:
         return f"obj({str(value)!r})"
     except Exception:  # a third party's __str__: printing never fails
         return f"obj({type(value).__name__!r})"
-
-
-def parse_graph(text: str) -> PrecisionGraph:
-    """The graph that `print_graph` printed (in full detail, not folded).
-
-    Raises:
-      LawError: MP412, with the line and column that does not parse.
-    """
-    from mpcompile.parse import read
-
-    return read(text)
 
 
 def diff(before: str, after: str, names: tuple[str, str] = ("before", "after")) -> str:

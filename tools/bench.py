@@ -68,7 +68,7 @@ def _model(
     name: str, ways: list[str], device: str, settings: dict[str, Any], max_seconds: float, *, quiet: bool
 ) -> dict[str, Any]:
     from mpcompile import Policy
-    from mpcompile.runtime.device import settle_policy
+    from mpcompile.hardware import settle_policy
     from mpcompile.tools import bench_run
     from mpcompile.tools.bench_loops import Job
     from mpcompile.tools.bench_models import WORKLOADS

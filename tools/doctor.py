@@ -68,7 +68,7 @@ def _machine() -> list[Check]:
         return []
     import torch
 
-    from mpcompile.runtime.device import emulated_kinds, has_native_bf16
+    from mpcompile.hardware import emulated_kinds, has_native_bf16
 
     new = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 11)
     compiler = next((path for name in ("c++", "g++", "clang++") if (path := shutil.which(name))), "")

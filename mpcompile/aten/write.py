@@ -174,7 +174,7 @@ def write(
       plan: its graph after the passes.
       use_shadow: called as ``use_shadow(master, shadow)`` in the graph for every shadow cast of a graph input; None
         keeps shadow casts as ordinary casts.
-      emulate: kinds whose low nodes compute in FP32 and round (see `mpcompile.runtime.device.emulated_kinds`).
+      emulate: kinds whose low nodes compute in FP32 and round (see `mpcompile.hardware.emulated_kinds`).
     """
     return _Writer(capture, plan, use_shadow, frozenset(emulate)).run()
 

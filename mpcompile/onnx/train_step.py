@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,19 +19,16 @@ import onnx_ir as ir
 import onnxruntime as ort
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mpcompile.errors import RuntimeFailure, page
 from mpcompile.formats import FORMATS, LOW
 from mpcompile.onnx.export.step import OnnxStep, step_to_onnx
+from mpcompile.onnx.export.whole_step import emit_step, write_step
 from mpcompile.onnx.run.session import has_provider
 from mpcompile.onnx.run.session import session as make_session
 from mpcompile.onnx.write import check as onnx_check
 from mpcompile.onnx.write.simulate import simulate
-from mpcompile.training.emitted.weave import Emitted, emit
 from mpcompile.training.gradients.batch import Batch
-from mpcompile.training.gradients.specialization import compiling
-from mpcompile.training.optimizer.build import MOST_FUSED
 from mpcompile.training.result import StepResult
 from mpcompile.training.step import TrainStep
 
@@ -213,53 +209,6 @@ class OrtTrainStep:
         self._versions = {key: state.live._version for key, state in self._state.items()}
 
 
-def emit_step(step: TrainStep, batch: Batch) -> tuple[Emitted, Any]:
-    """The emitted step for `batch` without running it, and the update that it was woven from."""
-    # Attention in its elementary operations: fused kernels have no ONNX form of their backward.
-    with sdpa_kernel(SDPBackend.MATH), compiling():
-        artefact = step.artefacts.find(batch)
-        step.plan.shadows.bring_up_to_date()
-        updater = _traced(step, artefact)
-        emitted, _ = emit(artefact, updater)
-    return emitted, updater
-
-
-def _traced(step: TrainStep, artefact: Any) -> Any:
-    """The update in elementary operations: fused optimizer kernels have no ONNX form."""
-    plan = replace(step.plan, builds={artefact.layout: MOST_FUSED})
-    return plan.build(artefact.layout, artefact.gradients())
-
-
-def export_step(step: TrainStep, artefact: Any, path: str | os.PathLike[str]) -> OnnxStep:
-    """Write the step that `artefact` is part of; see `TrainStep.export_onnx`."""
-    with sdpa_kernel(SDPBackend.MATH), compiling():
-        updater = _traced(step, artefact)
-        emitted, joint = emit(artefact, updater)
-    batch = {number: joint.forward.fakes[place] for place, number in artefact.args}
-    tensors = [torch.zeros([int(n) for n in batch[i].shape], dtype=batch[i].dtype) if i in batch else torch.zeros(())
-               for i in range(max(batch, default=-1) + 1)]  # fmt: skip
-    made = step_to_onnx(emitted.module, emitted.arguments(tensors), step.policy.low)
-    write_step(made, path)
-    return made
-
-
-def write_step(step: OnnxStep, path: str | os.PathLike[str]) -> None:
-    """Check the model of a step and write it.
-
-    Raises:
-      OnnxError: MP602, MP603; nothing is written.
-    """
-    name = Path(path).name
-    proto = ir.to_proto(step.model)
-
-    def fill(folder: Path) -> None:
-        onnx.save(proto, folder / name)
-        stand_in = ir.to_proto(simulate(step.model))
-        onnx_check.check(proto, lambda: stand_in, loads=stand_in)
-
-    onnx_check.save_atomic(path, fill)
-
-
 def _ortvalue(tensor: Tensor) -> ort.OrtValue:
     """A copy of `tensor` that ONNX Runtime owns."""
     held = tensor.detach().cpu().contiguous()
@@ -278,6 +227,3 @@ def _tensor(value: ort.OrtValue) -> Tensor:
     import torch.utils.dlpack
 
     return torch.utils.dlpack.from_dlpack(value._ortvalue)
-
-
-__all__ = ["OrtTrainStep", "emit_step", "export_step", "write_step"]

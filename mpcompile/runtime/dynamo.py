@@ -23,10 +23,10 @@ from mpcompile.aten.write import has_user_low_cast, read_shadows, write
 from mpcompile.compiler import Plan, Settings, decide, log_plan, settings_of
 from mpcompile.errors import RuntimeFailure, page, suggest
 from mpcompile.graph import PrecisionGraph
+from mpcompile.hardware import device_of, emulated_kinds
 from mpcompile.passes.classify import refuse_unmatched, unmatched
 from mpcompile.runtime.compiled import CompiledGraph
 from mpcompile.runtime.coverage import warn_of_recurrent_break
-from mpcompile.runtime.device import device_of, emulated_kinds
 from mpcompile.runtime.inductor import compile_inductor, run_eagerly
 from mpcompile.shadows.table import use_shadow
 

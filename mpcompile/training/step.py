@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from mpcompile.aten.capture import autocast_off
 from mpcompile.errors import TrainingError, page
-from mpcompile.runtime.device import settle_policy
+from mpcompile.hardware import settle_policy
 from mpcompile.shadows.step_shadows import ShadowSet
 from mpcompile.training.accumulation import Layout, Window
 from mpcompile.training.cuda_graph import Replays, Run
@@ -330,7 +330,7 @@ class TrainStep:
         Raises:
           TrainingError: MP542. OnnxError: MP602, MP603 (nothing is written), MP607, MP608.
         """
-        from mpcompile.onnx.train_step import export_step
+        from mpcompile.onnx.export.whole_step import export_step
 
         return export_step(self, self._latest()[0], path)
 

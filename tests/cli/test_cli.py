@@ -100,7 +100,7 @@ def test_inspect_overrides() -> None:
 
 
 def test_inspect_after_a_pass() -> None:
-    from mpcompile.text import parse_graph
+    from mpcompile.parse import parse_graph
 
     text = call("inspect", MODEL, "-p", "bf16", "--after", "classify").stdout
     graph = parse_graph(text)

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from mpcompile import laws
+from mpcompile.parse import parse_graph
 from mpcompile.passes.base import Pass
 from mpcompile.pipeline import run, verify_each
-from mpcompile.text import parse_graph, print_graph
+from mpcompile.text import print_graph
 
 CASES = sorted(Path(__file__).parent.glob("*/*.txt"))
 PASSES = ("normalize", "classify", "hazards", "assign", "insert_casts", "simplify_casts", "all_fp32")

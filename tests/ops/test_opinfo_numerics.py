@@ -25,6 +25,7 @@ from mpcompile.aten.read import read
 from mpcompile.aten.write import write
 from mpcompile.formats import LOW
 from mpcompile.graph import PrecisionGraph
+from mpcompile.hardware import emulated_kinds
 from mpcompile.passes.assign import Assign
 from mpcompile.passes.base import PassResult
 from mpcompile.passes.classify import Classify
@@ -33,7 +34,6 @@ from mpcompile.passes.insert_casts import InsertCasts
 from mpcompile.passes.normalize import Normalize
 from mpcompile.passes.simplify_casts import SimplifyCasts
 from mpcompile.pipeline import Verify, run
-from mpcompile.runtime.device import emulated_kinds
 
 TORCH = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Roundings that an op and its backward may add up, in units of the low type's own.

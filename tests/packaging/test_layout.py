@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ast
 import fnmatch
+import functools
 import importlib.metadata
 import os
 import resource
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 
+import networkx as nx
 import pytest
 
 import mpcompile
@@ -99,3 +103,41 @@ def test_rooms_know_what_they_may() -> None:
     program = [Path(sys.executable).with_name("lint-imports")]
     checked = subprocess.run(program, cwd=ROOT, capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout[-2000:]
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    """Imports inside functions count too; those for type checkers alone do not."""
+    arrows = nx.DiGraph((name, other) for name, path in modules().items() for other in imported(path) if name != other)
+    assert len(arrows) > 100
+    assert [sorted(one) for one in nx.strongly_connected_components(arrows) if len(one) > 1] == []
+
+
+@functools.cache
+def modules() -> dict[str, Path]:
+    """Dotted name -> file of every module of the package."""
+    found = {}
+    for path in (ROOT / "mpcompile").rglob("*.py"):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    for room in ("passes", "tools"):
+        for path in (ROOT / room).rglob("*.py"):
+            found[".".join(("mpcompile", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")] = (
+                path
+            )
+    return found
+
+
+def imported(path: Path) -> Iterator[str]:
+    known = modules()
+    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        waiting += ast.iter_child_nodes(node)
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                yield from (name for name in (inner if inner in known else node.module,) if name in known)
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)

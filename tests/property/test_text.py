@@ -11,7 +11,8 @@ from strategies import any_graphs, front_end_graphs
 
 from mpcompile.errors import LawError
 from mpcompile.graph import PrecisionGraph
-from mpcompile.text import diff, parse_graph, print_graph
+from mpcompile.parse import parse_graph
+from mpcompile.text import diff, print_graph
 
 
 @given(any_graphs())

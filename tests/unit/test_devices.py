@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-import mpcompile.runtime.device as here
+import mpcompile.hardware as here
 from mpcompile import mpcompile
 from mpcompile.devices import PLACE, Device, built_in, device, own_path, pinned, rows
 from mpcompile.errors import RuleError
 from mpcompile.formats import LOW
+from mpcompile.hardware import cuda_row, row_name, settle_policy
 from mpcompile.policy import Policy
-from mpcompile.runtime.device import cuda_row, row_name, settle_policy
 
 NAMES = ("cpu", "cpu-avx512-bf16", "cpu-amx", "cuda", "h200", "h100", "a100", "t4", "cpu-onnx", "cuda-onnx", "free-low")
 ROW = "fp32 = 1e11\nbf16 = {bf16}\nfp16 = {fp16}\nbandwidth = 1e10\nlaunch = 2e-6\n"

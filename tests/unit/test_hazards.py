@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from strategies import front_end_graphs
 
 from mpcompile.graph import PrecisionGraph
+from mpcompile.parse import parse_graph
 from mpcompile.passes.hazards import Hazards
 from mpcompile.pipeline import run
 from mpcompile.rules.hazards import HAZARDS, base
-from mpcompile.text import parse_graph, print_graph
+from mpcompile.text import print_graph
 
 INPUTS = """
 graph

@@ -9,7 +9,7 @@ import pytest
 from mpcompile import laws
 from mpcompile.errors import PAGES, LawError
 from mpcompile.graph import PrecisionGraph
-from mpcompile.text import parse_graph
+from mpcompile.parse import parse_graph
 
 GRAPH = """
 graph source=fx

@@ -10,12 +10,13 @@ from hypothesis import given
 from strategies import decided_graphs
 
 from mpcompile.graph import PrecisionGraph
+from mpcompile.parse import parse_graph
 from mpcompile.passes.base import PassResult
 from mpcompile.passes.insert_casts import InsertCasts
 from mpcompile.passes.normalize import Normalize
 from mpcompile.pipeline import StepRecord, default_passes, keep_text, run, together, verify_each
 from mpcompile.policy import Policy
-from mpcompile.text import parse_graph, print_graph
+from mpcompile.text import print_graph
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,7 @@ def export_onnx(mp: Any, path: str | os.PathLike[str], *args: Any, dynamic_shape
       CaptureError: MP101. OnnxError: MP602, MP603 (nothing is written), MP607.
     """
     from mpcompile.compiler import decide
-    from mpcompile.runtime.device import device_of
+    from mpcompile.hardware import device_of
 
     module = export(mp.model, args, kwargs, dynamic_shapes).module()
     inline_regions(module)

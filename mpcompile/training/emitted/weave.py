@@ -20,8 +20,8 @@ from mpcompile.aten.graphs import inputs_of, outputs_of
 from mpcompile.aten.read import read
 from mpcompile.formats import LOW
 from mpcompile.graph import CAST_OP, CastOrigin, Node, Phase, PrecisionGraph
+from mpcompile.hardware import emulated_kinds
 from mpcompile.rules.table import rules_for
-from mpcompile.runtime.device import emulated_kinds
 from mpcompile.training.gradients.forward import Forward
 from mpcompile.training.gradients.joint import Joint
 from mpcompile.training.gradients.specialization import Artefact

@@ -25,7 +25,7 @@ from mpcompile.aten.rewrites.logits import values_of_written
 from mpcompile.aten.write import read_shadows, write
 from mpcompile.compiler import Plan, Settings, decide
 from mpcompile.errors import TrainingError, page
-from mpcompile.runtime.device import device_of, emulated_kinds
+from mpcompile.hardware import device_of, emulated_kinds
 from mpcompile.training.gradients import activation_checkpoints as checkpoints
 from mpcompile.training.gradients import custom_functions, gradient_hooks, traced_calls
 from mpcompile.training.gradients.batch import Batch

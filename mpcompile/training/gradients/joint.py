@@ -24,7 +24,7 @@ from mpcompile.aten.facts import LOW_DTYPES
 from mpcompile.aten.graphs import inputs_of, outputs_of, values_of
 from mpcompile.aten.recurrent import with_whole_layers
 from mpcompile.errors import MPCompileError
-from mpcompile.runtime.device import emulated_kinds
+from mpcompile.hardware import emulated_kinds
 from mpcompile.runtime.inductor import plain_autograd
 from mpcompile.training.gradients.forward import Forward
 from mpcompile.training.gradients.traced_calls import HOOKS, calls_of
