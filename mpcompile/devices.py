@@ -6,6 +6,7 @@ file has several).  Which row is the machine's own, `mpcompile.hardware.row_name
 
 from __future__ import annotations
 
+import json
 import os
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -135,6 +136,43 @@ def own_rows() -> Mapping[str, Device]:
     return _file(str(path), stamp) if path is not None else {}
 
 
+def write_row(path: Path, row: Device) -> None:
+    """Write a row into a device file, over the row of that name; other rows stay, and nothing is left half written.
+
+    Raises:
+      RuleError: MP206, where the file that is there is none, or cannot be written.
+    """
+    try:
+        stamp = path.stat().st_mtime_ns if path.exists() else None
+        kept = {} if stamp is None else dict(_file(str(path), stamp))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = path.with_name(path.name + ".new")
+        fresh.write_text("\n".join(_as_toml(one) for one in {**kept, row.name: row}.values()), encoding="utf-8")
+        fresh.replace(path)
+    except OSError as error:
+        raise RuleError(
+            "MP206", f"the device file {str(path)!r} cannot be written", why=error.strerror or str(error)
+        ) from error
+
+
+def _as_toml(row: Device) -> str:
+    lines = [f"[{_text(row.name)}]"]
+    for one in fields(Device):
+        value = getattr(row, one.name)
+        if one.name != "name" and (value or one.name in NUMBERS):
+            lines.append(f"{one.name} = {_text(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "{ " + ", ".join(f"{_text(k)} = {_text(v)}" for k, v in value.items()) + " }"
+    if isinstance(value, str):
+        # JSON's escapes are TOML's.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    return f"[{', '.join(map(_text, value))}]" if isinstance(value, Sequence) else repr(value)
+
+
 def _of_file(name: str) -> Device:
     path, _, wanted = name.partition("#")
     try:
@@ -205,4 +243,4 @@ def _renamed(row: Device, name: str) -> Device:
     return Device(name, **{f.name: getattr(row, f.name) for f in fields(Device) if f.name != "name"})
 
 
-__all__ = ["PLACE", "Device", "built_in", "device", "is_file", "own_path", "own_rows", "pinned", "rows"]
+__all__ = ["PLACE", "Device", "built_in", "device", "is_file", "own_path", "own_rows", "pinned", "rows", "write_row"]

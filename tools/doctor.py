@@ -7,7 +7,8 @@ import platform
 import shutil
 import time
 from dataclasses import asdict, dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -27,9 +28,16 @@ class Check:
     needed: bool = True
 
 
-def doctor(json: options.Json = False) -> None:
+Measure = Annotated[
+    bool,
+    typer.Option("--measure", help="Measure this machine and write its rows, by which plans are priced from then on."),
+]
+To = Annotated[Path | None, typer.Option("--to", help="With --measure: the device file; your own by default.")]
+
+
+def doctor(measure: Measure = False, to: To = None, json: options.Json = False) -> None:
     """Check the installation and the devices."""
-    checks = [*_packages(), *_machine()]
+    checks = [*_packages(), *_machine(), *(_measured(to) if measure else [])]
     healthy = all(check.good for check in checks if check.needed)
     if json:
         options.print_json({"healthy": healthy, "checks": [asdict(check) for check in checks]})
@@ -86,6 +94,28 @@ def _machine() -> list[Check]:
         Check("dynamo backend", "mpcompile" in torch._dynamo.list_backends(), "torch.compile(backend='mpcompile')"),
     ]
     return [*checks, _products(torch, "cpu"), *_cuda(torch, has_native_bf16), _providers()]
+
+
+def _measured(to: Path | None) -> list[Check]:
+    """Measure each device here and write its row."""
+    import torch
+
+    from mpcompile.devices import own_path, write_row
+    from mpcompile.errors import UsageError
+    from mpcompile.runtime.measure_device import measure_device
+
+    path = to or own_path()
+    if path is None:
+        raise UsageError(
+            "MP206", "MPCOMPILE_DEVICES is empty, so there is no device file to write", try_="--to FILE.toml"
+        )
+    checks = []
+    for kind in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        row = measure_device(kind)
+        write_row(path, row)
+        found = f"FP32 {row.fp32:.3g}, BF16 {row.bf16:.3g}, FP16 {row.fp16:.3g} FLOP/s, {row.bandwidth:.3g} bytes/s"
+        checks.append(Check(f"row [{kind}] of {path}", True, f"{found}: policy 'auto' is {row.faster()}"))
+    return checks
 
 
 def _native(there: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,12 @@ from torch import nn
 
 import mpcompile.hardware as here
 from mpcompile import mpcompile
-from mpcompile.devices import PLACE, Device, built_in, device, own_path, pinned, rows
+from mpcompile.devices import PLACE, Device, built_in, device, own_path, pinned, rows, write_row
 from mpcompile.errors import RuleError
 from mpcompile.formats import LOW
 from mpcompile.hardware import cuda_row, row_name, settle_policy
 from mpcompile.policy import Policy
+from mpcompile.tools.doctor import _measured
 
 NAMES = ("cpu", "cpu-avx512-bf16", "cpu-amx", "cuda", "h200", "h100", "a100", "t4", "cpu-onnx", "cuda-onnx", "free-low")
 ROW = "fp32 = 1e11\nbf16 = {bf16}\nfp16 = {fp16}\nbandwidth = 1e10\nlaunch = 2e-6\n"
@@ -198,3 +200,39 @@ def test_a_row_of_the_users_may_be_like_one_of_the_packages(tmp_path: Path) -> N
     file.write_text('[cpu]\nlike = "h10"\n')
     with pytest.raises(RuleError, match=r"MP206.*is like 'h10'.*\n.*'h100'"):
         device(str(file))
+
+
+def test_a_row_that_is_written_is_the_row_that_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "devices.toml"
+    write_row(path, device("cpu"))
+    write_row(path, device("t4"))
+    assert device(f"{path}#cpu") == replace(device("cpu"), name=f"{path}#cpu")
+    assert device(f"{path}#t4") == replace(device("t4"), name=f"{path}#t4")
+    write_row(path, replace(device("cpu"), fp32=1.5e11, source='a "quoted" \\ source\nof two lines'))
+    assert device(f"{path}#cpu").fp32 == 1.5e11
+    assert device(f"{path}#cpu").source.endswith("of two lines")
+    assert device(f"{path}#t4").emulated == ["bf16"]
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_row_is_not_written_over_what_is_no_device_file(tmp_path: Path) -> None:
+    path = tmp_path / "notes.toml"
+    path.write_text("title = 1")
+    with pytest.raises(RuleError, match="MP206"):
+        write_row(path, device("cpu"))
+    assert path.read_text() == "title = 1"
+    with pytest.raises(RuleError, match="MP206"):
+        write_row(path / "below.toml", device("cpu"))
+
+
+def test_doctor_measures_a_row_and_auto_follows_it(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = tmp_path / "devices.toml"
+    (check,) = _measured(path)
+    assert str(path) in check.found or str(path) in check.name
+    row = device(str(path))
+    assert all(0 < rate < math.inf for rate in (row.fp32, row.bf16, row.fp16, row.bandwidth, row.launch))
+    assert row.source.startswith("measured by")
+    monkeypatch.setenv(PLACE, str(path))
+    faster = "bf16" if row.bf16 > row.fp32 else "fp32" if "fp16" in row.emulated else row.faster()
+    assert settle_policy(Policy(), "cpu").low == faster
