@@ -25,6 +25,7 @@ DecidedBy = Literal["rule", "override", "hazard", "cost", "unknown", "user-cast"
 Phase = Literal["forward", "backward", "optimizer"]
 Role = Literal["input", "parameter", "buffer", "constant", "activation"]
 CastOrigin = Literal["inserted", "existing", "shadow"]
+Origin = Literal["", "rounded", "weight", "row", "full"]
 
 CAST_OP = "mp.cast"
 
@@ -72,6 +73,8 @@ class Value:
     alias: str = ""
     # Region path ("" = top level), as on nodes.
     scope: str = ""
+    # What rounding the value would lose: `mpcompile.origins`. "": nothing has been said, or there is nothing to lose.
+    origin: Origin = ""
 
     @property
     def castable(self) -> bool:
@@ -218,6 +221,9 @@ class PrecisionGraph:
                 return True
         return not CASTABLE.isdisjoint([values[name].dtype for name in node.inputs])
 
+    def has_float_results(self, node: Node) -> bool:
+        return any(self.values[name].dtype in CASTABLE for name in node.outputs)
+
     def uses(self) -> dict[str, list[tuple[str, int]]]:
         """Value name -> [(reader id, operand index)], in node order. Built afresh: O(edges)."""
         table: dict[str, list[tuple[str, int]]] = {name: [] for name in self.values}
@@ -295,7 +301,7 @@ def joined(parts: Mapping[str, PrecisionGraph]) -> PrecisionGraph:
 
 def _copy_value(value: Value) -> Value:
     return Value(value.name, value.dtype, value.shape, value.numel, value.producer, value.role, value.range, value.alias,
-                 value.scope)  # fmt: skip
+                 value.scope, value.origin)  # fmt: skip
 
 
 def numel_of(shape: Iterable[int]) -> int:

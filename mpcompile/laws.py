@@ -15,6 +15,7 @@ from operator import attrgetter
 from mpcompile.errors import LawError, page
 from mpcompile.formats import CASTABLE, LOW
 from mpcompile.graph import CAST_OP, Node, PrecisionGraph
+from mpcompile.origins import MOVERS, Behaviours, rounds
 from mpcompile.text import print_node
 
 for _code, _title, _cause, _remedy in (
@@ -42,6 +43,10 @@ for _code, _title, _cause, _remedy in (
     ("MP408", "A pass failed",
      "Law 8: the pass raised an error; the graph it was given is untouched.",
      "Read the error above it; report it with the text of the graph before the pass (`mpcompile inspect --after`)."),
+    ("MP409", "Digits that are still there are rounded away",
+     "Law 10: what is held in FP32 (inputs, buffers, tensors that the program makes, results of FP32 nodes) is read or "
+     "stored low only by products, convolutions and attention, which round what they read in every mixed-precision scheme.",
+     "Give the node the verdict fp32; `mpcompile explain TARGET NODE` says which values it reads and where they come from."),
     ("MP410", "The graph is not well formed",
      "A value is read before it is made, a name is missing, or a value does not know who makes it.",
      "This is a bug of the pass or front end that ran last."),
@@ -269,6 +274,47 @@ def one_precision(graph: PrecisionGraph) -> Iterator[Breach]:
                                   f"in {groups[node.group]}", node.id)  # fmt: skip
 
 
+def full_values(graph: PrecisionGraph) -> Iterator[Breach]:
+    """Law 10: a full value is read low by what rounds it anyway, or by a rule with evidence; stored low by what only moves it.
+
+    It needs the origins that the origins pass wrote down, and says nothing of a graph without any.
+    """
+    values = graph.values
+    full = {name for name, value in values.items() if value.origin == "full"}
+    if not full:
+        return
+    behaviours = Behaviours(graph.header.get("source", "fx"))
+    # A cast of ours has no origin of its own: it is what it casts.
+    roots = {cast.outputs[0]: uncast(graph, cast.inputs[0]) for cast in graph.casts()}
+    moved: dict[str, Node] = {}
+    for node in graph.nodes.values():
+        if node.op == CAST_OP or node.precision not in LOW or node.kind == "cast" or node.decided_by == "user-cast":
+            continue
+        how = behaviours.of(node)
+        if rounds(node, how):
+            continue
+        stored = [name for name in node.outputs if name in full and values[name].dtype in LOW and not node.out_dtype]
+        read = [name for operand, name in enumerate(node.inputs)
+                if roots.get(name, name) in full and values[name].dtype in LOW and node.slots[operand] not in node.operands]  # fmt: skip
+        if how in MOVERS:
+            moved.update((name, node) for name in stored)
+        elif stored:
+            yield Breach("MP409", f"node {node.id!r} stores {stored[0]!r} in {values[stored[0]].dtype}", node.id)
+        elif read and how not in ("add", "multiply", "place"):
+            yield Breach("MP409", f"node {node.id!r} reads {roots.get(read[0], read[0])!r} in {values[read[0]].dtype}", node.id)
+    if moved:
+        yield from _kept_low(graph, moved)
+
+
+def _kept_low(graph: PrecisionGraph, moved: dict[str, Node]) -> Iterator[Breach]:
+    """What moves a full value in the low type is read by nobody who reads it in FP32."""
+    shown: dict[str, str] = {name: name for name in moved}
+    for node in graph.nodes.values():
+        for name in node.inputs:
+            if name in shown and node.op == CAST_OP and node.attrs["to"] == "fp32":
+                yield Breach("MP409", f"{name!r}, which {moved[name].id!r} moves low, is needed in FP32", node.id)
+
+
 def uncast(graph: PrecisionGraph, name: str) -> str:
     """The value that our casts above `name` read."""
     node = graph.producer(name)
@@ -282,7 +328,7 @@ def uncast(graph: PrecisionGraph, name: str) -> str:
 STAGES: dict[str, tuple[Callable[[PrecisionGraph], Iterator[Breach]], ...]] = {
     "structure": (structure,),
     "assigned": (fp32_arithmetic, one_precision),
-    "cast": (precision, never_cast, fresh),
+    "cast": (precision, never_cast, fresh, full_values),
     "simplified": (few_casts,),
 }
 

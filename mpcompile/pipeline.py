@@ -142,10 +142,11 @@ def default_passes(
         return [Normalize(), classify, AllFp32()]
     from mpcompile.passes.assign import Assign
     from mpcompile.passes.hazards import Hazards
+    from mpcompile.passes.origins import Origins
     from mpcompile.passes.simplify_casts import SimplifyCasts
 
     assign = Assign(low, device, policy.plan, fused, policy.output, source)
-    # torch.autocast knows no hazards, and plan="autocast" promises its decisions.
-    hazards: list[Pass] = [Hazards(low)] if policy.plan == "global" else []
+    # torch.autocast knows neither hazards nor origins, and plan="autocast" promises its decisions.
+    hazards: list[Pass] = [Hazards(low), Origins(low, policy.output)] if policy.plan == "global" else []
     passes: list[Pass] = [Normalize(), classify, *hazards, assign, InsertCasts(low, policy.output), SimplifyCasts()]
     return [*passes, Verify(low, policy.output)] if verify else passes

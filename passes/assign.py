@@ -102,6 +102,7 @@ class _Plan:
         self.vertices()
         self._stored()
         self._readers()
+        self._movers()
         for name, readers in self.apart.items():
             # Paid in every plan, or in none, where nobody is free.
             if (side := self.sides[name]) not in _FIXED or not _FIXED.issuperset([at for at, _ in readers]):
@@ -196,6 +197,17 @@ class _Plan:
             here = SINK if pinned == "fp32" else None if pinned == "any" else at
             if here is not None and self.sides.get(name, here) != here:
                 self.apart[name].append((here, self.cost.is_far(node)))
+
+    def _movers(self) -> None:
+        """Law 10: what moves a full value may do so in the low type where each reader rounds it: low only if they are."""
+        at = None
+        for node, place, results in zip(self.graph, self.places, self.made, strict=True):
+            if place is None or place in _FIXED or not any(value.origin == "full" for value in results):
+                continue
+            at = at or dict(zip(self.graph.nodes, self.places, strict=True))
+            for reader in [reader for value in results for reader in self.cost.readers[value.name]]:
+                if (there := at[reader.id]) is not None:
+                    self.problem.edge(place, there, INFINITE)
 
     def _casts(self, value: Value, side: int, readers: list[tuple[int, bool]]) -> None:
         """At most one copy per direction and distance: a low one for low readers, an FP32 one for FP32 readers."""

@@ -18,6 +18,7 @@ from mpcompile.aten import facts
 from mpcompile.aten.custom_ops import registered_autocast
 from mpcompile.aten.functional import make_explicit, mutated_storages
 from mpcompile.aten.rewrites.masks import fold_masks
+from mpcompile.aten.rewrites.noop_casts import keep_noop_casts_local
 from mpcompile.graph import Node, PrecisionGraph, Role, Value
 
 
@@ -43,6 +44,7 @@ def read(module: fx.GraphModule, header: dict[str, str] | None = None) -> FxCapt
     `module` is made explicit in place, and its constant attention masks are folded.
     """
     make_explicit(module)
+    keep_noop_casts_local(module)
     fold_masks(module)
     capture = FxCapture(module, PrecisionGraph(header={"source": "fx", **(header or {})}))
     reader = _Reader(capture, mutated_storages(module.graph))

@@ -240,6 +240,8 @@ class Hazard:
       carries: base names through which it travels; `ends`: those that need FP32 too, and where it stops.
       only_if_ended: nothing is raised unless an end is reached.
       shrinks: it does not travel to values larger than it started with.
+      range: it is about numbers too large or too small for the low type, not about digits: what it raises to FP32 carries
+        the roundings of what it reads, as in the low type (`mpcompile.origins`).
       alone: it travels only where every other operand is made of constants and buffers, or hazardous too.
     """
 
@@ -252,6 +254,7 @@ class Hazard:
     only_if_ended: bool = False
     shrinks: bool = False
     alone: bool = False
+    range: bool = False
 
 
 FP16, BOTH = ("fp16",), ("fp16", "bf16")
@@ -260,13 +263,15 @@ COUNTS = frozenset({"arange", "range", "linspace"}) | CASTS
 
 HAZARDS = (
     Hazard("out-of-range", BOTH, ARITHMETIC | SELECTS | FILLS, out_of_range,
-           ADDS | SELECTS | THROUGH | {"mul", "neg", "maximum", "minimum"}, SOFTMAXES | BOUNDED),
-    Hazard("square", FP16, SQUARES, square, THROUGH, REDUCTIONS, only_if_ended=True),
+           ADDS | SELECTS | THROUGH | {"mul", "neg", "maximum", "minimum"}, SOFTMAXES | BOUNDED,
+           range=True),
+    Hazard("square", FP16, SQUARES, square, THROUGH, REDUCTIONS, only_if_ended=True, range=True),
     Hazard("mean-of-squares", BOTH, REDUCTIONS, mean_of_squares,
            ADDS | BOUNDS | THROUGH | {"div", "mul"}, ROOTS, shrinks=True),
     Hazard("wide-result", FP16, frozenset({"exp", "exp2", "expm1", "pow", "cosh", "sinh", "prod", "cumprod"}), grows,
-           ADDS | SELECTS | THROUGH | {"mul", "div", "true_divide", "neg", "abs", "sqrt", "maximum", "minimum"}, SOFTMAXES),
-    Hazard("tiny-number", FP16, ADDS | BOUNDS, tiny_number, THROUGH | ADDS, DIVISIONS, only_if_ended=True),
+           ADDS | SELECTS | THROUGH | {"mul", "div", "true_divide", "neg", "abs", "sqrt", "maximum", "minimum"}, SOFTMAXES,
+           range=True),
+    Hazard("tiny-number", FP16, ADDS | BOUNDS, tiny_number, THROUGH | ADDS, DIVISIONS, only_if_ended=True, range=True),
     Hazard("rounds-to-one", BOTH, BOUNDS, rounds_to_one, THROUGH | ADDS | {"neg"}, DIVISIONS, only_if_ended=True),
     Hazard("deep-reduction", BOTH, REDUCTIONS | SPREADS, deep_reduction),
     Hazard("long-scan", BOTH, SCANS, long_scan),

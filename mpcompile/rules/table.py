@@ -24,6 +24,9 @@ page(
 )
 
 VERDICTS = ("low", "fp32", "propagate")
+# What an operation does with the origins of what it reads: `mpcompile.origins` says how.
+BEHAVIOURS = ("round", "norm", "map", "select", "place", "move", "gather", "add", "multiply", "divide", "power", "compare", "source",
+              "cast", "compute", "none")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,7 @@ class Kind:
         a fused region), "view" (moves no data), "none" (no device work).
       saves: what autograd keeps of it: "inputs", "output", or "none".
       per_precision: verdict by low type where it differs, e.g. {"fp16": "fp32"}.
+      origin: what becomes of the origins of its operands (`mpcompile.origins` has the table).
     """
 
     name: str
@@ -43,6 +47,7 @@ class Kind:
     fusion: Literal["kernel", "fused", "view", "none"] = "fused"
     saves: Literal["inputs", "output", "none"] = "none"
     per_precision: dict[str, Verdict] = field(default_factory=dict)
+    origin: str = "compute"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,14 @@ class Rule:
     when: dict[str, Verdict] = field(default_factory=dict)
     # torch.autocast's own treatment on CUDA: "lower", "fp32", "promote", "set_dtype" or "" (no list).
     autocast: str = ""
+    # Where the operation's origins differ from its kind's.
+    origin: str = ""
+    # Least and greatest number of its results, whatever it reads.
+    range: tuple[float, float] | None = None
+
+    @property
+    def origins(self) -> str:
+        return self.origin or self.kind.origin
 
     def verdict_for(self, low: str) -> Verdict:
         return self.verdict or self.kind.per_precision.get(low, self.kind.verdict)
@@ -115,6 +128,8 @@ class Rules:
             raise RuleError(
                 "MP202", f"the rule of {op!r} has no verdict {fields['verdict']!r}", try_=", ".join(VERDICTS)
             )
+        if fields.get("origin", "none") not in BEHAVIOURS:
+            raise RuleError("MP202", f"the rule of {op!r} has no origin {fields['origin']!r}", try_=", ".join(BEHAVIOURS))
         lists = {k: tuple(v) for k, v in fields.items() if isinstance(v, list)}
         return replace(Rule(op, kind), **{**fields, **lists})
 
