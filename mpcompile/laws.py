@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from operator import attrgetter
 
+from mpcompile.behaviours import MOVERS, Behaviours, rounds
 from mpcompile.errors import LawError, page
 from mpcompile.formats import CASTABLE, LOW
 from mpcompile.graph import CAST_OP, Node, PrecisionGraph
-from mpcompile.origins import MOVERS, Behaviours, rounds
 from mpcompile.text import print_node
 
 for _code, _title, _cause, _remedy in (
@@ -293,26 +293,19 @@ def full_values(graph: PrecisionGraph) -> Iterator[Breach]:
         how = behaviours.of(node)
         if rounds(node, how):
             continue
-        stored = [name for name in node.outputs if name in full and values[name].dtype in LOW and not node.out_dtype]
-        read = [name for operand, name in enumerate(node.inputs)
-                if roots.get(name, name) in full and values[name].dtype in LOW and node.slots[operand] not in node.operands]  # fmt: skip
+        low = {name for name in (*node.inputs, *node.outputs) if values[name].dtype in LOW}
+        stored = [name for name in node.outputs if name in full and name in low and not node.out_dtype]
+        read = [roots.get(name, name) for slot, name in zip(node.slots, node.inputs, strict=True)
+                if name in low and slot not in node.operands and roots.get(name, name) in full]  # fmt: skip
         if how in MOVERS:
             moved.update((name, node) for name in stored)
-        elif stored:
-            yield Breach("MP409", f"node {node.id!r} stores {stored[0]!r} in {values[stored[0]].dtype}", node.id)
-        elif read and how not in ("add", "multiply", "place"):
-            yield Breach("MP409", f"node {node.id!r} reads {roots.get(read[0], read[0])!r} in {values[read[0]].dtype}", node.id)
-    if moved:
-        yield from _kept_low(graph, moved)
-
-
-def _kept_low(graph: PrecisionGraph, moved: dict[str, Node]) -> Iterator[Breach]:
-    """What moves a full value in the low type is read by nobody who reads it in FP32."""
-    shown: dict[str, str] = {name: name for name in moved}
-    for node in graph.nodes.values():
-        for name in node.inputs:
-            if name in shown and node.op == CAST_OP and node.attrs["to"] == "fp32":
-                yield Breach("MP409", f"{name!r}, which {moved[name].id!r} moves low, is needed in FP32", node.id)
+        elif stored or (read and how not in ("add", "multiply", "place")):
+            what = f"stores {stored[0]!r}" if stored else f"reads {read[0]!r}"
+            yield Breach("MP409", f"node {node.id!r} {what} in {node.precision}, and its digits count", node.id)
+    for node in graph.nodes.values() if moved else ():
+        name = node.inputs[0] if node.op == CAST_OP and node.attrs["to"] == "fp32" else ""
+        if name in moved:
+            yield Breach("MP409", f"{name!r}, which {moved[name].id!r} moves low, is needed in FP32", node.id)
 
 
 def uncast(graph: PrecisionGraph, name: str) -> str:

@@ -19,15 +19,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from mpcompile.behaviours import MOVERS, Behaviours, is_forced, rounds, subtracts
 from mpcompile.formats import CASTABLE, LOW
 from mpcompile.graph import Node, Origin, PrecisionGraph, Value
 from mpcompile.intervals import Interval, exact_in, interval
 from mpcompile.rules.hazards import HAZARDS, base
-from mpcompile.rules.table import Rule, Rules, rules_for
 from mpcompile.statistics import Statistics
 
-# They move elements: where all who read them round what they read, they may move rounded ones.
-MOVERS = frozenset({"move", "place", "gather"})
 # Results of FP32 nodes are full, but what these give is what they were given, or of size 1 by construction.
 _KEPT = MOVERS | {"norm", "cast", "none", "power"}
 # How the reasons of hazards begin that are about range.
@@ -38,38 +36,6 @@ SMALL = 8.0
 MULTIPLIERS = {"fp16": (2.0**-8, 64.0), "bf16": (0.0, 2.0**60)}
 
 
-class Behaviours:
-    """Operation -> behaviour, and its rule, looked up once per operation."""
-
-    def __init__(self, source: str) -> None:
-        self.rules: Rules = rules_for("onnx" if source == "onnx" else "aten")
-        self._known: dict[str, str] = {}
-
-    def of(self, node: Node) -> str:
-        known = self._known.get(node.op)
-        if known is None:
-            rule = self.rules.get(node.op)
-            known = self._known[node.op] = "move" if node.is_cast else _of_rule(rule) if rule else "compute"
-        return "round" if known == "compute" and node.autocast in LOW else known
-
-    def rule(self, node: Node) -> Rule | None:
-        return self.rules.get(node.op)
-
-
-def _of_rule(rule: Rule) -> str:
-    """An operation that its author says is low rounds what it reads."""
-    return "round" if rule.verdict == "low" and rule.origins == "compute" else rule.origins
-
-
-def rounds(node: Node, behaviour: str) -> bool:
-    """True when `node` rounds what it reads in every mixed-precision scheme, or its caller said that it may."""
-    return (behaviour == "round" and node.verdict != "fp32") or is_forced(node)
-
-
-def is_forced(node: Node) -> bool:
-    return node.verdict == "low" and node.decided_by == "override"
-
-
 @dataclass
 class Flow:
     """The origins of a graph whose nodes have verdicts.
@@ -78,6 +44,7 @@ class Flow:
       low: the low type.
       origin: castable value -> origin, once `solve` has run.
       ranges: value -> (least, greatest) element, where known.
+      tables: buffers that nobody writes to, and views and rows of them.
       exact: values whose elements are exact in the low type (0/1 masks, fills).
       wide: nodes that read full values in FP32 and give rounded ones: norms that are written by hand.
       sums: sums that are rounded if their readers allow it, with the full operand of known range ("" for none).
@@ -88,6 +55,7 @@ class Flow:
     low: str
     origin: dict[str, Origin] = field(default_factory=dict)
     ranges: dict[str, Interval] = field(default_factory=dict)
+    tables: set[str] = field(default_factory=set)
     exact: set[str] = field(default_factory=set)
     wide: set[str] = field(default_factory=set)
     sums: dict[str, str] = field(default_factory=dict)
@@ -98,12 +66,14 @@ class Flow:
         self.statistics = Statistics(self.graph)
         # Storage and groups of which one member is full.
         self._shared: set[str] = set()
+        # Results of `sums`, and views of them.
+        self._leaning: set[str] = set()
         self._transfer: dict[str, Callable[[Node, list[str]], Origin]] = {
             "round": lambda node, names: "rounded",
             "norm": lambda node, names: "rounded",
             "map": self._map,
             "select": self._join,
-            "move": self._join,
+            "move": self._move,
             "place": self._place,
             "gather": self._gather,
             "add": self._add,
@@ -130,6 +100,7 @@ class Flow:
     def _sweep(self) -> None:
         self.origin.clear()
         self.sums.clear()
+        self._leaning.clear()
         for name, value in self.graph.values.items():
             if not value.producer and value.dtype in CASTABLE:
                 self.origin[name] = self._given(value)
@@ -142,6 +113,8 @@ class Flow:
             self.ranges[value.name] = value.range
             if exact_in(value.range, self.low):
                 self.exact.add(value.name)
+        if value.role in ("buffer", "constant") and not value.alias:
+            self.tables.add(value.name)
         if value.dtype in LOW:
             return "rounded"
         if value.role == "constant" and (not value.shape or value.numel == 1):
@@ -210,9 +183,8 @@ class Flow:
             return self._join(node, names)
         if names and self.origin[names[0]] == "weight":
             return "weight"  # a parameter is FP32 whether or not the program says so
-        if not names and (source := self.graph.values[node.inputs[0]] if node.inputs else None) is not None:
-            if source.dtype == "bool":
-                self.exact.update(node.outputs)
+        if not names and node.inputs and self.graph.values[node.inputs[0]].dtype == "bool":
+            self.exact.update(node.outputs)
         return "" if names and not self.origin[names[0]] else "full"
 
     def _gives_back(self, name: str) -> bool:
@@ -234,6 +206,8 @@ class Flow:
             made = how in ("move", "place", "select", "gather") and bool(names) and self.exact.issuperset(names)
         if made:
             self.exact.update(results)
+        if how in MOVERS and names and self.tables.issuperset(names):
+            self.tables.update(results)
 
     def takes_low(self, node: Node, how: str) -> bool:
         """True for sums and products that a rule lets read full operands low: they give rounded values."""
@@ -250,8 +224,13 @@ class Flow:
         found = set(self._kinds(names))
         for one in ("full", "rounded", "row", "weight"):
             if one in found:
-                return one  # type: ignore[return-value]
+                return one
         return ""
+
+    def _move(self, node: Node, names: list[str]) -> Origin:
+        if self._leaning and not self._leaning.isdisjoint(names):
+            self._leaning.update(node.outputs)
+        return self._join(node, names)
 
     def _place(self, node: Node, names: list[str]) -> Origin:
         """The same, where numbers that the low type holds (zeros to pad with) may stand beside any."""
@@ -273,7 +252,8 @@ class Flow:
         return "rounded" if "rounded" in found and "full" not in found else "full"
 
     def _add(self, node: Node, names: list[str]) -> Origin:
-        found = self._kinds(names)
+        # A sum of rows is one more row to what is added to it: it may not lean on itself.
+        found: list[Origin] = ["row" if name in self._leaning else self.origin[name] for name in names]
         full = [name for name in names if self.origin[name] == "full"]
         if full:
             fits = len(full) == 1 and full[0] in self.ranges and not {"rounded", "row"}.isdisjoint(found)
@@ -291,6 +271,7 @@ class Flow:
         if node.id in self.denied:
             return "full"
         self.sums[node.id] = full
+        self._leaning.update(node.outputs)
         return "rounded"
 
     def _power(self, node: Node, names: list[str]) -> Origin:
@@ -370,7 +351,7 @@ class Flow:
         return len(self.denied) > before
 
     def _is_gentle(self, full: str, name: str) -> bool:
-        small = not full or max(map(abs, self.ranges[full])) <= SMALL
+        small = not full or (full in self.tables and max(map(abs, self.ranges[full])) <= SMALL)
         return small and self._all_readers(name, self._reads_gently)
 
     def _reads_gently(self, reader: Node) -> bool | None:
@@ -405,9 +386,3 @@ class Flow:
                     waiting += [out for out in reader.outputs if out not in seen]
                     seen.update(reader.outputs)
         return True
-
-
-def subtracts(node: Node) -> bool:
-    factor = node.attrs.get("alpha", 1)
-    negative = isinstance(factor, (int, float)) and factor < 0
-    return (base(node.op) in ("sub", "rsub", "subtract", "lerp")) != negative

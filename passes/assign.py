@@ -200,12 +200,11 @@ class _Plan:
 
     def _movers(self) -> None:
         """Law 10: what moves a full value may do so in the low type where each reader rounds it: low only if they are."""
-        at = None
-        for node, place, results in zip(self.graph, self.places, self.made, strict=True):
-            if place is None or place in _FIXED or not any(value.origin == "full" for value in results):
-                continue
-            at = at or dict(zip(self.graph.nodes, self.places, strict=True))
-            for reader in [reader for value in results for reader in self.cost.readers[value.name]]:
+        moving = [(place, value.name) for place, results in zip(self.places, self.made, strict=True)
+                  if place is not None and place not in _FIXED for value in results if value.origin == "full"]  # fmt: skip
+        at = dict(zip(self.graph.nodes, self.places, strict=True)) if moving else {}
+        for place, name in moving:
+            for reader in self.cost.readers[name]:
                 if (there := at[reader.id]) is not None:
                     self.problem.edge(place, there, INFINITE)
 

@@ -13,9 +13,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from mpcompile.behaviours import MOVERS, rounds
 from mpcompile.formats import CASTABLE, LOW
 from mpcompile.graph import Node, PrecisionGraph
-from mpcompile.origins import MOVERS, Flow, rounds
+from mpcompile.origins import Flow
 from mpcompile.passes.base import PassResult
 
 
@@ -37,7 +38,7 @@ class Origins:
         for name, value in graph.values.items():
             value.origin = flow.origin.get(name, "")
         raised = _Ties(flow, self.output).raise_()
-        changed = raised or any(value.origin != before[name] for name, value in graph.values.items())
+        changed = raised > 0 or any(value.origin != before[name] for name, value in graph.values.items())
         return PassResult(changed, (f"{raised} nodes raised to fp32",) if raised else ())
 
 
@@ -78,20 +79,26 @@ class _Ties:
             return self._of_mover(node, how, names, read)
         if how == "source" and node.out_dtype:
             return ""
-        if read and (how in ("norm", "map", "select", "compare", "source") or self._gives_full(node) or node.id in self.flow.wide):
+        if read and (
+            how in ("norm", "map", "select", "compare", "source") or self._gives_full(node) or node.id in self.flow.wide
+        ):
             return self._because(read[0])
         if self._gives_full(node):
-            return "full: a sum, difference or product of weights, which FP32 keeps"
+            return "FP32, because what weights or rows sum up to, differ by or multiply to has lost no digit yet"
         if how == "compare" or not self.graph.has_float_results(node):
-            return "full: compares weights" if any(self.flow.origin[name] in ("weight", "row") for name in names) else ""
+            return (
+                "full: compares weights" if any(self.flow.origin[name] in ("weight", "row") for name in names) else ""
+            )
         return ""
 
     def _of_mover(self, node: Node, how: str, names: list[str], read: list[str]) -> str:
         if how == "gather" and any(self.flow.origin[name] == "weight" for name in names) and self.flow.by_index(node):
-            return "looks rows up in the FP32 master: the gradients of a row add up in FP32, and the cast goes on the rows"
+            return (
+                "looks rows up in the FP32 master: the gradients of a row add up in FP32, and the cast goes on the rows"
+            )
         given = [name for name in node.outputs if name in self.full]
         if given and not self.moved.issuperset(given) and not node.out_dtype:
-            return self._because(read[0]) if read else "full: moves what is full"
+            return self._because(read[0]) if read else "FP32, because what it moves has all its digits"
         return ""
 
     def _gives_full(self, node: Node) -> bool:
@@ -102,7 +109,7 @@ class _Ties:
     def _because(self, name: str) -> str:
         what, maker = self.causes.get(name, ("a full value", ""))
         through = self.graph.values[name].producer
-        return f"full: {what} reaches it{f' through {through}' if through and through != maker else ''}"
+        return f"FP32, because {what} reaches it{f' through {through}' if through and through != maker else ''}"
 
     def _note(self, node: Node) -> None:
         """Where the full results of `node` come from."""
@@ -115,7 +122,13 @@ class _Ties:
         self.causes.update(dict.fromkeys(given, cause))
 
 
-_ROLES = {"input": "input ", "buffer": "buffer ", "constant": "constant ", "parameter": "parameter ", "activation": "value "}
+_ROLES = {
+    "input": "input ",
+    "buffer": "buffer ",
+    "constant": "constant ",
+    "parameter": "parameter ",
+    "activation": "value ",
+}
 
 
 def _made(node: Node) -> str:
@@ -142,7 +155,9 @@ def moved_by_rounders(flow: Flow, full: set[str], output: str) -> set[str]:
 def _rounds(flow: Flow, reader: Node, name: str, moved: set[str]) -> bool:
     how = flow.behaviours.of(reader)
     pinned = reader.operands and any(
-        reader.operands.get(slot) == "fp32" for slot, read in zip(reader.slots, reader.inputs, strict=True) if read == name
+        reader.operands.get(slot) == "fp32"
+        for slot, read in zip(reader.slots, reader.inputs, strict=True)
+        if read == name
     )
     if pinned:
         return False

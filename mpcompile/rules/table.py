@@ -25,8 +25,8 @@ page(
 
 VERDICTS = ("low", "fp32", "propagate")
 # What an operation does with the origins of what it reads: `mpcompile.origins` says how.
-BEHAVIOURS = ("round", "norm", "map", "select", "place", "move", "gather", "add", "multiply", "divide", "power", "compare", "source",
-              "cast", "compute", "none")  # fmt: skip
+BEHAVIOURS = ("round", "norm", "map", "select", "place", "move", "gather", "add", "multiply", "divide", "power", "compare",
+              "source", "cast", "compute", "none")  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,9 @@ class Rules:
                 "MP202", f"the rule of {op!r} has no verdict {fields['verdict']!r}", try_=", ".join(VERDICTS)
             )
         if fields.get("origin", "none") not in BEHAVIOURS:
-            raise RuleError("MP202", f"the rule of {op!r} has no origin {fields['origin']!r}", try_=", ".join(BEHAVIOURS))
+            raise RuleError(
+                "MP202", f"the rule of {op!r} has no origin {fields['origin']!r}", try_=", ".join(BEHAVIOURS)
+            )
         lists = {k: tuple(v) for k, v in fields.items() if isinstance(v, list)}
         return replace(Rule(op, kind), **{**fields, **lists})
 

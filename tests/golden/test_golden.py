@@ -21,7 +21,7 @@ from mpcompile.pipeline import run, verify_each
 from mpcompile.text import print_graph
 
 CASES = sorted(Path(__file__).parent.glob("*/*.txt"))
-PASSES = ("normalize", "classify", "hazards", "assign", "insert_casts", "simplify_casts", "all_fp32")
+PASSES = ("normalize", "classify", "hazards", "origins", "assign", "insert_casts", "simplify_casts", "all_fp32")
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda p: f"{p.parent.name}/{p.stem}")

@@ -12,22 +12,27 @@ from torch import fx
 
 from mpcompile.aten.facts import module_path
 
-_CASTS = frozenset({torch.ops.aten.to.dtype, torch.ops.aten.to.dtype_layout, torch.ops.prims.convert_element_type.default})
+_CASTS = frozenset(
+    {torch.ops.aten.to.dtype, torch.ops.aten.to.dtype_layout, torch.ops.prims.convert_element_type.default}
+)
 
 
 def keep_noop_casts_local(module: fx.GraphModule) -> None:
     """Rewrite the graph of `module` in place, as the header says."""
     for node in module.graph.nodes:
         if node.op == "call_function" and node.target in _CASTS and (home := module_path(node)) and _is_noop(node):
-            for user in [user for user in node.users if user.op == "call_function" and not _is_inside(module_path(user), home)]:
+            for user in [
+                user for user in node.users if user.op == "call_function" and not _is_inside(module_path(user), home)
+            ]:
                 user.replace_input_with(node, node.args[0])
 
 
 def _is_noop(node: fx.Node) -> bool:
     given = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
     made = node.meta.get("val")
-    same = isinstance(given, torch.Tensor) and isinstance(made, torch.Tensor) and given.dtype == made.dtype
-    return same and made.is_floating_point() and not node.kwargs.get("copy") and given.device == made.device
+    if not isinstance(given, torch.Tensor) or not isinstance(made, torch.Tensor) or node.kwargs.get("copy"):
+        return False
+    return made.is_floating_point() and (given.dtype, given.device) == (made.dtype, made.device)
 
 
 def _is_inside(path: str, home: str) -> bool:
