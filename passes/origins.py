@@ -87,7 +87,9 @@ class _Ties:
             return "FP32, because what weights or rows sum up to, differ by or multiply to has lost no digit yet"
         if how == "compare" or not self.graph.has_float_results(node):
             return (
-                "full: compares weights" if any(self.flow.origin[name] in ("weight", "row") for name in names) else ""
+                "FP32, because weights are compared"
+                if any(self.flow.origin[name] in ("weight", "row") for name in names)
+                else ""
             )
         return ""
 

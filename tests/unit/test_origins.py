@@ -21,9 +21,8 @@ def program(text: str, returned: str, **ranges: tuple[float, float]) -> Precisio
     A name with `0` at its end has no dimension; a name that is made has the dtype that stands behind a colon, or FP32.
     """
     lines, made = ["graph source=fx"], {line.partition("=")[0].partition(":")[0].strip() for line in text.splitlines()}
-    for name in dict.fromkeys(_operands(text)):
-        if name not in made:
-            lines.append(f"input {_typed(name)} <{_rare(name, ranges)}>")
+    given = [name for name in dict.fromkeys(_operands(text)) if name not in made]
+    lines += [f"input {_typed(name)} <{_rare(name, ranges)}>" for name in given]
     for line in filter(None, map(str.strip, text.splitlines())):
         name, _, call = line.partition(" = ")
         name, _, dtype = name.partition(":")
@@ -32,10 +31,8 @@ def program(text: str, returned: str, **ranges: tuple[float, float]) -> Precisio
 
 
 def _operands(text: str) -> list[str]:
-    found = []
-    for line in filter(None, map(str.strip, text.splitlines())):
-        found += [part.strip() for part in line.partition("(")[2].partition(")")[0].split(",") if part.strip()]
-    return found
+    calls = [line.partition("(")[2].partition(")")[0] for line in text.splitlines()]
+    return [part.strip() for call in calls for part in call.split(",") if part.strip()]
 
 
 def _typed(name: str) -> str:
@@ -164,7 +161,8 @@ def test_a_mask_of_zeros_and_ones_times_a_number_is_a_multiplier() -> None:
 @pytest.mark.parametrize("drop", ["floor.default(g)", "bernoulli.p(b)"])
 def test_a_random_mask_is_a_multiplier(drop: str) -> None:
     """Stochastic depth, as timm and transformers write it."""
-    text = f"{KNOWN}\nt = rand.default() {{'dtype': 'fp32'}}\ng = add.Tensor(t) {{'other': 0.9}}\nd = {drop}\ny = mul.Tensor(h, d)\n{ROUNDED}"
+    made = "t = rand.default() {'dtype': 'fp32'}\ng = add.Tensor(t) {'other': 0.9}"
+    text = f"{KNOWN}\n{made}\nd = {drop}\ny = mul.Tensor(h, d)\n{ROUNDED}"
     assert origin(text) == "rounded"
 
 
@@ -213,8 +211,10 @@ def test_a_mask_made_by_the_program_is_added_to_scores() -> None:
     "norm",
     [
         "u = mean.dim(a) {'dim': -1}\nd = sub.Tensor(a, u)\nv = std.dim(a) {'dim': -1}\ny = div.Tensor(d, v)",
-        "q = pow.Tensor_Scalar(a) {'exponent': 2}\nu = mean.dim(q)\nt = add.Tensor(u) {'other': 1e-5}\nv = rsqrt.default(t)\ny = mul.Tensor(a, v)",
-        "u = mean.dim(a)\nd = sub.Tensor(a, u)\nq = mul.Tensor(d, d)\nv = mean.dim(q)\nt = add.Tensor(v) {'other': 1e-5}\ns2 = sqrt.default(t)\ny = div.Tensor(d, s2)",
+        "q = pow.Tensor_Scalar(a) {'exponent': 2}\nu = mean.dim(q)\nt = add.Tensor(u) {'other': 1e-5}\n"
+        "v = rsqrt.default(t)\ny = mul.Tensor(a, v)",
+        "u = mean.dim(a)\nd = sub.Tensor(a, u)\nq = mul.Tensor(d, d)\nv = mean.dim(q)\nt = add.Tensor(v) {'other': 1e-5}\n"
+        "s2 = sqrt.default(t)\ny = div.Tensor(d, s2)",
         "n = linalg_vector_norm.default(a)\nt = clamp_min.default(n) {'min': 1e-12}\nv = expand.default(t)\ny = div.Tensor(a, v)",
         "q = exp.default(a)\nt = sum.dim_IntList(q)\ny = div.Tensor(q, t)",
     ],
