@@ -144,9 +144,12 @@ def default_passes(
     from mpcompile.passes.hazards import Hazards
     from mpcompile.passes.origins import Origins
     from mpcompile.passes.simplify_casts import SimplifyCasts
+    from mpcompile.passes.strict import Strict
 
     assign = Assign(low, device, policy.plan, fused, policy.output, source)
     # torch.autocast knows neither hazards nor origins, and plan="autocast" promises its decisions.
-    hazards: list[Pass] = [Hazards(low), Origins(low, policy.output)] if policy.plan == "global" else []
+    hazards: list[Pass] = [] if policy.plan == "autocast" else [Hazards(low), Origins(low, policy.output)]
+    if policy.plan == "strict":
+        hazards.append(Strict(low, source))
     passes: list[Pass] = [Normalize(), classify, *hazards, assign, InsertCasts(low, policy.output), SimplifyCasts()]
     return [*passes, Verify(low, policy.output)] if verify else passes

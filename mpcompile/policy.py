@@ -27,7 +27,8 @@ class Policy:
 
     Fields:
       low: the low type. "auto" is settled by the device (see `mpcompile.api`); "fp32" turns the compiler off.
-      plan: "global" is the cost-based plan; "autocast" takes torch.autocast's op-by-op decisions on CUDA.
+      plan: "global" is the cost-based plan; "autocast" takes torch.autocast's op-by-op decisions on CUDA;
+        "strict" is the cost-based plan with nothing stored below what autocast stores.
       output: dtype of floating outputs: "fp32", "low", or "keep" (as the last node gives it).
       grads: precision of gradient buffers between microbatches of a training step.
       fp32_matmul: how matmuls that stay FP32 may round inside (torch.set_float32_matmul_precision's three names).
@@ -43,7 +44,7 @@ class Policy:
     """
 
     low: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
-    plan: Literal["global", "autocast"] = "global"
+    plan: Literal["global", "autocast", "strict"] = "global"
     output: Literal["fp32", "low", "keep"] = "fp32"
     grads: Literal["fp32", "low"] = "fp32"
     fp32_matmul: Literal["highest", "high", "medium"] = "highest"

@@ -39,7 +39,7 @@ class Assign:
     """Fields:
     low: the low type of the policy.
     device: name of a row of devices.toml.
-    plan: "global" or "autocast".
+    plan: "global", "autocast", or "strict" (the cut again, over verdicts that `strict` has raised).
     fused: the graph will be compiled, so casts inside a fused region are free.
     output: dtype of floating outputs: "fp32", "low" or "keep".
     source: whose operation names the graph uses (the passes share one signature; the costs do not differ).

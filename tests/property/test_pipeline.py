@@ -17,7 +17,12 @@ from mpcompile.pipeline import default_passes, run, verify_each
 from mpcompile.policy import Policy
 from mpcompile.text import print_graph
 
-policies = st.builds(Policy, low=st.sampled_from(["fp16", "bf16"]), output=st.sampled_from(["fp32", "low", "keep"]))
+policies = st.builds(
+    Policy,
+    low=st.sampled_from(["fp16", "bf16"]),
+    plan=st.sampled_from(["global", "strict"]),
+    output=st.sampled_from(["fp32", "low", "keep"]),
+)
 
 
 def rewritten(graph: PrecisionGraph, policy: Policy) -> PrecisionGraph:
@@ -67,6 +72,15 @@ def test_node_order_does_not_matter(graph: PrecisionGraph, policy: Policy, chanc
     shuffled.rebuild_order(shuffle(graph, chance))
     first, second = rewritten(graph, policy), rewritten(shuffled, policy)
     assert sorted(print_graph(second).splitlines()) == sorted(print_graph(first).splitlines())
+
+
+@given(front_end_graphs(), st.sampled_from(["fp16", "bf16"]))
+def test_a_strict_plan_stores_nothing_below_what_autocast_stores(graph: PrecisionGraph, low: str) -> None:
+    """But where the program itself made the storage low, and views whose casts stand on their other side."""
+    strict, peer = (rewritten(graph, Policy(low, plan)) for plan in ("strict", "autocast"))  # type: ignore[arg-type]
+    for node in strict:
+        if node.precision in LOW and not node.is_cast and node.kind != "shape" and node.decided_by != "user-cast":
+            assert peer.nodes[node.id].precision in (*LOW, "keep")
 
 
 @given(front_end_graphs())

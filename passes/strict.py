@@ -1,0 +1,42 @@
+"""``plan="strict"``: nothing is stored below what torch.autocast stores.
+
+The cut then only chooses what autocast leaves low: it may keep more in FP32, never less.  The price is what the low stream
+saves (`docs/explanation/assignment.md` has it, measured); what is gained is a proof: no value carries a rounding that
+autocast's does not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from mpcompile.graph import PrecisionGraph
+from mpcompile.passes.assign import Assign
+from mpcompile.passes.base import PassResult
+from mpcompile.passes.classify import Classify
+
+
+@dataclass(frozen=True)
+class Strict:
+    """Fields:
+    low: the low type of the policy.
+    source: whose operation names the graph uses: "aten" or "onnx".
+    """
+
+    low: str
+    source: str = "aten"
+
+    name: ClassVar[str] = "strict"
+
+    def apply(self, graph: PrecisionGraph) -> PassResult:
+        peer = graph.copy()
+        Classify(self.low, self.source, "autocast", partial=True).apply(peer)
+        Assign(self.low, plan="autocast").apply(peer)
+        raised = 0
+        for node in graph:
+            fixed = node.is_cast or node.verdict == "fp32" or node.decided_by in ("override", "user-cast")
+            if not fixed and peer.nodes[node.id].precision == "fp32":
+                node.verdict, node.decided_by = "fp32", "rule"
+                node.reason = "FP32, because torch.autocast stores it so and the plan is strict"
+                raised += 1
+        return PassResult(raised > 0, (f"{raised} nodes raised to fp32",) if raised else ())
