@@ -19,6 +19,7 @@ from mpcompile.errors import OnnxError, page
 from mpcompile.formats import LOW
 from mpcompile.garbage import no_garbage_collection
 from mpcompile.graph import Node, PrecisionGraph
+from mpcompile.onnx.norms import unlike
 from mpcompile.onnx.read import reader as frontend
 from mpcompile.onnx.run import calibrate as calibrate_room
 from mpcompile.onnx.run import session as ort
@@ -361,7 +362,7 @@ class _Named:
     """An override that picks nodes by id, as `keep_fp32` takes it."""
 
     ids: frozenset[str]
-    __name__ = "auto"
+    __name__ = "settled"
 
     def __call__(self, node: Node) -> bool:
         return node.id in self.ids
@@ -376,8 +377,11 @@ def frontend_policy(policy: str | Policy) -> Policy:
 
 
 def plan(policy: Policy, options: Options, model: Any,
-         ranges: dict[str, Measured] | None = None, on: str = "") -> OnnxMixedPrecision:  # fmt: skip
-    """Read `model` (or take a capture of it) and decide; nothing is checked or written yet."""
+         ranges: dict[str, Measured] | None = None, on: str = "", depth: int = 4) -> OnnxMixedPrecision:  # fmt: skip
+    """Read `model` (or take a capture of it) and decide; nothing is checked or written yet.
+
+    A plan whose norms a runtime could not fuse is made again with their types settled, `depth` times at most.
+    """
     if not options.keep_io:
         policy = replace(policy, output="low")
     capture = model
@@ -389,6 +393,12 @@ def plan(policy: Policy, options: Options, model: Any,
         if policy.low == "bf16" and sum(node.flops for node in graph) >= LARGE_WORK:
             graph, steps, found = _priced(policy, options, capture, graph, steps)
             notes += found
+    low, fp32 = unlike(graph) if depth else (set(), set())
+    if low or fp32:
+        more = replace(
+            options, low=(*options.low, _Named(frozenset(low))), keep_fp32=(*options.keep_fp32, _Named(frozenset(fp32)))
+        )
+        return plan(policy, more, capture, ranges, on, depth - 1)
     _call_by_name(graph)
     shown = (options.provider or "cpu") if policy.device == "auto" else policy.device
     graph.header.update(source="onnx", policy=str(policy), device=shown)
