@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import inspect
 import itertools
 import os
@@ -30,6 +31,7 @@ from mpcompile.rules.table import rules_for
 from mpcompile.runtime.compiled import CompiledGraph
 from mpcompile.runtime.coverage import warn_of_eager_call, warn_of_gaps, watch, watched_method
 from mpcompile.runtime.dynamo import Compiler
+from mpcompile.runtime.sharded import refuse_sharded
 from mpcompile.shadows.table import SHADOWS
 
 page(
@@ -141,6 +143,7 @@ def _check(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise CaptureError("MP105", f"mpcompile() was given a {type(model).__name__}", try_="an nn.Module, an "
                            "ExportedProgram, an onnx.ModelProto, or the path of an .onnx file")  # fmt: skip
+    refuse_sharded(model)
     named = [(n, p) for n, p in model.named_parameters() if p.is_floating_point()]
     if not named:
         raise CaptureError("MP102", f"{type(model).__name__} has no floating-point parameters",
@@ -188,9 +191,7 @@ class MixedPrecisionModule(nn.Module):
         hidden.update({name: getattr(model, name) for name in _SHARED})
         hidden["_model"], hidden["settings"], hidden["backend"] = model, settings, backend
         hidden["dynamic"] = dynamic
-        hidden["_compiler"] = Compiler(
-            settings, log_plan, lambda: {str(id(m)): name for name, m in model.named_modules()}
-        )
+        hidden["_compiler"] = Compiler(settings, log_plan, functools.partial(_paths, model))
         hidden["_call"] = None
         hidden["_recurrent"] = False
         hidden["training"] = model.training
@@ -228,6 +229,7 @@ class MixedPrecisionModule(nn.Module):
         before = CompiledGraph.runs
         result = self._run(self._call, args, kwargs)
         if CompiledGraph.runs == before and self.plans:
+            refuse_sharded(self.model)
             warn_of_eager_call()
         return result
 
@@ -243,6 +245,7 @@ class MixedPrecisionModule(nn.Module):
     def _first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         compiled = torch.compile(_entry(self.model), backend=self._compiler, dynamic=self.dynamic)
         self.__dict__["_recurrent"] = any(isinstance(m, nn.RNNBase) for m in self.model.modules())
+        refuse_sharded(self.model)
         with watch() as breaks:
             result = self._run(compiled, args, kwargs)
         self._compiler.check_overrides()
@@ -358,6 +361,12 @@ class MixedPrecisionModule(nn.Module):
 def _rewrapped(model: nn.Module, settings: Settings, dynamic: bool | None, backend: str) -> MixedPrecisionModule:
     kind: Any = class_like(MixedPrecisionModule, model)
     return kind(model, settings, dynamic=dynamic, backend=backend)  # type: ignore[no-any-return]
+
+
+def _paths(model: nn.Module) -> dict[str, str]:
+    """The paths of the modules, asked for at each compilation: a model may be sharded after it was wrapped."""
+    refuse_sharded(model)
+    return {str(id(m)): name for name, m in model.named_modules()}
 
 
 def _own(error: BackendCompilerFailed) -> Exception:

@@ -20,6 +20,7 @@ from mpcompile.aten.graphs import outputs_of, values_of
 from mpcompile.aten.write import has_user_low_cast
 from mpcompile.errors import MPCompileError, TrainingError, page
 from mpcompile.runtime.inductor import roundings_kept
+from mpcompile.runtime.sharded import refuse_sharded
 from mpcompile.shadows.step_shadows import ShadowSet
 from mpcompile.training.accumulation import Layout
 from mpcompile.training.gradients.batch import Batch, Hole
@@ -287,7 +288,9 @@ def _refuse_hooks(model: nn.Module, named: dict[str, Tensor]) -> None:
 
     Raises:
       TrainingError: MP523, MP535.
+      CaptureError: MP107.
     """
+    refuse_sharded(model)
     spread = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules())
     if spread or any(type(p).__name__ == "DTensor" for p in named.values()):
         raise TrainingError("MP535", f"the training step was given a {type(model).__name__} of several processes",

@@ -1,0 +1,37 @@
+"""Models whose parameters are spread over processes: known by what torch made of them, and refused."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from mpcompile.errors import CaptureError, page
+
+page(
+    "MP107",
+    "A model whose parameters are sharded",
+    "FSDP (fully_shard, FullyShardedDataParallel) and tensor parallelism hold a part of each parameter, and fill the whole one "
+    "anew at each forward without a version that rises: shadows would go stale, and products run FP32.",
+    "DistributedDataParallel works: DDP(mpcompile(model)). Under FSDP use its own MixedPrecisionPolicy, without mpcompile.",
+)
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Parameters that are filled anew at each forward, or whose products are collectives.
+
+    Raises:
+      CaptureError: MP107.
+    """
+    if not torch.distributed.is_available():
+        return
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    found = [name for name, m in model.named_modules() if isinstance(m, (FSDPModule, FullyShardedDataParallel))]
+    found += [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
+    if found:
+        raise CaptureError(
+            "MP107", "the model's parameters are sharded", where=found[-1] or type(model).__name__,
+            why="a sharded parameter is filled again at each forward, and its low copy would not follow",
+            try_="DDP(mpcompile(model)); or, under FSDP, its own MixedPrecisionPolicy",
+        )  # fmt: skip
