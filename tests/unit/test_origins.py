@@ -7,9 +7,9 @@ import pytest
 from mpcompile import laws
 from mpcompile.errors import LawError
 from mpcompile.graph import PrecisionGraph
+from mpcompile.parse import parse_graph
 from mpcompile.pipeline import default_passes, run, verify_each
 from mpcompile.policy import Policy
-from mpcompile.text import parse_graph
 
 ROLES = {"x": "input", "w": "parameter", "b": "buffer", "c": "constant"}
 INTEGERS, BOOLS = ("i",), ("m",)
