@@ -29,10 +29,11 @@ from mpcompile.passes.classify import refuse_unmatched
 from mpcompile.policy import Policy
 from mpcompile.rules.table import rules_for
 from mpcompile.runtime.compiled import CompiledGraph
-from mpcompile.runtime.coverage import warn_of_eager_call, warn_of_gaps, watch, watched_method
+from mpcompile.runtime.coverage import warn_of_eager_call, warn_of_gaps, warn_of_watched_call, watch, watched_method
 from mpcompile.runtime.dynamo import Compiler
 from mpcompile.runtime.sharded import refuse_sharded
 from mpcompile.shadows.table import SHADOWS
+from mpcompile.torch_internals import is_watched
 
 page(
     "MP102",
@@ -224,6 +225,10 @@ class MixedPrecisionModule(nn.Module):
         return compiler.seconds
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if is_watched():
+            # Dynamo would take the model for one that it cannot compile, and never try again.
+            warn_of_watched_call()
+            return self.model(*args, **kwargs)
         if self._call is None:
             return self._first(args, kwargs)
         before = CompiledGraph.runs

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
 # Tracing and compiling keep their state in torch's modules: one thread at a time.
 COMPILING = threading.RLock()
 
@@ -24,4 +26,9 @@ def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
             setattr(owner, name, value)
 
 
-__all__ = ["COMPILING", "replaced"]
+def is_watched() -> bool:
+    """A mode of the user's sees every operation (FlopCounterMode): Dynamo runs nothing compiled under it."""
+    return bool(is_in_torch_dispatch_mode(include_infra_modes=False))
+
+
+__all__ = ["COMPILING", "is_watched", "replaced"]

@@ -100,7 +100,16 @@ def warn_of_eager_call() -> None:
     warnings.warn(
         "mpcompile: no compiled graph ran in this call: the model ran as written, in FP32. Dynamo gives up on a function "
         f"after {limit} compilations (TORCH_LOGS=recompiles says what changed; torch._dynamo.config.recompile_limit "
-        "allows more), and while a mode watches every operation (TorchDispatchMode)",
+        "allows more)",
+        stacklevel=4,
+    )
+
+
+def warn_of_watched_call() -> None:
+    """A call under a mode that sees every operation: no compiled graph can run in it."""
+    warnings.warn(
+        "mpcompile: a mode watches every operation of this call (FlopCounterMode, or another TorchDispatchMode), so the model "
+        "ran as written, in FP32; calls outside of it run in mixed precision",
         stacklevel=4,
     )
 
@@ -136,4 +145,12 @@ def warn_of_recurrent_break() -> None:
         )
 
 
-__all__ = ["Breaks", "warn_of_eager_call", "warn_of_gaps", "warn_of_recurrent_break", "watch", "watched_method"]
+__all__ = [
+    "Breaks",
+    "warn_of_eager_call",
+    "warn_of_gaps",
+    "warn_of_recurrent_break",
+    "warn_of_watched_call",
+    "watch",
+    "watched_method",
+]

@@ -33,6 +33,7 @@ from mpcompile.training.optimizer.monitor import OptimizerWatch
 from mpcompile.training.optimizer.split import SplitMasters
 from mpcompile.training.options import check_options
 from mpcompile.training.result import StepResult
+from mpcompile.training.skipped_buffers import SkippedBuffers
 
 page(
     "MP542",
@@ -129,6 +130,7 @@ class TrainStep:
         self._updaters: dict[Any, Updater | FusedUpdate] = {}
         self._current: Updater | FusedUpdate | None = None
         self._window = Window(accumulate, self.policy.grads == "low")
+        self._buffers = SkippedBuffers()
         self._floor = FloorWatch(self.rule, self.state)
         self._last: tuple[Artefact, Layout, Like] | None = None
         self._emitted: dict[Any, tuple[Emitted, Joint]] = {}
@@ -150,9 +152,11 @@ class TrainStep:
         if self._watch.regrouped():
             self._forget_updates()
             self.artefacts.clear()
+            self._buffers.clear()
         batch = Batch(args, kwargs)
         artefact = self.artefacts.find(batch)
         self.plan.shadows.bring_up_to_date()
+        self._buffers.remember(artefact, artefact.written(), first=self._window.count == 0)
         if self.plan.accumulate == 1:
             self._last = artefact, artefact.layout, artefact.gradients
             result = self._whole(artefact, batch)
@@ -256,6 +260,7 @@ class TrainStep:
     def _updated(self, updater: Updater | FusedUpdate, run: Callable[[], Sequence[Tensor]]) -> StepResult:
         """Run what ends with an update, and the optimizer's own hooks after it."""
         loss, finite, norm, scale = run()
+        self._buffers.settle(finite)
         # Compiled code raises no version; other shadows of these masters, and autograd, go by it.
         torch.autograd.graph.increment_version(updater.binding.params)
         self.plan.shadows.note_update()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -50,7 +51,7 @@ class Batch:
         """All that a graph depends on but the sizes. True, 1 and 1.0 are three signatures."""
         formats = tuple(f or "contiguous" for f in self.formats)
         tensors = tuple((t.dtype, t.device, t.dim()) for t in self.tensors)
-        return self.tree, self.others, tuple(map(type, self.others)), tensors, formats
+        return self.tree, tuple(map(_signature, self.others)), tuple(map(type, self.others)), tensors, formats
 
     def shapes(self) -> tuple[torch.Size, ...]:
         return tuple(t.shape for t in self.tensors)
@@ -77,6 +78,42 @@ class Batch:
                 )
 
 
+def _signature(leaf: Any) -> Any:
+    """What of an argument a graph depends on, as it is now: 0.0 is not -0.0, and an object is what it holds."""
+    if isinstance(leaf, (float, complex)) and not isinstance(leaf, enum.Enum):
+        return repr(leaf)
+    if isinstance(leaf, _PLAIN) or not hasattr(leaf, "__dict__") or isinstance(leaf, types.FunctionType):
+        return leaf
+    try:
+        return type(leaf), _held(leaf, ())
+    except TypeError:
+        return leaf  # `refuse_objects` says what is wrong with it
+
+
+def _held(item: Any, above: tuple[int, ...]) -> Any:
+    """`item` as a value that later changes of it do not change.
+
+    Raises:
+      TypeError: for what can be neither compared nor looked into.
+    """
+    if isinstance(item, Tensor):
+        raise TypeError("a tensor inside of an object")
+    if isinstance(item, (float, complex)):
+        return repr(item)
+    if isinstance(item, (*_PLAIN, types.FunctionType)) or id(item) in above:
+        return type(item), item if isinstance(item, _PLAIN) or callable(item) else id(item)
+    above = (*above, id(item))
+    if isinstance(item, Mapping):
+        return tuple((_held(k, above), _held(v, above)) for k, v in item.items())
+    if isinstance(item, (list, tuple)):
+        return type(item), tuple(_held(v, above) for v in item)
+    if isinstance(item, (set, frozenset)):
+        return frozenset(_held(v, above) for v in item)
+    slots = {name: getattr(item, name, None) for name in _slots(item)}
+    state = {**getattr(item, "__dict__", {}), **slots}
+    return type(item), (id(item) if not state else _held(state, above))
+
+
 def _format(tensor: Tensor) -> str:
     """How a dense tensor is laid out; "" for one that is to be copied."""
     if tensor.layout != torch.strided:
@@ -97,11 +134,10 @@ def _is_plain(leaf: Any) -> bool:
     if isinstance(leaf, Mapping):
         return False
     try:
-        hash(leaf)
+        hash(_held(leaf, ()))
     except TypeError:
         return False
-    held = [*getattr(leaf, "__dict__", {}).values(), *(getattr(leaf, s, None) for s in _slots(leaf))]
-    return not any(isinstance(v, Tensor) for v in pytree.tree_leaves(held))
+    return True
 
 
 def _slots(leaf: Any) -> Sequence[str]:

@@ -42,8 +42,17 @@ def run_joint(joint: Joint, backend: str, *, remake: bool) -> tuple[Run, list[Te
       remake: keep no pointwise chain (a GELU, a normalization's output) that a matmul of the backward reads.
     """
     if backend == "eager":
+        _view_as_it_lies(joint.module)
         return _eager(joint.module), []
     return _in_two(joint, remake)
+
+
+def _view_as_it_lies(module: fx.GraphModule) -> None:
+    """A kernel may lay its result out otherwise than torch's meta kernel said: views of it may need a copy."""
+    for view in (aten.view.default, aten._unsafe_view.default):
+        for node in module.graph.find_nodes(op="call_function", target=view):
+            node.target = aten.reshape.default
+    module.recompile()
 
 
 def run_update(update: InPlace, backend: str) -> Run:

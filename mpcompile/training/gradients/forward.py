@@ -7,7 +7,7 @@ shadow, a graph input of its own: its gradient then arrives in the low type, and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -27,7 +27,7 @@ from mpcompile.compiler import Plan, Settings, decide
 from mpcompile.errors import TrainingError, page
 from mpcompile.hardware import device_of, emulated_kinds
 from mpcompile.training.gradients import activation_checkpoints as checkpoints
-from mpcompile.training.gradients import custom_functions, gradient_hooks, traced_calls
+from mpcompile.training.gradients import assignments, custom_functions, gradient_hooks, traced_calls
 from mpcompile.training.gradients.batch import Batch
 
 page(
@@ -65,6 +65,8 @@ class Forward:
     fakes: list[Tensor]
     plan: Plan
     constants: dict[str, Tensor]
+    # Number among the batch's tensors -> its fake, of those too that are read for their size alone.
+    examples: dict[int, Tensor] = field(default_factory=dict)
 
 
 class LossOf(nn.Module):
@@ -83,7 +85,10 @@ class LossOf(nn.Module):
         args, kwargs = self.batch.rebuild(tensors)
         call = self.model if self.loss_fn is None else self.loss_fn
         operands = args if self.loss_fn is None else (self.model, *args)
-        return loss_in(call(*operands, **kwargs))
+        before = assignments.held(self)
+        loss = loss_in(call(*operands, **kwargs))
+        assignments.write_back(self, before)
+        return loss
 
 
 def owned(model: nn.Module, loss_fn: Callable[..., Any] | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -302,7 +307,8 @@ def _assemble(
         values.append(_fake(value, value.dtype, wanted) if isinstance(value, Tensor) else value)
         inputs.append(Input(source.kind, source.name, source.dtype, source.index, wanted))
     module.recompile()
-    return Forward(module, inputs, values, plan, constants)
+    examples = {one.index: fakes[name] for name, one in sources.items() if isinstance(fakes.get(name), Tensor)}
+    return Forward(module, inputs, values, plan, constants, {i: fake for i, fake in examples.items() if i >= 0})
 
 
 def _fake(like: Tensor, dtype: torch.dtype, trained: bool) -> Tensor:

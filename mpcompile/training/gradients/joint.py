@@ -16,18 +16,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._functorch._aot_autograd.descriptors import GradAOTOutput, InputMutationAOTOutput, PlainAOTInput
+from torch._functorch._aot_autograd.descriptors import (
+    GradAOTOutput,
+    InputMutationAOTOutput,
+    PlainAOTInput,
+    TangentAOTInput,
+)
 from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
 from torch._guards import TracingContext, tracing
 
-from mpcompile.aten.facts import LOW_DTYPES
+from mpcompile.aten.facts import LOW_DTYPES, source_line
 from mpcompile.aten.graphs import inputs_of, outputs_of, values_of
 from mpcompile.aten.recurrent import with_whole_layers
-from mpcompile.errors import MPCompileError
+from mpcompile.errors import MPCompileError, TrainingError, page
 from mpcompile.hardware import emulated_kinds
 from mpcompile.runtime.inductor import plain_autograd
 from mpcompile.training.gradients.forward import Forward
 from mpcompile.training.gradients.traced_calls import HOOKS, calls_of
+
+page(
+    "MP538",
+    "An effect in the step that no trace can place",
+    "The forward or the backward calls an operation with an effect outside of its results (a print, a call into an "
+    "object). A compiled step may run it at another time, or not at all.",
+    "Take it out of the model for training, or use the drop-in way.",
+)
 
 
 @dataclass
@@ -59,6 +72,9 @@ def trace(forward: Forward, decompositions: dict[Any, Callable[..., Any]] | None
         try:
             with contextlib.ExitStack() as stack, fresh_tracing(fake_mode):
                 stack.enter_context(plain_autograd())
+                if decompositions is None:
+                    # oneDNN's LSTM keeps a workspace that a trace has no place for.
+                    stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
                 made = aot_export_joint_with_descriptors(
                     stack, module, tuple(forward.fakes), decompositions=decompositions
                 )
@@ -90,11 +106,12 @@ def _read(module: fx.GraphModule, forward: Forward) -> Joint:
     graph = module.graph
     graph.set_codegen(fx.graph.CodeGen())
     output = graph.output_node()
+    _without_extras(graph)
     described = zip(outputs_of(module), output.meta["desc"], strict=True)
     mutated, grads, kept = list[int](), list[int](), list[Any]()
     loss: Any = None
     for node, description in described:
-        if node is None:
+        if node is None or "Token" in type(description).__name__:
             continue
         if isinstance(description, InputMutationAOTOutput):
             mutated.append(_place(description.mutated_input))
@@ -106,12 +123,76 @@ def _read(module: fx.GraphModule, forward: Forward) -> Joint:
             loss = node
     kept.insert(len(mutated), loss)
     output.args = (tuple(kept),)
+    for node in inputs_of(module):
+        if "Token" in type(node.meta.get("desc")).__name__:
+            graph.erase_node(node)
     _keep_random(graph)
     _simplify_casts(graph, emulated=bool(emulated_kinds(forward.plan.device, forward.plan.policy.low, compiled=True)))
     graph.eliminate_dead_code()
     module.recompile()
     fakes = values_of(inputs_of(module))
     return Joint(module, forward, fakes, mutated, grads)
+
+
+def _without_extras(graph: fx.Graph) -> None:
+    """No tokens that order effects, and no gradient from outside for what the forward writes to its inputs."""
+    for node in list(graph.find_nodes(op="call_function", target=torch.ops.higher_order.with_effects)):
+        _checked(graph, node)
+    for node in graph.find_nodes(op="placeholder"):
+        description = node.meta.get("desc")
+        if isinstance(description, TangentAOTInput) and isinstance(description.output, InputMutationAOTOutput):
+            value = node.meta["val"]
+            with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
+                none = graph.call_function(torch.ops.aten.zeros.default, (list(value.shape),),
+                                           {"dtype": value.dtype, "device": value.device})  # fmt: skip
+            none.meta["val"] = value
+            node.replace_all_uses_with(none)
+            graph.erase_node(node)
+
+
+def _checked(graph: fx.Graph, node: fx.Node) -> None:
+    """A solver's check of its own success: an operation whose result the solver's result is read through.
+
+    Raises:
+      TrainingError: MP538, for any other effect.
+    """
+    token, op, *args = node.args
+    source: Any = args[0].args[0] if op is torch.ops.aten._linalg_check_errors.default else None  # type: ignore[union-attr]
+    if source is None:
+        raise TrainingError("MP538", f"the step's forward or backward has an effect outside of it: {op}",
+                            where=source_line(node), why="a compiled step runs it at no certain time",
+                            try_="take it out of the model, or the drop-in way: loss = mp(x); loss.backward()")  # fmt: skip
+    for user in list(node.users):
+        user.replace_all_uses_with(token)  # type: ignore[arg-type]
+        graph.erase_node(user)
+    result = next((u for u in source.users if u.target is operator.getitem and u.args[1] == 0), None)
+    with graph.inserting_before(node):
+        check = graph.call_function(torch.ops.mpcompile.solved.default, tuple(args), node.kwargs)
+        check.meta = {**node.meta, "val": None}
+        if result is not None:
+            through = graph.call_function(torch.ops.aten.add.Tensor, (result, check))
+            through.meta = dict(result.meta)
+            with result.meta["val"].fake_mode:
+                check.meta["val"] = torch.zeros((), device=result.meta["val"].device)
+            result.replace_all_uses_with(through, delete_user_cb=lambda user: user is not through and through < user)
+    graph.erase_node(node)
+
+
+_LIBRARY: Any = torch.library.Library("mpcompile", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define("solved(Tensor info, str api, *, bool is_matrix) -> Tensor")
+
+
+def _solved(info: Tensor, api: str, *, is_matrix: bool) -> Tensor:
+    """Zero where a factorisation or solve succeeded; else torch's error on a CPU, NaN (a skipped step) elsewhere."""
+    if info.device.type == "cpu":
+        torch.ops.aten._linalg_check_errors.default(info, api, is_matrix=is_matrix)
+        return torch.zeros(())
+    return torch.where((info != 0).any(), float("nan"), 0.0).to(torch.float32)
+
+
+_LIBRARY.impl("solved", _solved, "CompositeExplicitAutograd")
+torch.library.register_fake("mpcompile::solved", lambda info, api, is_matrix: torch.empty((), device=info.device),
+                            lib=_LIBRARY)  # fmt: skip
 
 
 def _keep_random(graph: fx.Graph) -> None:

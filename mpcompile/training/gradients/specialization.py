@@ -22,6 +22,7 @@ from mpcompile.errors import MPCompileError, TrainingError, page
 from mpcompile.runtime.inductor import roundings_kept
 from mpcompile.runtime.sharded import refuse_sharded
 from mpcompile.shadows.step_shadows import ShadowSet
+from mpcompile.torch_internals import COMPILING
 from mpcompile.training.accumulation import Layout
 from mpcompile.training.gradients.batch import Batch, Hole
 from mpcompile.training.gradients.compile import Run, decompositions, run_joint
@@ -54,7 +55,7 @@ page(
 @contextlib.contextmanager
 def compiling() -> Iterator[None]:
     """Tracing and compiling under a caller's `no_grad` too, and without a draw from the user's random numbers."""
-    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng():
+    with COMPILING, torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng():
         yield
 
 
@@ -97,13 +98,18 @@ class Artefact:
         outputs = self.run([*self.inputs(tensors), seed])
         count = self._count
         if self._held:
-            torch._foreach_copy_(self._held, [outputs[i] for i in self._from])
+            with torch.no_grad():
+                torch._foreach_copy_(self._held, [outputs[i] for i in self._from])
         for output, number in self.writes:
             tensors[number].detach().copy_(outputs[output])
         grads = outputs[count + 1 :]
         if self.strides is None:
             self.strides = tuple(g.stride() for g in grads)
         return outputs[count], grads
+
+    def written(self) -> list[Tensor]:
+        """The model's tensors that the forward writes to."""
+        return self._held
 
     def tensors(self) -> list[Tensor]:
         """The model's tensors and shadows that the artefact reads, at their addresses."""
@@ -137,7 +143,9 @@ class Artefact:
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """True when the graph is right for tensors of these sizes."""
-        fakes = {number: self.joint.forward.fakes[place] for place, number in self.args}
+        fakes = self.joint.forward.examples
+        if not fakes:
+            return True
         for number, fake in fakes.items():
             sizes = zip(fake.shape, tensors[number].shape, strict=True)
             if any(_settled(traced) not in (None, given) for traced, given in sizes):

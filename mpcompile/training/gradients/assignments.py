@@ -1,0 +1,53 @@
+"""What a forward assigns to its modules: a buffer is written back, another tensor that it reads again is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from mpcompile.errors import TrainingError, page
+
+page(
+    "MP537",
+    "A forward that puts a tensor in the place of another",
+    "The forward assigns a module's tensor anew (`self.state = …`). Of a registered buffer the step writes the new value "
+    "into the old one; this is no buffer, or its size or type is another, so that the next step would read the old one.",
+    'Register it with `self.register_buffer("state", …)` and keep its size and type, or pass the state as an argument '
+    "and return it beside the loss.",
+)
+
+Held = list[tuple[nn.Module, str, Tensor, bool]]
+
+
+def held(root: nn.Module) -> Held:
+    """(module, name, tensor, is a buffer) of what the modules of `root` hold beside parameters."""
+    found: Held = []
+    for module in root.modules():
+        found += [(module, name, value, True) for name, value in module._buffers.items() if value is not None]
+        found += [(module, name, value, False) for name, value in vars(module).items() if isinstance(value, Tensor)]
+    return found
+
+
+def write_back(root: nn.Module, before: Held) -> None:
+    """Inside of a trace: what the forward put in a buffer's place is the buffer's new value.
+
+    Raises:
+      TrainingError: MP537.
+    """
+    for module, name, old, is_buffer in before:
+        new: Any = module._buffers.get(name) if is_buffer else vars(module).get(name)
+        if new is old:
+            continue
+        path = next(p for p, m in root.named_modules() if m is module).removeprefix("model").lstrip(".")
+        where = f"{path}.{name}" if path else name
+        if not is_buffer or not isinstance(new, Tensor) or (new.shape, new.dtype) != (old.shape, old.dtype):
+            kind = "a buffer of another size or type" if is_buffer else "a tensor that is no buffer"
+            raise TrainingError("MP537", f"the forward assigns {where}, {kind}", where=type(module).__name__,
+                                why="the next step would read the old one",
+                                try_=f"self.register_buffer({name!r}, …), assigned in its size and type")  # fmt: skip
+        old.copy_(new.detach())
+        module._buffers[name] = old
+
+
+__all__ = ["held", "write_back"]
