@@ -21,7 +21,36 @@ class Bound:
     reason: str
 
 
-EXCEPTIONS: tuple[Bound, ...] = ()
+FLIPPED = (
+    "a unit whose input is near zero changes its side with the last rounding: its gradient goes as a whole, by luck"
+)
+CANCELS = "the gradient of a shift that the loss does not see: both sides are what roundings leave of zero, by luck"
+EXCEPTIONS: tuple[Bound, ...] = (
+    Bound("language/torch_s_own[*", 24, f"a low residual stream, and ReLU: {FLIPPED}"),
+    Bound("restoration/residual[total-variation]*", 8, f"absolute differences: {FLIPPED}"),
+    Bound("metric/embedding_losses[contrastive]*", 16, CANCELS),
+    Bound("metric/distances[rbf]*", 24, CANCELS),
+    Bound(
+        "signal/spectral_losses[cepstrum]*",
+        6,
+        "a logarithm of a spectrum's zeros: their roundings are drawn out to the loss",
+    ),
+    Bound(
+        "graphs/molecule[painn]*", 12, "squares of sums that cancel: the output has lost digits before they are taken"
+    ),
+)
+IDS = "an integer tensor is an exact factor or summand of any size: with a weight it should give a full value"
+RETURNED = "a sum with a weight that is returned to a loss, and read by no norm or product, should be full"
+# Known to be wrong and not yet mended, by run. One that holds its bound fails its test, so that its row goes.
+OPEN: dict[str, str] = {
+    "tabular/ids_as_numbers[scaled] fp16 *": IDS,
+    "tabular/ids_as_numbers[shifted] bf16 *": IDS,
+    "tabular/raw_targets[smooth_l1] *": RETURNED,
+    "tabular/raw_targets[huber] *": RETURNED,
+    "tabular/raw_targets[l1] bf16 *": RETURNED,
+    "tabular/raw_targets[quantile] bf16 *": RETURNED,
+    "tabular/raw_targets[mape] bf16 *": RETURNED,
+}
 
 
 def bound_of(name: str, usual: float) -> float:
@@ -34,6 +63,11 @@ def _literal(glob: str) -> str:
     return glob.replace("[", "[[]")
 
 
+def is_open(name: str) -> bool:
+    """True for a run that is known to be wrong."""
+    return any(fnmatch.fnmatchcase(name, _literal(glob)) for glob in OPEN)
+
+
 def unused(names: list[str]) -> list[str]:
     """Globs of exceptions that match no run."""
-    return [one.glob for one in EXCEPTIONS if not fnmatch.filter(names, _literal(one.glob))]
+    return [glob for glob in [*(one.glob for one in EXCEPTIONS), *OPEN] if not fnmatch.filter(names, _literal(glob))]
