@@ -342,18 +342,27 @@ class MixedPrecisionModule(nn.Module):
         return build_report(graph, last.policy, last.row, steps=[s for plan in self.plans for s in plan.steps])
 
     def train_step(
-        self, optimizer: torch.optim.Optimizer, loss_fn: Callable[..., Any] | None = None, **options: Any
+        self,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        loss_fn: Callable[..., Any] | None = None,
+        **options: Any,
     ) -> Any:
         """The training step as one emitted graph. See `mpcompile.training.step.TrainStep` for the options.
 
+        Several optimizers are stepped on one loss: one norm, one clip, one skip for all.
+
         With backend="onnxruntime" it is an `mpcompile.onnx.train_step.OrtTrainStep`.
         """
+        from mpcompile.training.options import check_names
+        from mpcompile.training.step import TrainStep
+
+        known = dict(inspect.signature(TrainStep).parameters)
         if options.get("backend", self.backend) == "onnxruntime":
             from mpcompile.onnx.train_step import OrtTrainStep
 
+            check_names(options, known | dict(inspect.signature(OrtTrainStep).parameters))
             return OrtTrainStep(self, optimizer, loss_fn, **options)
-        from mpcompile.training.step import TrainStep
-
+        check_names(options, known)
         return TrainStep(self, optimizer, loss_fn, **options)
 
     def export_onnx(self, path: str | os.PathLike[str], *args: Any, **options: Any) -> Any:

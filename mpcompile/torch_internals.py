@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+from torch import Tensor
+from torch._C._dynamo import guards as _guards
+from torch.nn.modules import module as _module
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 # Tracing and compiling keep their state in torch's modules: one thread at a time.
@@ -31,4 +34,30 @@ def is_watched() -> bool:
     return bool(is_in_torch_dispatch_mode(include_infra_modes=False))
 
 
-__all__ = ["COMPILING", "is_watched", "replaced"]
+# A module's tables of what it owns, and of what it calls around itself.
+MODULE_TENSORS = ("_parameters", "_buffers", "_modules")
+MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Tables of hooks on every module of the process.
+GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
+    _module._global_forward_hooks,
+    _module._global_forward_pre_hooks,
+    _module._global_backward_hooks,
+    _module._global_backward_pre_hooks,
+)
+
+
+class TensorGuards:
+    """Whether tensors are of the sizes, strides, dtype, device and `requires_grad` that they were, in one call of C++.
+
+    What the thread's dispatcher adds (an autocast, a dispatch mode) makes it say no as well.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+        self._made: Any = _guards.TensorGuards(*tensors, dynamic_dims_sizes=None, dynamic_dims_strides=None)
+
+    def hold(self) -> bool:
+        return bool(self._made.check(*self._tensors))
+
+
+__all__ = ["COMPILING", "GLOBAL_HOOKS", "MODULE_HOOKS", "MODULE_TENSORS", "TensorGuards", "is_watched", "replaced"]

@@ -80,7 +80,7 @@ class OrtTrainStep:
       RuntimeFailure: MP711. OnnxError: MP607, MP608, for operations without an ONNX form.
     """
 
-    def __init__(self, owner: Any, optimizer: torch.optim.Optimizer, loss_fn: Callable[..., Any] | None = None,
+    def __init__(self, owner: Any, optimizer: Any, loss_fn: Callable[..., Any] | None = None,
                  *, accumulate: int = 1, masters: str = "full", cuda_graph: Any = "auto", providers: Any = None,
                  **options: Any) -> None:  # fmt: skip
         if accumulate != 1 or masters != "full" or cuda_graph is True:
@@ -114,7 +114,7 @@ class OrtTrainStep:
             if state.then.device_name() != self._device:  # what came from torch, in the host's memory
                 state.then = _buffer(state.live, self._device)
         loss, finite, norm, scale = (torch.from_numpy(np.array(v.numpy())) for v in binding.get_outputs()[:4])
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # what schedulers look for
+        self.torch_step.optimizers.note_step()
         return StepResult(loss, finite, finite, scale, norm)
 
     def sync(self) -> None:
@@ -125,6 +125,8 @@ class OrtTrainStep:
                     state.live.copy_(_tensor(state.now).reshape(state.live.shape))
                     state.written = False
         self._note_versions()
+        for counters in self.torch_step.watch.counters:
+            counters.note()
 
     def state_dict(self) -> dict[str, Any]:
         """The torch step's, and ``dropout_seed``. Reads the device."""
@@ -153,8 +155,13 @@ class OrtTrainStep:
     # -------------------------------------------------------------------------------------------------------- inside
 
     def _find(self, batch: Batch) -> Compiled:
-        modes = tuple(m.training for m in self.torch_step.model.modules())
-        key = (batch.kind(), batch.shapes(), modes)
+        if self.torch_step.follow() or self.torch_step.watch.look_at_state():
+            # Another model, or another state of the optimizer, than what ONNX Runtime holds.
+            self._take_edits()
+            self.sync()
+            self._compiled.clear()
+            self._state.clear()
+        key = (batch.kind(), batch.shapes(), self.torch_step.identity.modes())
         held = self._compiled.get(key)
         if held is None or not held.updater.holds():
             self.sync()
@@ -179,6 +186,7 @@ class OrtTrainStep:
         for tensor in live.values():
             self._adopt(tensor)
         self._note_versions()
+        self.torch_step.watch.settle()
         return Compiled(step, made, updater, live, batched, numbers)
 
     def _input(self, held: Compiled, name: str, batch: Batch) -> ort.OrtValue:

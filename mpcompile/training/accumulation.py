@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,12 @@ class _Way:
       rows: per gradient, the rows of its pieces; 0 leaves it whole.
       ranks: (rank, targets, numbers of the pieces): first every sum's first gradient, then the second ones (of tied
         weights), so that no call writes to one sum twice; one call per dtype, as CUDA's kernels want it.
-      absent: the sums that these gradients leave out.
+      names: whose gradients these are; absent: the sums that they leave out.
     """
 
     rows: tuple[int, ...]
     ranks: tuple[tuple[int, list[Tensor], list[int]], ...]
+    names: frozenset[str]
     absent: list[Tensor]
 
     def pieces(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -43,13 +44,19 @@ class Window:
     """Sums over `size` microbatches: FP32, or in the gradients' own type where `low`.
 
     A gradient that is not finite leaves its sum so; the check at the end of the window sees it, and the whole window
-    is skipped.
+    is skipped.  A parameter that got no gradient in this window has no part in its update, as if its gradient were None.
+
+    Fields:
+      sums: of every parameter that ever had a gradient; those outside `present` hold what an earlier window left.
+      present: the parameters with a gradient in this window.
     """
 
     def __init__(self, size: int, low: bool) -> None:
         self.size, self.low, self.count = size, low, 0
         self.sums: dict[str, Tensor] = {}
+        self.present: frozenset[str] = frozenset()
         self._ways: dict[Layout, _Way] = {}
+        self._layouts: dict[frozenset[str], Layout] = {}
 
     def __len__(self) -> int:
         return len(self.sums)
@@ -75,6 +82,7 @@ class Window:
         before = self.sums
         types = dtypes if self.low else dict.fromkeys(names, torch.float32)
         self.sums = {n: torch.zeros_like(parameters[n], dtype=types[n], requires_grad=False) for n in names}
+        self._layouts.clear()
         for name, held in before.items():
             self.sums[name].copy_(held)
 
@@ -91,7 +99,7 @@ class Window:
             number += len(targets)
         ordered = sorted(ranks.items(), key=lambda item: item[0][0])
         absent = [held for name, held in self.sums.items() if name not in seen]
-        return _Way(rows, tuple((rank, *ways) for (rank, _), ways in ordered), absent)
+        return _Way(rows, tuple((rank, *ways) for (rank, _), ways in ordered), frozenset(seen), absent)
 
     def add(self, layout: Layout, grads: Sequence[Tensor]) -> None:
         """Add one microbatch, and let `count` rise next; the first of a window takes the place of what the last left."""
@@ -106,19 +114,46 @@ class Window:
         if self.count == 0 and way.absent:
             torch._foreach_zero_(way.absent)
 
+    def note(self, layout: Layout) -> None:
+        """A microbatch of this layout was added."""
+        names = self._ways[layout].names
+        self.present = names | self.present if self.count else names
+        self.count += 1
+
+    def close(self) -> None:
+        """The window is over; the next microbatch opens another."""
+        self.count = 0
+
     @property
     def full(self) -> bool:
         return self.count >= self.size
 
     def layout(self) -> Layout:
-        return tuple((name, sum_.dtype) for name, sum_ in self.sums.items())
+        """What is in this window: (parameter's name, dtype) of each sum, as they lie."""
+        if self.present not in self._layouts:
+            pairs = tuple((name, held.dtype) for name, held in self.sums.items() if name in self.present)
+            self._layouts[self.present] = pairs
+        return self._layouts[self.present]
+
+    def held(self, layout: Layout) -> list[Tensor]:
+        """The sums of a layout."""
+        return [self.sums[name] for name, _ in layout]
+
+    def forget(self, names: Iterable[str]) -> None:
+        """These names stand for other parameters now: what was summed is not theirs."""
+        self.sums = {name: held for name, held in self.sums.items() if name not in set(names)}
+        self.present &= frozenset(self.sums)
+        self._ways.clear()
+        self._layouts.clear()
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint in the middle of a window needs."""
-        return {"count": self.count, "sums": dict(self.sums) if self.count else {}}
+        open_ = bool(self.count)
+        return {"count": self.count, "sums": {n: s for n, s in self.sums.items() if open_ and n in self.present}}
 
     def load(self, saved: dict[str, Any], parameters: dict[str, Tensor], order: Sequence[int]) -> None:
-        self.count = saved["count"]
+        """Put back what `state` gave."""
+        self.count, self.present = saved["count"], frozenset(saved["sums"])
         self._ways.clear()
         self.sums = {}
         if saved["sums"]:

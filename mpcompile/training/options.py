@@ -1,16 +1,22 @@
-"""The options of a training step, checked before anything is made."""
+"""The options of a training step, checked by type and range before anything is made."""
 
 from __future__ import annotations
 
+import math
+import numbers
+import operator
+from collections.abc import Mapping
 from typing import Any
 
-from mpcompile.errors import TrainingError, page
+from mpcompile.errors import TrainingError, page, suggest
 
 page(
     "MP541",
     "A training step option that does not exist",
-    "An argument of `train_step` has a value that it cannot take.",
-    "accumulate is 1 or more, masters 'full' or 'split', backend 'inductor' or 'eager', cuda_graph and remake 'auto' or a bool.",
+    "An argument of `train_step` has a name it does not know, or a value that it cannot take.",
+    "accumulate is a whole number, 1 or more; max_grad_norm a number above 0, or None; masters 'full' or 'split'; "
+    "backend 'inductor', 'eager' or 'onnxruntime'; cuda_graph and remake 'auto' or a bool; chunk_loss a bool; loss_fn "
+    "something to call, or None.",
 )
 
 _POSSIBLE: dict[str, tuple[Any, ...]] = {
@@ -18,6 +24,7 @@ _POSSIBLE: dict[str, tuple[Any, ...]] = {
     "masters": ("full", "split"),
     "cuda_graph": ("auto", True, False),
     "remake": ("auto", True, False),
+    "chunk_loss": (True, False),
 }
 
 
@@ -32,14 +39,15 @@ def check_options(low: str, **given: Any) -> None:
       TrainingError: MP541.
     """
     for name, value in given.items():
-        possible = _POSSIBLE.get(name)
-        if possible is not None and value not in possible:
-            choices = ", ".join(map(repr, possible))
-            raise TrainingError("MP541", f"train_step({name}={value!r}) is not possible", try_=choices)
-    if given["accumulate"] < 1:
-        raise TrainingError(
-            "MP541", f"train_step(accumulate={given['accumulate']!r}) is not possible", try_="1 or more"
-        )
+        if name in _POSSIBLE:
+            _one_of(name, value, _POSSIBLE[name])
+    if not whole(given["accumulate"], 1):
+        raise _impossible("accumulate", given["accumulate"], "a whole number, 1 or more")
+    norm = given["max_grad_norm"]
+    if norm is not None and not (real(norm) and norm > 0):
+        raise _impossible("max_grad_norm", norm, "a number above 0; None clips nothing")
+    if given["loss_fn"] is not None and not callable(given["loss_fn"]):
+        raise _impossible("loss_fn", given["loss_fn"], "loss_fn(model, *args, **kwargs) -> scalar")
     if given["masters"] == "split" and low != "bf16":
         raise TrainingError(
             "MP541",
@@ -47,3 +55,40 @@ def check_options(low: str, **given: Any) -> None:
             why="BF16 is the upper half of FP32; FP16 and the lower half do not make the FP32 weight",
             try_='the policy "bf16", or masters="full"',
         )
+
+
+def check_names(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Refuse an option that does not exist.
+
+    Raises:
+      TrainingError: MP541, with near names.
+    """
+    for name in given:
+        if name not in known:
+            near = suggest(name, known) or ", ".join(map(repr, known))
+            raise TrainingError("MP541", f"train_step has no option {name!r}", try_=near)
+
+
+def real(value: Any) -> bool:
+    """True for a real number that is not NaN. A bool is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
+
+
+def whole(value: Any, least: int) -> bool:
+    """True for a whole number (NumPy's too) of at least `least`. A bool is none."""
+    if isinstance(value, bool):
+        return False
+    try:
+        return operator.index(value) >= least
+    except TypeError:
+        return False
+
+
+def _one_of(name: str, value: Any, possible: tuple[Any, ...]) -> None:
+    # 1 == True, and is no answer to a question of yes or no.
+    if not any(type(value) is type(one) and value == one for one in possible):
+        raise _impossible(name, value, ", ".join(map(repr, possible)))
+
+
+def _impossible(name: str, value: Any, possible: str) -> TrainingError:
+    return TrainingError("MP541", f"train_step({name}={value!r:.80}) is not possible", try_=possible)

@@ -8,50 +8,48 @@ fixed number of calls, however many parameters there are.
 from __future__ import annotations
 
 import contextlib
+import copy
+import itertools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from mpcompile.aten.capture import autocast_off
-from mpcompile.errors import TrainingError, page
+from mpcompile.errors import TrainingError
 from mpcompile.hardware import settle_policy
 from mpcompile.shadows.step_shadows import ShadowSet
 from mpcompile.training.accumulation import Layout, Window
 from mpcompile.training.cuda_graph import Replays, Run
-from mpcompile.training.emitted.weave import Emitted, emit, origins, precision_graph
+from mpcompile.training.emitted.weave import Emitted
 from mpcompile.training.gradients.batch import Batch
+from mpcompile.training.gradients.forward import OUTSIDE
 from mpcompile.training.gradients.joint import Joint
-from mpcompile.training.gradients.specialization import Artefact, Artefacts, compiling
+from mpcompile.training.gradients.specialization import Artefact, Artefacts, compiling, refuse_ranks
+from mpcompile.training.identity import ModelIdentity
+from mpcompile.training.inspection import Inspection, Like
 from mpcompile.training.loss_scale.floor_monitor import FloorWatch
-from mpcompile.training.loss_scale.overflow import Overflow, explain
 from mpcompile.training.loss_scale.scale import LossScale, ScaleState, from_dict, to_dict
 from mpcompile.training.optimizer.build import Plan, Updater
 from mpcompile.training.optimizer.fused_update import FusedUpdate
-from mpcompile.training.optimizer.monitor import OptimizerWatch
+from mpcompile.training.optimizer.hosts import Optimizers
+from mpcompile.training.optimizer.monitor import OptimizerWatch, Seen
 from mpcompile.training.optimizer.split import SplitMasters
 from mpcompile.training.options import check_options
 from mpcompile.training.result import StepResult
 from mpcompile.training.skipped_buffers import SkippedBuffers
 
-page(
-    "MP542",
-    "A step that has not run yet",
-    "The emitted graph, its report and its exports are those of a batch; none has been seen.",
-    "Call the step once.",
-)
 
-
-Like = Callable[[], Sequence[Tensor]]
-
-
-class TrainStep:
+class TrainStep(Inspection):
     """`mp.train_step(optimizer, …)`: one call is one (micro)batch.
 
     Args:
       owner: the `MixedPrecisionModule`.
-      optimizer: any dense `torch.optim` optimizer on the model's parameters.
+      optimizer: any dense `torch.optim` optimizer, a host's wrapper around one (it is taken off), or a list of them on
+        one loss: one norm, one clip, one skip for all. Parameters that the model does not own are trained where the
+        loss reads them.
       loss_fn: ``loss_fn(model, *args, **kwargs) -> scalar``; without it the model's output is or has the loss.
       scale: "auto" (dynamic for FP16, none for BF16), a number, or a `LossScale`.
       max_grad_norm: clip the unscaled gradients to this global norm.
@@ -70,7 +68,7 @@ class TrainStep:
     def __init__(
         self,
         owner: Any,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Any,
         loss_fn: Callable[..., Any] | None = None,
         *,
         scale: str | float | LossScale = "auto",
@@ -82,58 +80,66 @@ class TrainStep:
         chunk_loss: bool = True,
         remake: Literal["auto"] | bool = "auto",
     ) -> None:
-        self.model, self.optimizer, self.policy = owner.model, optimizer, owner.settings.policy
-        self.device = next(p.device for p in self.model.parameters())
-        self.backend = backend or owner.backend
+        given: dict[str, Any] = {
+            "scale": scale,
+            "max_grad_norm": max_grad_norm,
+            "accumulate": accumulate,
+            "masters": masters,
+            "backend": backend,
+            "cuda_graph": cuda_graph,
+            "chunk_loss": chunk_loss,
+            "remake": remake,
+        }
+        self._made_of = owner, optimizer, loss_fn, given
+        self.model, self.optimizer, self.backend = owner.model, optimizer, backend or owner.backend
+        self.optimizers = Optimizers(optimizer)
+        self.optimizers.refuse_untrained(self.model.parameters() if loss_fn is None else None)
+        self.device = self._where()
         self.policy = settle_policy(owner.settings.policy, self.device.type)
-        options = {"backend": self.backend, "accumulate": accumulate, "masters": masters}
-        check_options(self.policy.low, **options, cuda_graph=cuda_graph, remake=remake)
-        if not self._trained() & {id(p) for p in self.model.parameters()}:
-            raise TrainingError(
-                "MP522",
-                f"the {type(optimizer).__name__} holds no parameter of the model that is trained",
-                try_=f"{type(optimizer).__name__}(model.parameters(), …)",
-            )
+        check_options(self.policy.low, **{**given, "backend": self.backend}, loss_fn=loss_fn)
+        refuse_ranks()
+        accumulate = int(accumulate)
+        self.identity = ModelIdentity([self.model, loss_fn], self.optimizers.params)
         self.rule = LossScale.of(scale, self.policy.low)
-        self.state: ScaleState = self.rule.initial(self.device)
+        self.state = self.rule.initial(self.device)
+        self.watch = OptimizerWatch(self.optimizers)
+        self._window = Window(accumulate, self.policy.grads == "low")
         seed, shadows = self.state.scale * (1.0 / accumulate), ShadowSet()
         self.plan = Plan(
-            self.model,
-            optimizer,
-            self.rule,
-            self.state,
-            seed,
-            shadows,
-            self.backend,
-            max_grad_norm,
-            accumulate,
-            loss_fn,
+            optimizers=self.optimizers,
+            named=lambda: self.artefacts.named,
+            rule=self.rule,
+            state=self.state,
+            seed=seed,
+            shadows=shadows,
+            backend=self.backend,
+            max_grad_norm=max_grad_norm,
+            accumulate=accumulate,
+            split=SplitMasters(self.model, self.optimizers, self.watch) if masters == "split" else None,
         )
-        self._watch = OptimizerWatch(optimizer, self.plan.counters)
-        if masters == "split":
-            self.plan.split = SplitMasters(self.model, optimizer, self._watch)
         self.artefacts = Artefacts(
-            self.model,
-            loss_fn,
-            owner.settings,
-            self.backend,
-            owner.dynamic,
-            self._trained,
-            shadows,
-            seed,
-            chunk_loss,
-            self.device.type == "cpu" if remake == "auto" else remake,
-            self._on_new,
-            self.plan.split.joined if self.plan.split is not None else contextlib.nullcontext,
+            model=self.model,
+            loss_fn=loss_fn,
+            settings=owner.settings,
+            backend=self.backend,
+            dynamic=owner.dynamic,
+            trained=self._trained,
+            identity=self.identity,
+            shadows=shadows,
+            seed=seed,
+            chunk_loss=chunk_loss,
+            remake=self.device.type == "cpu" if remake == "auto" else remake,
+            on_new=self._on_new,
+            outside=self._outside,
+            around=self.plan.split.joined if self.plan.split is not None else contextlib.nullcontext,
         )
         self._replays = Replays(False if self.backend == "eager" else cuda_graph, self.device)
         self._updaters: dict[Any, Updater | FusedUpdate] = {}
-        self._current: Updater | FusedUpdate | None = None
-        self._window = Window(accumulate, self.policy.grads == "low")
         self._buffers = SkippedBuffers()
         self._floor = FloorWatch(self.rule, self.state)
         self._last: tuple[Artefact, Layout, Like] | None = None
         self._emitted: dict[Any, tuple[Emitted, Joint]] = {}
+        self._moves = 0
         self._no = torch.zeros((), dtype=torch.bool, device=self.device)
         self._yes = torch.ones((), dtype=torch.bool, device=self.device)
         self._nan = torch.full((), float("nan"), device=self.device)
@@ -149,10 +155,7 @@ class TrainStep:
         return self._call(args, kwargs)
 
     def _call(self, args: Any, kwargs: Any) -> StepResult:
-        if self._watch.regrouped():
-            self._forget_updates()
-            self.artefacts.clear()
-            self._buffers.clear()
+        self.follow()
         batch = Batch(args, kwargs)
         artefact = self.artefacts.find(batch)
         self.plan.shadows.bring_up_to_date()
@@ -166,9 +169,46 @@ class TrainStep:
             batch.write_back()
         return result
 
+    def follow(self) -> bool:
+        """Take in what became of the model and of the optimizers since the last call; True when graphs are void.
+
+        Raises:
+          TrainingError: MP525, MP535, MP522 (the model is on another device).
+        """
+        refuse_ranks()
+        self.optimizers.refuse()
+        seen = self.watch.look()
+        self._moves += Seen.NUMBERS in seen
+        renewed = self.identity.changed() or Seen.PARAMS in seen
+        if renewed:
+            self._renew()
+        elif Seen.GROUPS in seen:
+            self._forget_updates()
+        return renewed or Seen.GROUPS in seen
+
+    def _renew(self) -> None:
+        """What was compiled is of other tensors, modules or hooks than there are now: make it anew."""
+        if self._where() != self.device:
+            raise TrainingError(
+                "MP522",
+                f"the model was moved from {self.device} to {self._where()}",
+                why="the step's loss scale, sums and graphs are where it was",
+                try_="make another step: mp.train_step(optimizer, …), and load this one's state_dict()",
+            )
+        before = self.artefacts.named
+        if self.plan.split is not None:
+            self.plan.split.drop_replaced()
+        self.artefacts.shadows = self.plan.shadows = ShadowSet()
+        self.artefacts.clear()
+        self._buffers.clear()
+        self.identity.take()
+        named = self.artefacts.named
+        self._window.forget([name for name, held in before.items() if named.get(name) is not held])
+        self._forget_updates()
+
     def _in_window(self, artefact: Artefact, batch: Batch) -> StepResult:
         if artefact.layout not in self._window:
-            self._window.prepare(artefact.layout, self.artefacts.named, self._order())
+            self._window.prepare(artefact.layout, self.artefacts.named, list(map(id, self.optimizers.params())))
             self._forget_updates()
 
         def run(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -180,16 +220,17 @@ class TrainStep:
         key = id(artefact), self._window.count == 0, batch.shapes()
         call = self._replayed(artefact, key, run, batch.tensors, lambda: [*artefact.tensors(), *sums])
         (loss,) = call(batch.tensors)
-        self._window.count += 1
+        self._window.note(artefact.layout)
         if not self._window.full:
             return StepResult(loss, self._no, self._yes, self.state.scale.clone(), self._nan)
-        self._window.count = 0
+        self._window.close()
         self._before_update()
         layout = self._window.layout()
-        self._last = artefact, layout, lambda: list(self._window.sums.values())
-        updater = self._updater(layout, None, lambda: sums)
+        held = self._window.held(layout)
+        self._last = artefact, layout, lambda: self._window.held(layout)
+        updater = self._updater(layout, None, lambda: held)
         update = self._replays.find(
-            (id(updater),), lambda _: tuple(updater(sums)), [], lambda: [*self._written(updater), *sums]
+            (id(updater),), lambda _: tuple(updater(held)), [], lambda: [*self._written(updater), *held]
         )
         return self._updated(updater, lambda: (loss, *update([])))
 
@@ -223,22 +264,27 @@ class TrainStep:
 
     def _updater(self, layout: Layout, strides: Any, like: Like) -> Updater | FusedUpdate:
         """The update for gradients of `layout`, its numbers (learning rates …) as the groups have them now."""
-        if self._watch.disturbed():
+        seen = self.watch.look() | self.watch.look_at_state()
+        self._moves += Seen.NUMBERS in seen
+        if seen & ~Seen.NUMBERS:
             self._forget_updates()
         updater = self._updaters.get((layout, strides))
-        if updater is None or not updater.holds():
+        if updater is None or not (updater.epoch == self._moves or updater.holds()):
             updater = self._build(layout, strides, like)
-        if updater is not self._current:
+        updater.epoch = self._moves
+        if any(counters.ran is None or counters.ran() is not updater for counters in self.watch.counters):
             updater.binding.resync()
-            self._current = updater
+            for counters in self.watch.counters:
+                counters.ran = weakref.ref(updater)
         return updater
 
     def _build(self, layout: Layout, strides: Any, like: Like) -> Updater | FusedUpdate:
         with compiling():
             updater = self.plan.build(layout, like())
-        if self._watch.settle():
+        if self.watch.settle() & Seen.COUNTERS:
             # Parameters that moved together part here: updates that took their counters for one are void.
             self._forget_updates()
+        self._after_split()
         replaced = self._updaters.get((layout, strides))
         self._updaters[layout, strides] = updater
         if replaced is not None:
@@ -249,13 +295,13 @@ class TrainStep:
         self._updaters.clear()
         self._emitted.clear()
         self._replays.clear()
-        self._current = None
 
     def _before_update(self) -> None:
-        """Run the optimizer's own hooks, before the groups' numbers are read: a hook may set them."""
-        with self._watch.own():
-            for hook in self.optimizer._optimizer_step_pre_hooks.values():
-                hook(self.optimizer, (), {})
+        """Run the optimizers' own hooks, before the groups' numbers are read: a hook may set them."""
+        with self.watch.own():
+            for one in self.optimizers:
+                for hook in one._optimizer_step_pre_hooks.values():
+                    hook(one, (), {})
 
     def _updated(self, updater: Updater | FusedUpdate, run: Callable[[], Sequence[Tensor]]) -> StepResult:
         """Run what ends with an update, and the optimizer's own hooks after it."""
@@ -264,11 +310,13 @@ class TrainStep:
         # Compiled code raises no version; other shadows of these masters, and autograd, go by it.
         torch.autograd.graph.increment_version(updater.binding.params)
         self.plan.shadows.note_update()
-        # What schedulers look for before they step.
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]
-        with self._watch.own():
-            for hook in self.optimizer._optimizer_step_post_hooks.values():
-                hook(self.optimizer, (), {})
+        self.optimizers.note_step()
+        for counters in self.watch.counters:
+            counters.note()
+        with self.watch.own():
+            for one in self.optimizers:
+                for hook in one._optimizer_step_post_hooks.values():
+                    hook(one, (), {})
         self._floor.look()
         return StepResult(loss, finite, finite, scale, norm)
 
@@ -283,88 +331,25 @@ class TrainStep:
           TrainingError: MP501, when GradScaler's five keys are not all there.
         """
         rule, state = from_dict(saved, self.rule)
+        window, order = saved.get("window", {"count": 0, "sums": {}}), list(map(id, self.optimizers.params()))
+        self._window.load(window, self.artefacts.named, order)
         for mine, value in zip(self.state, state, strict=True):
             mine.fill_(value)
         self.plan.seed.copy_(self.state.scale * (1.0 / self.plan.accumulate))
-        self._window.load(saved.get("window", {"count": 0, "sums": {}}), self.artefacts.named, self._order())
         self._forget_updates()
         self.rule = self.plan.rule = rule
         self._floor = FloorWatch(rule, self.state)
 
-    @property
-    def graph(self) -> fx.GraphModule:
-        """The emitted step, as it stands after the last call: one graph; calling it runs a step.
+    def __deepcopy__(self, memo: dict[int, Any]) -> TrainStep:
+        """A step of the same state on copies of model and optimizer; what is compiled is made again."""
+        with self.full_masters():
+            owner, optimizer, loss_fn, given = copy.deepcopy(self._made_of, memo)
+        return _remade(owner, optimizer, loss_fn, given, copy.deepcopy(self.state_dict(), memo))
 
-        Its inputs are `self.emitted()[0].arguments(batch tensors)`; call it under ``torch.no_grad()``.
-
-        Raises:
-          TrainingError: MP542, before the first update.
-        """
-        return self.emitted()[0].module
-
-    def emitted(self) -> tuple[Emitted, Joint]:
-        """The emitted step with its live inputs, and the joint graph that it was woven from."""
-        artefact, layout, like = self._latest()
-        updater = self._updater(layout, artefact.strides if self.plan.accumulate == 1 else None, like)
-        key = id(artefact), id(updater)
-        if key not in self._emitted:
-            window = self._window.sums if self.plan.accumulate > 1 else None
-            with compiling():
-                self._emitted = {key: emit(artefact, updater, window)}
-        return self._emitted[key]
-
-    @property
-    def compile_seconds(self) -> float:
-        """Seconds that the passes took for the graphs compiled so far."""
-        return sum(artefact.joint.forward.plan.seconds for artefact in self.artefacts)
-
-    @property
-    def saved_bytes(self) -> tuple[int, int]:
-        """(all, those in FP32): what the last call's forward kept for its backward, parameters and shadows apart.
-
-        Known where forward and backward are compiled; zero with backend="eager".
-
-        Raises:
-          TrainingError: MP542, before the first update.
-        """
-        return self._latest()[0].saved_bytes()
-
-    def export_onnx(self, path: Any) -> Any:
-        """Write the step of the last batch as one plain ONNX model, whose state goes in and comes out.
-
-        Raises:
-          TrainingError: MP542. OnnxError: MP602, MP603 (nothing is written), MP607, MP608.
-        """
-        from mpcompile.onnx.export.whole_step import export_step
-
-        return export_step(self, self._latest()[0], path)
-
-    def report(self) -> Any:
-        """What was decided for each node of the emitted step, and why. See `mpcompile.report.model.Report`."""
-        from mpcompile.report.model import build_report
-
-        emitted, joint = self.emitted()
-        plan = joint.forward.plan
-        return build_report(precision_graph(emitted, joint), plan.policy, plan.row, steps=plan.steps)
-
-    def explain_overflow(self, *args: Any, **kwargs: Any) -> Overflow | None:
-        """Run a batch again, node by node, and name the first node that makes a non-finite number; None if none does.
-
-        The run is made with the loss scale before the last back-off, then with the present one. Nothing is changed:
-        no weight, no state, no random number. Dropout draws anew, so name the batch of the step that was skipped.
-        """
-        batch = Batch(args, kwargs)
-        artefact = self.artefacts.find(batch)
-        with compiling():
-            joint = artefact.plain_joint()
-        with torch.random.fork_rng(), torch.no_grad():
-            inputs = [t.clone() if isinstance(t, Tensor) else t for t in artefact.inputs(batch.tensors)]
-            names = origins(joint)
-            for factor in (1.0 / self.rule.backoff, 1.0) if self.rule.kind == "dynamic" else (1.0,):
-                found = explain(joint, artefact.seeded(inputs, self.plan.seed * factor), self.plan.seed * factor, names)
-                if found is not None:
-                    return found
-        return None
+    def __reduce__(self) -> Any:
+        """Pickles hold model, optimizer, loss and state; what is compiled is made again. Split masters are joined."""
+        self.join_masters()
+        return _remade, (*self._made_of, self.state_dict())
 
     @contextlib.contextmanager
     def full_masters(self) -> Iterator[None]:
@@ -377,16 +362,7 @@ class TrainStep:
         if self.plan.split is not None:
             self.plan.split.keep_only(set())
             self._forget_updates()
-
-    def _latest(self) -> tuple[Artefact, Layout, Like]:
-        """What the last update ran.
-
-        Raises:
-          TrainingError: MP542.
-        """
-        if self._last is None:
-            raise TrainingError("MP542", "the step has no graph yet", try_="call it once with a batch")
-        return self._last
+            self._after_split()
 
     def _on_new(self, artefact: Artefact) -> None:
         """Another graph: updates may lack its shadows, and what it reads in FP32 cannot be split."""
@@ -395,11 +371,31 @@ class TrainStep:
         self.plan.whole |= {id(held) for one, held in pairs if one.kind == "param"}
         if self.plan.split is not None:
             self.plan.split.keep_only({id(p) for p in self.model.parameters()} - self.plan.whole)
+        self._after_split()
+
+    def _after_split(self) -> None:
+        """Splitting gives parameters another type: that is no change from outside."""
+        if self.plan.split is not None:
+            self.identity.take()
+
+    def _where(self) -> torch.device:
+        """Where the model lives; one without tensors, where its optimizer's do."""
+        tensors = itertools.chain(self.model.parameters(), self.model.buffers(), self.optimizers.params())
+        return next((t.device for t in tensors), torch.device("cpu"))
 
     def _trained(self) -> set[int]:
-        """Ids of the parameters that the optimizer updates."""
-        return {id(p) for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad}
+        """Ids of the parameters that the optimizers update."""
+        return {id(p) for p in self.optimizers.params() if p.requires_grad}
 
-    def _order(self) -> list[int]:
-        """Ids of the parameters, as the optimizer lists them."""
-        return [id(p) for group in self.optimizer.param_groups for p in group["params"]]
+    def _outside(self) -> dict[str, Tensor]:
+        """What the optimizers hold and neither the model nor the loss owns, by names of their own."""
+        owned = {id(t) for t in self.identity.tensors_of_modules()}
+        groups = enumerate(self.optimizers.groups)
+        pairs = ((f"{OUTSIDE}{g}.{i}", p) for g, group in groups for i, p in enumerate(group["params"]))
+        return {name: p for name, p in pairs if id(p) not in owned}
+
+
+def _remade(owner: Any, optimizer: Any, loss_fn: Any, given: dict[str, Any], state: dict[str, Any]) -> TrainStep:
+    made = TrainStep(owner, optimizer, loss_fn, **given)
+    made.load_state_dict(state)
+    return made

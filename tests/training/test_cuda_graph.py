@@ -126,7 +126,7 @@ def test_replayed_windows_are_the_step_bit_for_bit(accumulate: int) -> None:
         def everything(step: Any = step, optimizer: Any = optimizer, module: nn.Module = module) -> list[Tensor]:
             states = [t for state in optimizer.state.values() for t in state.values()]
             held = [*module.parameters(), *states, *step._window.sums.values(), *step.plan.shadows.shadows]
-            counts = [t for one in step.plan.counters._classes for pair in one.states.values() for t in pair]
+            counts = [t for one in step.watch.counters[0]._classes for pair in one.states.values() for t in pair]
             return [*held, *step.state, step.plan.seed, *counts]
 
         def record(run: Any, everything: Any = everything) -> tuple[Remembered, tuple[Tensor, ...]]:

@@ -106,6 +106,8 @@ def _of_loss(named: Iterator[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 
 _OF_LOSS = "loss_fn:"
+# What the optimizer holds and neither the model nor the loss owns: "optimizer:0.3" is number 3 of group 0.
+OUTSIDE = "optimizer:"
 
 
 def loss_in(output: Any) -> Tensor:
@@ -133,6 +135,7 @@ def capture(
     batch: Batch,
     settings: Settings,
     trained: set[int],
+    named: dict[str, Tensor],
     dynamic: Sequence[tuple[int, int]] = (),
     *,
     chunk_loss: bool = True,
@@ -143,6 +146,7 @@ def capture(
     Args:
       batch: an example; its tensors are the graph's "arg" inputs.
       trained: ids of the parameters that the optimizer updates.
+      named: all parameters; those that neither model nor loss owns enter where the loss reads them.
       dynamic: (tensor, dimension) pairs that stay symbolic.
       chunk_loss: take the loss of a large vocabulary in chunks of rows.
       compiled: the graph will be compiled, not run op by op.
@@ -160,7 +164,7 @@ def capture(
     traced_calls.settle(module, calls)
     checkpoints.tag(module)
     _name_loss(module, loss_fn)
-    sources = _name_inputs(program, module)
+    sources = _name_inputs(program, module, named)
     plan = decide(module, settings, device_of(model.parameters()))
     written = write(
         plan.capture,
@@ -168,8 +172,7 @@ def capture(
         use_shadow=_shadow_alone,
         emulate=emulated_kinds(plan.device, plan.policy.low, compiled=compiled),
     )
-    parameters = owned(model, loss_fn)[0]
-    hooked = {name: p for name, p in parameters.items() if id(p) in trained and p._backward_hooks}
+    hooked = {name: p for name, p in named.items() if id(p) in trained and p._backward_hooks}
     _read_masters(written.module, hooked)
     read_shadows(written.module, _shadow_alone)
     gradient_hooks.insert_for_parameters(written.module, hooked)
@@ -181,7 +184,7 @@ def capture(
         align_linears(written.module, plan.capture, plan.graph, plan.device)
     written.module.recompile()
     constants = {_settled(name): value for name, value in program.constants.items()}
-    return _assemble(written.module, written.shadows, sources, plan, constants, parameters, trained)
+    return _assemble(written.module, written.shadows, sources, plan, constants, named, trained)
 
 
 def _read_masters(module: fx.GraphModule, hooked: Mapping[str, Tensor]) -> None:
@@ -217,8 +220,9 @@ def _shadow_alone(master: Tensor, shadow: Tensor) -> Tensor:
     return shadow
 
 
-def _name_inputs(program: Any, module: fx.GraphModule) -> dict[str, Input]:
+def _name_inputs(program: Any, module: fx.GraphModule, named: dict[str, Tensor]) -> dict[str, Input]:
     """Placeholder -> what it is, in the user's names; a tied parameter enters once."""
+    outside = _outside(program, named)
     kinds = {
         InputKind.PARAMETER: "param",
         InputKind.BUFFER: "buffer",
@@ -233,17 +237,28 @@ def _name_inputs(program: Any, module: fx.GraphModule) -> dict[str, Input]:
             node.meta["nn_module_stack"] = {k: (_own(p), c) for k, (p, c) in node.meta["nn_module_stack"].items()}
     for node in module.graph.find_nodes(op="placeholder"):
         spec, value = specs[node.name], node.meta.get("val")
-        kind: Any = kinds[spec.kind]
-        name = _settled(spec.target or "") if kind != "arg" else node.name
+        kind: Any = kinds[spec.kind] if spec.target not in outside else "param"
+        name = outside.get(spec.target) or (_settled(spec.target or "") if kind != "arg" else node.name)
         node.meta["mp_name"], node.meta["mp_role"] = name or node.name, _ROLES[kind]
         dtype = value.dtype if isinstance(value, Tensor) else torch.int64
         found[node.name] = Input(kind, name, dtype, leaf if kind == "arg" else -1)
         leaf += kind == "arg"
-        if kind in ("param", "buffer") and spec.target in state:
-            twin = first.setdefault(id(state[spec.target]), node)
+        if kind in ("param", "buffer") and (spec.target in state or spec.target in outside):
+            held = named[name] if spec.target in outside else state[spec.target]
+            twin = first.setdefault(id(held), node)
             if twin is not node:
                 node.replace_all_uses_with(twin)
     return found
+
+
+def _outside(program: Any, named: dict[str, Tensor]) -> dict[str, str]:
+    """Constant of the program -> the parameter that it is: one that the loss reads and no module of it owns."""
+    places = {_place(p): name for name, p in named.items() if name.startswith(OUTSIDE) and p.numel()}
+    return {target: places[_place(t)] for target, t in program.constants.items() if _place(t) in places}
+
+
+def _place(tensor: Any) -> Any:
+    return (tensor.data_ptr(), tensor.shape, tensor.stride()) if type(tensor) in (Tensor, nn.Parameter) else None
 
 
 def _name_loss(module: fx.GraphModule, loss_fn: Callable[..., Any] | None) -> None:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mpcompile.aten.graphs import outputs_of, values_of
@@ -29,20 +30,29 @@ from mpcompile.training.gradients.compile import Run, decompositions, run_joint
 from mpcompile.training.gradients.forward import Forward, Input, capture, owned
 from mpcompile.training.gradients.gradient_hooks import refuse_unseen
 from mpcompile.training.gradients.joint import Joint, trace
+from mpcompile.training.identity import ModelIdentity
 
-_TRAINING = operator.attrgetter("training")
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
-
 
 # So many values of the arguments that are no tensors are compiled before a word is said.
 MANY_VALUES = 8
 
 page(
     "MP535",
-    "A model that is spread over several processes",
-    "The model is wrapped in DistributedDataParallel, or its parameters are sharded. The training step works on one "
-    "process and one device: it would not reduce the gradients.",
-    "The drop-in way works under DDP: `DDP(mpcompile(model))`, then `loss.backward(); optimizer.step()`.",
+    "A training step among several processes",
+    "The model is wrapped in DistributedDataParallel, its parameters are sharded, or the process group has several "
+    "ranks. The training step works on one process and one device: it would not reduce the gradients, and the ranks' "
+    "weights would drift apart.",
+    "The drop-in way works under DDP: `DDP(mpcompile(model))`, then `loss.backward(); optimizer.step()`, without "
+    "`train_step`.",
+)
+page(
+    "MP536",
+    "A batch that asks for a gradient",
+    "A tensor of the batch requires a gradient. The step's backward ends at its batch: what stands before it (another "
+    "model, a parameter passed as an argument) would not be trained.",
+    "Pass `x.detach()` where no gradient is meant; make the other model a part of the loss (`loss_fn` may call it, and "
+    "the optimizer may hold its parameters); or use the drop-in way.",
 )
 page(
     "MP533",
@@ -173,23 +183,23 @@ class Artefacts:
     backend: str
     dynamic: bool | None
     trained: Callable[[], set[int]]
+    identity: ModelIdentity
     shadows: ShadowSet
     seed: Tensor
     chunk_loss: bool
     remake: bool
     on_new: Callable[[Artefact], None]
+    outside: Callable[[], dict[str, Tensor]] = dict
     around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
     _exact: dict[Any, Artefact] = field(default_factory=dict)
     _alike: dict[Any, list[Artefact]] = field(default_factory=dict)
     _seen: dict[Any, list[tuple[torch.Size, ...]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        loss = self.loss_fn.modules() if isinstance(self.loss_fn, nn.Module) else ()
-        self._modules = [*self.model.modules(), *loss]
-        self.named = owned(self.model, self.loss_fn)[0]
-        self._parameters = list(self.named.values())
+        self.named = {**owned(self.model, self.loss_fn)[0], **self.outside()}
 
     def clear(self) -> None:
+        """What was compiled is void: the model, or what of it is trained, is another."""
         self.__post_init__()
         for table in (self._exact, self._alike, self._seen):
             table.clear()
@@ -201,7 +211,14 @@ class Artefacts:
         return (artefact for alike in self._alike.values() for artefact in alike)
 
     def find(self, batch: Batch) -> Artefact:
-        modes = tuple(map(_TRAINING, self._modules)), tuple(map(_REQUIRES_GRAD, self._parameters))
+        """The artefact for a batch, made now if there is none yet.
+
+        Raises:
+          CaptureError: MP101. TrainingError: MP522, MP523, MP531, MP532, MP534, MP535, MP536.
+        """
+        if any(map(_REQUIRES_GRAD, batch.given)):
+            _refuse_gradient(batch)
+        modes = self.identity.modes(), torch.get_default_dtype()
         kind, shapes = (batch.kind(), modes), batch.shapes()
         try:
             found = self._exact.get((kind, shapes))
@@ -265,6 +282,7 @@ class Artefacts:
             batch,
             self.settings,
             self.trained(),
+            self.named,
             moving,
             chunk_loss=self.chunk_loss,
             compiled=compiled,
@@ -272,8 +290,7 @@ class Artefacts:
 
     def _compiled(self, forward: Forward) -> Artefact:
         joint = trace(forward, decompositions(self.backend))
-        parameters, buffers = owned(self.model, self.loss_fn)
-        tensors = {**parameters, **buffers, **forward.constants}
+        tensors = {**forward.constants, **owned(self.model, self.loss_fn)[1], **self.named}
         fixed = [self._fixed(one, tensors) for one in forward.inputs]
         places = [(i, one.index) for i, one in enumerate(forward.inputs) if one.kind == "arg"]
         layout = tuple((forward.inputs[i].name, forward.inputs[i].dtype) for i in joint.grads)
@@ -289,6 +306,31 @@ class Artefacts:
         if one.kind in ("arg", "seed"):
             return None if one.kind == "arg" else self.seed
         return self.shadows.get(tensors[one.name], one.dtype) if one.kind == "shadow" else tensors[one.name]
+
+
+def refuse_ranks() -> None:
+    """Refuse to train one of several ranks: nothing here reduces their gradients.
+
+    Raises:
+      TrainingError: MP535.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        raise TrainingError(
+            "MP535",
+            f"the training step was called in a process group of {dist.get_world_size()} ranks",
+            why="it does not reduce the gradients: the ranks' weights would drift apart",
+            try_="the drop-in way: DDP(mpcompile(model)); loss.backward(); optimizer.step()",
+        )
+
+
+def _refuse_gradient(batch: Batch) -> None:
+    place = next(i for i, t in enumerate(batch.given) if t.requires_grad)
+    raise TrainingError(
+        "MP536",
+        f"tensor {place} of the batch requires a gradient",
+        why="the step's backward ends at its batch",
+        try_="pass it detached; or let loss_fn make it, and give its parameters to the optimizer",
+    )
 
 
 def _refuse_hooks(model: nn.Module, named: dict[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mpcompile.errors import TrainingError, page
+from mpcompile.training.options import real, whole
 
 page(
     "MP501",
@@ -61,18 +63,8 @@ class LossScale:
     at_floor: Literal["keep", "warn", "raise"] = "keep"
 
     def __post_init__(self) -> None:
-        checks = {
-            "init is a positive finite number": 0 < self.init < math.inf,
-            "growth is above 1": self.growth > 1,
-            "backoff is between 0 and 1": 0 < self.backoff < 1,
-            "interval is 1 or more": self.interval >= 1,
-            "hysteresis is 1 or more": self.hysteresis >= 1,
-            "0 <= floor <= init <= cap": self.kind == "static" or 0 <= self.floor <= self.init <= self.cap,
-            "refill is 'growth' or 'clean-step'": self.refill in ("growth", "clean-step"),
-            "at_floor is 'keep', 'warn' or 'raise'": self.at_floor in ("keep", "warn", "raise"),
-        }
-        for rule, holds in checks.items():
-            if not holds:
+        for rule, holds in _RULES:
+            if not holds(self):
                 raise TrainingError("MP501", f"{self!r} is not a loss scale", why=f"it must be that {rule}")
 
     @classmethod
@@ -94,7 +86,7 @@ class LossScale:
     @classmethod
     def static(cls, scale: float = 1.0) -> LossScale:
         """A scale that never moves; 1.0 is no scale at all (BF16)."""
-        return cls(kind="static", init=float(scale))
+        return cls(kind="static", init=float(scale) if real(scale) else scale)
 
     @classmethod
     def of(cls, scale: str | float | LossScale, low: str) -> LossScale:
@@ -107,7 +99,7 @@ class LossScale:
             return scale
         if scale == "auto":
             return cls.dynamic() if low == "fp16" else cls.static(1.0)
-        if isinstance(scale, (int, float)) and not isinstance(scale, bool):
+        if real(scale):
             return cls.static(float(scale))
         raise TrainingError(
             "MP501", f"scale={scale!r} is not a loss scale", try_="'auto', a number, or LossScale.dynamic(…)"
@@ -122,6 +114,24 @@ class LossScale:
         """The state before the first step: Python numbers, or 0-dim tensors on `device`."""
         numbers: ScaleState = ScaleState(_round(self.init), 0, self.hysteresis, 0, 0, 0)
         return numbers if device is None else tensors(numbers, device)
+
+
+_NUMBERS = ("init", "growth", "backoff", "floor", "cap")
+# What FP32 holds, and whose inverse it holds.
+_SMALLEST, _LARGEST = 2.0**-126, torch.finfo(torch.float32).max
+# What must hold of a rule, in the order in which it is asked: types before ranges.
+_RULES: tuple[tuple[str, Callable[[LossScale], bool]], ...] = (
+    ("kind is 'dynamic' or 'static'", lambda one: one.kind in ("dynamic", "static")),
+    (f"{', '.join(_NUMBERS)} are numbers", lambda one: all(real(getattr(one, name)) for name in _NUMBERS)),
+    ("init is positive, and 1 / init too, in FP32", lambda one: _SMALLEST <= one.init <= _LARGEST),
+    ("growth is above 1, and finite", lambda one: 1 < one.growth < math.inf),
+    ("backoff is between 0 and 1", lambda one: 0 < one.backoff < 1),
+    ("interval is a whole number, 1 or more", lambda one: whole(one.interval, 1)),
+    ("hysteresis is a whole number, 1 or more", lambda one: whole(one.hysteresis, 1)),
+    ("0 <= floor <= init <= cap", lambda one: one.kind == "static" or 0 <= one.floor <= one.init <= one.cap),
+    ("refill is 'growth' or 'clean-step'", lambda one: one.refill in ("growth", "clean-step")),
+    ("at_floor is 'keep', 'warn' or 'raise'", lambda one: one.at_floor in ("keep", "warn", "raise")),
+)
 
 
 class ScaleState(NamedTuple):

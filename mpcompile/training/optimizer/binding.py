@@ -12,7 +12,7 @@ import contextlib
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest import mock
 
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from mpcompile.errors import TrainingError, page
-from mpcompile.training.optimizer.step_counters import STARTED, Counters, Shared, resync
+from mpcompile.training.optimizer.hosts import Optimizers
+from mpcompile.training.optimizer.step_counters import STARTED, Shared, counters_of, resync
 from mpcompile.training.optimizer.tensor_numbers import NumbersAsTensors, Test, tensor_builtins
 
 page(
@@ -57,11 +58,11 @@ class Slot:
 
 @dataclass
 class Binding:
-    """What one optimizer updates, in the order in which a graph takes it.
+    """What the optimizers of a step update, in the order in which a graph takes it.
 
     Fields:
-      optimizer: the user's.
-      params: its parameters that get a gradient; groups: the group of each.
+      optimizers: the user's, with their groups numbered through.
+      params: their parameters that get a gradient; groups: the group of each.
       fused: its update is ATen's fused kernel, which takes plain numbers (`baked`) apart from the lr.
       capturable: its branch-free code is traced.
       slots: every float of the groups.
@@ -69,7 +70,7 @@ class Binding:
       guards: comparisons of numbers that the trace relied on.
     """
 
-    optimizer: torch.optim.Optimizer
+    optimizers: Optimizers
     params: list[Tensor]
     groups: list[int]
     fused: bool = False
@@ -82,7 +83,7 @@ class Binding:
 
     def numbers(self) -> list[float]:
         """The groups' numbers now."""
-        groups = self.optimizer.param_groups
+        groups = self.optimizers.groups
         return [float(slot.read(groups)) for slot in self.slots]
 
     def holds(self, numbers: Sequence[float]) -> bool:
@@ -94,9 +95,14 @@ class Binding:
         """The counters may have been moved by something else."""
         resync(self.shared)
 
+    def states(self) -> list[dict[str, Any]]:
+        """The state of each parameter, in its optimizer; one without a state gets none by this look."""
+        owners = self.optimizers.owners()
+        return [owners[number].state.get(param, {}) for param, number in zip(self.params, self.groups, strict=True)]
+
     def state_tensors(self) -> list[Tensor]:
-        state = self.optimizer.state
-        return [state[self.params[i]][key] for i, key in self.tensors]
+        states = self.states()
+        return [states[i][key] for i, key in self.tensors]
 
     def places(self) -> list[list[tuple[str, bool]]]:
         """Per parameter, the (key, whether it is a counter) of each of its states, as fused kernels take them."""
@@ -127,20 +133,20 @@ class Binding:
           UndecidableError: the code asks a tensor for its truth value.
         """
         values = [numbers[i] for i in range(len(self.slots))]
-        started = {
-            self.groups[one.members[0]]: s for one, s in zip(self.shared, shared, strict=True) if one.key == STARTED
-        }
+        started = {i: s for one, s in zip(self.shared, shared, strict=True) if one.key == STARTED for i in one.members}
+        held: list[dict[str, Tensor]] = [{} for _ in params]
+        for (i, key), tensor in zip(self.tensors, states, strict=True):
+            held[i][key] = tensor
+        for one, scalar in zip(self.shared, shared, strict=True):
+            for i in one.members if one.key != STARTED else ():
+                held[i][one.key] = scalar.clone()
         self.guards.clear()
         with NumbersAsTensors(list(zip(values, self.numbers(), strict=True)), self.guards):
-            twin = self._twin(values, params, grads, started, self.groups)
-            for (i, key), tensor in zip(self.tensors, states, strict=True):
-                twin.state[params[i]][key] = tensor
-            for one, scalar in zip(self.shared, shared, strict=True):
-                for i in one.members if one.key != STARTED else ():
-                    twin.state[params[i]][one.key] = scalar.clone()
-            self._step(twin)
+            twins = self._twins(values, params, grads, held, self.groups, started)
+            self._step(twins)
+        after = {id(p): state for twin in twins for p, state in twin.state.items()}
         return [
-            torch.ones_like(s) if one.key == STARTED else twin.state[params[one.members[0]]][one.key]
+            torch.ones_like(s) if one.key == STARTED else after[id(params[one.members[0]])][one.key]
             for one, s in zip(self.shared, shared, strict=True)
         ]
 
@@ -161,73 +167,93 @@ class Binding:
           params, grads, states: stand-ins, one each per member.
           found_inf: 0-dim, 0 or 1.
         """
-        groups = self.optimizer.param_groups
+        groups = self.optimizers.groups
         values = [lr(s.group) if s.key == "lr" else float(s.read(groups)) for s in self.slots]
         self.baked = {i: v for i, v in enumerate(values) if isinstance(v, float)}
-        twin = self._twin(values, params, grads, {}, [self.groups[i] for i in members])
-        for param, state in zip(params, states, strict=True):
-            twin.state[param].update(state)
-        twin.found_inf, twin.grad_scale = found_inf, None
-        self._step(twin)
+        twins = self._twins(values, params, grads, states, [self.groups[i] for i in members], {})
+        for twin in twins:
+            twin.found_inf, twin.grad_scale = found_inf, None
+        self._step(twins)
 
-    def _step(self, twin: Any) -> None:
-        step = inspect.unwrap(type(self.optimizer).step)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.no_grad())
-            stack.enter_context(tensor_builtins(step.__module__))
-            if self.capturable:
-                # Off the accelerators, the branch-free code wants a device unless something compiles it.
-                stack.enter_context(mock.patch.object(torch.compiler, "is_compiling", return_value=True))
-            step(twin)
+    def _step(self, twins: Sequence[Any]) -> None:
+        for twin in twins:
+            step = inspect.unwrap(type(twin).step)
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(torch.no_grad())
+                stack.enter_context(tensor_builtins(step.__module__))
+                if self.capturable:
+                    # Off the accelerators, the branch-free code wants a device unless something compiles it.
+                    stack.enter_context(mock.patch.object(torch.compiler, "is_compiling", return_value=True))
+                try:
+                    step(twin)
+                except KeyError as error:
+                    raise untraceable(self.optimizers, f"its state has no {error} (a flag that came later?)") from error
 
-    def _twin(
+    def _twins(
         self,
         values: Sequence[Any],
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
-        started: dict[int, Tensor],
+        states: Sequence[dict[str, Tensor]],
         groups: Sequence[int],
-    ) -> Any:
-        """An optimizer of the same class whose groups hold stand-ins; the user's own is not touched."""
-        twin = object.__new__(type(self.optimizer))
-        twin.__dict__.update(self.optimizer.__dict__)
-        twin.state = defaultdict(dict)
-        twin.param_groups = [self._flags(dict(group)) for group in self.optimizer.param_groups]
+        started: dict[int, Tensor],
+    ) -> list[Any]:
+        """Optimizers of the same classes whose groups hold stand-ins; the user's own are not touched.
+
+        Args:
+          started: per parameter, the flag that its first step was taken, where its optimizer asks (SGD's dampening).
+        """
+        numbered = [self._flags({**group, "params": []}) for group in self.optimizers.groups]
         for slot, value in zip(self.slots, values, strict=True):
-            _put(twin.param_groups[slot.group], slot, value)
-        for group in twin.param_groups:
-            group["params"] = []
-        for number, flag in started.items():
-            # SGD's first buffer is the gradient itself: momentum * 0 + (1 - dampening * 0) * grad.
-            twin.param_groups[number]["dampening"] = twin.param_groups[number]["dampening"] * flag
-        for param, grad, number in zip(params, grads, groups, strict=True):
-            param.grad = grad
-            twin.param_groups[number]["params"].append(param)
-        return twin
+            _put(numbered[slot.group], slot, value)
+        # Parameters that began at different steps are groups of their own.
+        made: dict[tuple[int, int], dict[str, Any]] = {(number, 0): group for number, group in enumerate(numbered)}
+        for i, (param, grad, number) in enumerate(zip(params, grads, groups, strict=True)):
+            param.grad, flag = grad, started.get(i)
+            if flag is not None and (number, id(flag)) not in made:
+                # SGD's first buffer is the gradient itself: momentum * 0 + (1 - dampening * 0) * grad.
+                dampening = numbered[number]["dampening"] * flag
+                made[number, id(flag)] = {**numbered[number], "params": [], "dampening": dampening}
+            made[number, 0 if flag is None else id(flag)]["params"].append(param)
+        place, first, twins = {id(p): i for i, p in enumerate(params)}, 0, []
+        for optimizer in self.optimizers:
+            twin: Any = object.__new__(type(optimizer))
+            twin.__dict__.update({k: v for k, v in optimizer.__dict__.items() if k != "step"})
+            mine = range(first, first + len(optimizer.param_groups))
+            first = mine.stop
+            twin.param_groups = [group for (number, _), group in made.items() if number in mine]
+            held = [p for group in twin.param_groups for p in group["params"]]
+            twin.state = defaultdict(dict, {p: dict(states[place[id(p)]]) for p in held})
+            twins += [twin] if held else []
+        return twins
 
     def _flags(self, group: dict[str, Any]) -> dict[str, Any]:
         ours = {"foreach": False, "fused": self.fused, "capturable": self.capturable, "differentiable": False}
         return {**group, **{k: v for k, v in ours.items() if k in group}}
 
 
-def bind(optimizer: torch.optim.Optimizer, trained: Sequence[Tensor], counters: Counters | None = None) -> Binding:
-    """Make the state of `optimizer` for the parameters `trained` (those with a gradient), and list it.
-
-    Args:
-      counters: those of the optimizer's other bindings.
+def bind(optimizers: Optimizers, trained: Sequence[Tensor]) -> Binding:
+    """Make the state of `optimizers` for the parameters `trained` (those with a gradient), and list it.
 
     Raises:
-      TrainingError: MP521, for an optimizer that is not traceable; MP522, when it holds none of `trained`.
+      TrainingError: MP521, for an optimizer that is not traceable; MP522, when they hold none of `trained`.
     """
     wanted = {id(p) for p in trained}
-    pairs = [(p, i) for i, group in enumerate(optimizer.param_groups) for p in group["params"] if id(p) in wanted]
+    pairs = [(p, i) for i, group in enumerate(optimizers.groups) for p in group["params"] if id(p) in wanted]
     if not pairs:
-        raise TrainingError("MP522", f"the {type(optimizer).__name__} holds no parameter of the model that is trained")
-    binding = Binding(optimizer, [p for p, _ in pairs], [i for _, i in pairs])
-    fresh = {id(p) for p in binding.params if not optimizer.state.get(p)}
-    _make_state(optimizer, binding.params)
-    binding.slots = list(_slots(optimizer.param_groups))
-    _list_state(binding, fresh, counters or Counters())
+        raise TrainingError("MP522", f"the {optimizers.name} holds no parameter of the model that is trained")
+    binding = Binding(optimizers, [p for p, _ in pairs], [i for _, i in pairs])
+    owners = optimizers.owners()
+    for optimizer in optimizers:
+        counters_of(optimizer).withdraw(optimizer.state)
+    begun = [_has_tensors(owners[i].state.get(p)) for p, i in pairs]
+    for optimizer in optimizers:
+        mine = [(p, old) for (p, i), old in zip(pairs, begun, strict=True) if owners[i] is optimizer]
+        if mine:
+            _make_state(optimizer, [p for p, _ in mine])
+            counters_of(optimizer).fresh.update({id(p): p for p, old in mine if not old})
+    binding.slots = list(_slots(optimizers.groups))
+    _list_state(binding, begun)
     return binding
 
 
@@ -248,29 +274,30 @@ def follow(binding: Binding, seen: list[float], target: Tensor, places: Sequence
     return now
 
 
-def untraceable(optimizer: torch.optim.Optimizer, why: str) -> TrainingError:
+def untraceable(optimizers: Optimizers, why: str) -> TrainingError:
     return TrainingError(
         "MP521",
-        f"the update of {type(optimizer).__name__} cannot be emitted as a graph",
+        f"the update of {optimizers.name} cannot be emitted as a graph",
         why=why,
         try_="the drop-in way: loss = mp(x); loss.backward(); optimizer.step()",
     )
 
 
-def can_fuse(optimizer: torch.optim.Optimizer, trained: Sequence[Tensor]) -> bool:
+def can_fuse(optimizers: Optimizers, trained: Sequence[Tensor]) -> bool:
     """True when ATen has a fused kernel for all of this update."""
     kernels = ("cpu", "cuda")
-    plain = type(optimizer) in FUSED and all(p.device.type in kernels for p in trained)
-    if isinstance(optimizer, torch.optim.Adagrad) and any(p.device.type != "cpu" for p in trained):
+    plain = all(type(one) in FUSED for one in optimizers) and all(p.device.type in kernels for p in trained)
+    adagrad = any(isinstance(one, torch.optim.Adagrad) for one in optimizers)
+    if adagrad and any(p.device.type != "cpu" for p in trained):
         return False
-    return plain and not any(g.get("differentiable") or g.get("dampening") for g in optimizer.param_groups)
+    return plain and not any(g.get("differentiable") or g.get("dampening") for g in optimizers.groups)
 
 
 def _make_state(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> None:
     """The state that the optimizer itself would make at its first step."""
     make = getattr(optimizer, "_init_group", None)
     if make is None or isinstance(optimizer, (torch.optim.LBFGS, torch.optim.SparseAdam)):
-        raise untraceable(optimizer, "it is not one of torch.optim's dense optimizers")
+        raise untraceable(Optimizers(optimizer), "it is not one of torch.optim's dense optimizers")
     lists = len(inspect.signature(make).parameters) - 1
     kept, ours = [p.grad for p in params], {id(p) for p in params}
     try:
@@ -279,6 +306,8 @@ def _make_state(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> N
             p.grad = torch.zeros((), dtype=p.dtype, device=p.device).expand(p.shape)
         for group in optimizer.param_groups:
             make({**group, "params": [p for p in group["params"] if id(p) in ours]}, *([] for _ in range(lists)))
+    except KeyError as error:
+        raise untraceable(Optimizers(optimizer), f"its state has no {error}: a flag that came later?") from error
     finally:
         for p, grad in zip(params, kept, strict=True):
             p.grad = grad
@@ -294,33 +323,47 @@ def _make_momentum(optimizer: torch.optim.Optimizer, ours: set[int]) -> None:
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format)
 
 
-def _list_state(binding: Binding, fresh: set[int], counters: Counters) -> None:
-    """Fill `tensors` and `shared`."""
-    optimizer, scalars = binding.optimizer, list[dict[str, Tensor]]()
-    for i, p in enumerate(binding.params):
-        state = {k: v for k, v in optimizer.state.get(p, {}).items() if isinstance(v, Tensor)}
+def _list_state(binding: Binding, begun: Sequence[bool]) -> None:
+    """Fill `tensors` and `shared`; `begun` says which parameters had state before."""
+    scalars, groups, owners = list[dict[str, Tensor]](), binding.optimizers.groups, binding.optimizers.owners()
+    for i, (p, held) in enumerate(zip(binding.params, binding.states(), strict=True)):
+        state = {k: v for k, v in held.items() if isinstance(v, Tensor)}
         scalars.append({k: v for k, v in state.items() if v.dim() == 0 and (p.dim() or k == "step")})
         binding.tensors += [(i, key) for key in state if key not in scalars[i]]
-    binding.shared += counters.of(optimizer, binding.params, binding.groups, scalars)
-    for number, group in enumerate(optimizer.param_groups):
-        members = [i for i, g in enumerate(binding.groups) if g == number]
-        if members and isinstance(optimizer, torch.optim.SGD) and group["momentum"] and group["dampening"]:
-            begun = not fresh & {id(binding.params[i]) for i in members}
-            device = binding.params[members[0]].device
-            binding.shared.append(counters.started(number, members[0], device, begun))
+        group = groups[binding.groups[i]]
+        if isinstance(owners[binding.groups[i]], torch.optim.SGD) and group["momentum"] and group["dampening"]:
+            scalars[i][STARTED] = torch.tensor(float(begun[i]))
+    for optimizer in binding.optimizers:
+        mine = [i for i, number in enumerate(binding.groups) if owners[number] is optimizer]
+        found = counters_of(optimizer).of(
+            optimizer.state,
+            [binding.params[i] for i in mine],
+            [binding.groups[i] for i in mine],
+            [scalars[i] for i in mine],
+        )
+        binding.shared += [replace(one, members=[mine[i] for i in one.members]) for one in found]
     binding.resync()
+
+
+def _has_tensors(state: dict[str, Any] | None) -> bool:
+    return any(isinstance(v, Tensor) for v in (state or {}).values())
+
+
+def is_number(key: str, value: Any) -> bool:
+    """True for what a graph reads as a number; all else in a group is a branch that its trace takes."""
+    if isinstance(value, (tuple, list)):
+        return key not in _NOT_NUMBERS and any(is_number(key, v) for v in value)
+    # Defaults such as weight_decay=0 are ints that any later value makes a float.
+    return key not in _NOT_NUMBERS and (isinstance(value, (float, Tensor)) or type(value) is int)
 
 
 def _slots(groups: Sequence[dict[str, Any]]) -> Iterator[Slot]:
     for number, group in enumerate(groups):
         for key, value in group.items():
-            if key in _NOT_NUMBERS:
-                continue
-            # Defaults such as weight_decay=0 are ints that any later value makes a float.
-            if isinstance(value, (float, Tensor)) or type(value) is int:
+            if isinstance(value, (tuple, list)):
+                yield from (Slot(number, key, i) for i, v in enumerate(value) if is_number(key, v))
+            elif is_number(key, value):
                 yield Slot(number, key)
-            elif isinstance(value, (tuple, list)):
-                yield from (Slot(number, key, i) for i, v in enumerate(value) if isinstance(v, (float, Tensor)))
 
 
 def _put(group: dict[str, Any], slot: Slot, value: Any) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from mpcompile.aten.facts import LOW_DTYPES
@@ -17,12 +17,11 @@ from mpcompile.runtime.inductor import roundings_kept
 from mpcompile.shadows.step_shadows import ShadowSet
 from mpcompile.training.accumulation import Layout
 from mpcompile.training.gradients.compile import Run, decompositions, run_update
-from mpcompile.training.gradients.forward import owned
 from mpcompile.training.loss_scale.scale import LossScale, ScaleState
 from mpcompile.training.optimizer import fused_update as fused
 from mpcompile.training.optimizer.binding import Binding, bind, can_fuse, follow
+from mpcompile.training.optimizer.hosts import Optimizers
 from mpcompile.training.optimizer.split import SplitMasters
-from mpcompile.training.optimizer.step_counters import Counters
 from mpcompile.training.optimizer.traced_update import InPlace, Operands, Spec, in_place, trace
 
 # So often a fused update may be made again for other numbers.
@@ -31,7 +30,11 @@ MOST_FUSED = 3
 
 @dataclass
 class Updater:
-    """One update, ready to run: every input in its place but the gradients."""
+    """One update, ready to run: every input in its place but the gradients.
+
+    Fields:
+      epoch: the step's count of moves of the groups' numbers that were taken in.
+    """
 
     binding: Binding
     make: Callable[[], InPlace]
@@ -42,6 +45,7 @@ class Updater:
     seen: list[float]
     seed: Tensor
     scale: ScaleState
+    epoch: int = -1
 
     def __call__(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
         """(finite, norm, scale) after the update; everything else is written in place."""
@@ -64,8 +68,8 @@ class Updater:
 class Plan:
     """What all updates of one step share."""
 
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizers: Optimizers
+    named: Callable[[], dict[str, Tensor]]
     rule: LossScale
     state: ScaleState
     seed: Tensor
@@ -73,12 +77,10 @@ class Plan:
     backend: str
     max_grad_norm: float | None
     accumulate: int
-    loss_fn: Callable[..., Any] | None = None
     split: SplitMasters | None = None
     # Parameters that a graph reads in FP32: these are never split.
     whole: set[int] = field(default_factory=set)
     builds: dict[Layout, int] = field(default_factory=dict)
-    counters: Counters = field(default_factory=Counters)
 
     def build(self, layout: Layout, grads: Sequence[Tensor]) -> Updater | fused.FusedUpdate:
         """The update for gradients of `layout`; `grads` are examples of them.
@@ -86,13 +88,13 @@ class Plan:
         Raises:
           TrainingError: MP521, MP522.
         """
-        parameters = owned(self.model, self.loss_fn)[0]
+        parameters = self.named()
         parts: dict[int, list[int]] = {}
         for position, (name, _) in enumerate(layout):
             parts.setdefault(id(parameters[name]), []).append(position)
         with self.split.joined() if self.split is not None else contextlib.nullcontext():
             trained = {id(parameters[name]): parameters[name] for name, _ in layout}
-            binding = bind(self.optimizer, list(trained.values()), self.counters)
+            binding = bind(self.optimizers, list(trained.values()))
         index = {id(p): i for i, p in enumerate(binding.params)}
         held = [
             (index[id(m)], s) for m, s in zip(self.shadows.masters, self.shadows.shadows, strict=True) if id(m) in index
@@ -110,7 +112,7 @@ class Plan:
         # A fused kernel holds betas and weight decay as constants: a schedule that moves them gets the traced update.
         self.builds[layout] = self.builds.get(layout, 0) + 1
         often = self.builds[layout] > MOST_FUSED or halves
-        if not often and can_fuse(self.optimizer, binding.params) and fused.serves(binding):
+        if not often and can_fuse(self.optimizers, binding.params) and fused.serves(binding):
             binding.fused = True
             return fused.build(spec, binding, self.state, self.seed, shadows, grads, self.backend)
         return self._traced(spec, binding, list(halves.values()), list(grads), shadows)

@@ -229,6 +229,7 @@ class FusedUpdate:
     places: list[int]
     shadows: list[Tensor]
     masters: list[Tensor]
+    epoch: int = -1
 
     def __call__(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
         """(finite, norm, scale) after the update; everything else is written in place."""
@@ -309,9 +310,9 @@ def build(
 
 def held(binding: Binding, group: Group) -> list[Tensor]:
     """The live tensors that the step of a group reads and writes: each member's parameter, then its states."""
-    state, table = binding.optimizer.state, binding.places()
-    params = [(binding.params[piece.param], table[piece.param]) for piece in group]
-    return [tensor for param, places in params for tensor in (param, *(state[param][key] for key, _ in places))]
+    states, table = binding.states(), binding.places()
+    members = [piece.param for piece in group]
+    return [t for i in members for t in (binding.params[i], *(states[i][key] for key, _ in table[i]))]
 
 
 def fused_step(

@@ -1,77 +1,141 @@
-"""See what happens to an optimizer between two of our steps, without looking at every parameter."""
+"""Notice what happens to an optimizer between steps: its groups, its state, and steps that were not ours."""
 
 from __future__ import annotations
 
 import contextlib
-import weakref
-from collections.abc import Iterator
+import enum
+import operator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from mpcompile.training.optimizer.step_counters import Counters
+from mpcompile.training.identity import Tables
+from mpcompile.training.optimizer.binding import is_number
+from mpcompile.training.optimizer.hosts import Optimizers
+from mpcompile.training.optimizer.step_counters import Counters, counters_of
+
+# Written by schedulers and by torch's own bookkeeping: no update reads them.
+_UNREAD = ("params", "initial_lr", "param_names")
+_PARAMS = operator.itemgetter("params")
+
+
+class Seen(enum.Flag):
+    """What changed since the last look.
+
+    Fields:
+      PARAMS: the optimizers hold other parameters; GROUPS: in other groups, or a flag of a group changed.
+      STATE: the state, or a tensor in it, is another object; COUNTERS: counters that were one have parted.
+      NUMBERS: a number of a group may have moved.
+    """
+
+    NOTHING = 0
+    PARAMS = enum.auto()
+    GROUPS = enum.auto()
+    STATE = enum.auto()
+    COUNTERS = enum.auto()
+    NUMBERS = enum.auto()
 
 
 class OptimizerWatch:
-    """Notices groups that changed, state that was replaced, and steps that were not ours.
+    """Compares the optimizers of a step with what they were, by a fixed number of calls of C code.
 
-    A step of the optimizer's own (the drop-in way, between two of ours) moves its counters; that they still move
+    A step of an optimizer's own (the drop-in way, between two of ours) moves its counters; that they still move
     together is then read from the device once.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, counters: Counters) -> None:
-        self.optimizer, self.counters = optimizer, counters
-        self._sizes = self._group_sizes()
-        self._state: Any = (optimizer.state, len(optimizer.state))
-        self._generation = counters.generation
-        self.ours, self._stepped = False, False
-        # Weak: an optimizer outlives the steps that were made for it.
-        me = weakref.ref(self)
-        optimizer.register_step_post_hook(lambda *_: _call(me, "_note_step"))
-        optimizer.register_load_state_dict_post_hook(lambda *_: _call(me, "_note_load"))
+    def __init__(self, optimizers: Optimizers) -> None:
+        self.optimizers = optimizers
+        self.counters: list[Counters] = [counters_of(one) for one in optimizers]
+        self._take_groups()
+        self.settle()
+
+    @property
+    def ours(self) -> bool:
+        """True while a step that the hooks see is one of a training step."""
+        return any(one.ours for one in self.counters)
 
     @contextlib.contextmanager
     def own(self) -> Iterator[None]:
         """The step that is noted inside is ours."""
-        self.ours = True
+        for one in self.counters:
+            one.ours = True
         try:
             yield
         finally:
-            self.ours = False
+            for one in self.counters:
+                one.ours = False
 
-    def regrouped(self) -> bool:
-        """True when the optimizer has other parameters now: what was compiled may lack their gradients."""
-        sizes = self._group_sizes()
-        changed, self._sizes = sizes != self._sizes, sizes
-        return changed
+    def look(self) -> Seen:
+        """What changed since the last look at the groups."""
+        groups, seen = self.optimizers.groups, Seen.NOTHING
+        params, values = self._params(groups), self._values(groups)
+        if not _same(params, self._held) or list(map(len, map(_PARAMS, groups))) != self._sizes:
+            moved = set(map(id, params)) == set(map(id, self._held))
+            seen |= Seen.GROUPS if moved else Seen.GROUPS | Seen.PARAMS
+        if self._live or not _same(values, self._known):
+            flags = _flags(groups)
+            seen |= Seen.NUMBERS if flags == self._flags else Seen.NUMBERS | Seen.GROUPS
+        if seen:
+            self._take_groups()
+        return seen
 
-    def disturbed(self) -> bool:
-        """True when updates made before must not be used any more."""
-        if self._stepped:
-            self._stepped = False
-            self.counters.look_again()
-        state, size = self._state
-        if state is not self.optimizer.state or size != len(self.optimizer.state):
-            self.counters.clear()
-        return self.settle()
+    def look_at_state(self) -> Seen:
+        """What changed in the optimizers' state since `settle`."""
+        for one in self.counters:
+            if one.stepped or one.edited():
+                one.look_again()
+        same = all(one.same() for one in self._states)
+        return (Seen.NOTHING if same else Seen.STATE) | self.settle(keep=same)
 
-    def settle(self) -> bool:
-        """Things are as they should be from here on; True when counters that were one have parted before."""
-        parted, self._generation = self.counters.generation != self._generation, self.counters.generation
-        self._state = self.optimizer.state, len(self.optimizer.state)
-        return parted
+    def settle(self, *, keep: bool = False) -> Seen:
+        """Things are as they should be from here on; COUNTERS when counters that were one have parted before.
 
-    def _note_step(self) -> None:
-        self._stepped = self._stepped or not self.ours
+        Args:
+          keep: the state was looked at just now, and is the same.
+        """
+        if not keep:
+            self._states = [_State(one) for one in self.optimizers]
+        generations = [one.generation for one in self.counters]
+        parted = generations != getattr(self, "_generations", generations)
+        self._generations = generations
+        return Seen.COUNTERS if parted else Seen.NOTHING
 
-    def _note_load(self) -> None:
-        self.counters.clear()
+    def _take_groups(self) -> None:
+        groups = self.optimizers.groups
+        self._held, self._sizes = self._params(groups), list(map(len, map(_PARAMS, groups)))
+        self._known, self._flags = self._values(groups), _flags(groups)
+        # What can change where it lies: to be read at every step.
+        self._live = any(isinstance(v, (Tensor, list)) for group in groups for k, v in group.items() if k != "params")
 
-    def _group_sizes(self) -> list[int]:
-        return [len(group["params"]) for group in self.optimizer.param_groups]
+    def _params(self, groups: Sequence[dict[str, Any]]) -> list[Tensor]:
+        return list(chain.from_iterable(map(_PARAMS, groups)))
+
+    def _values(self, groups: Sequence[dict[str, Any]]) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, groups)))
 
 
-def _call(watch: weakref.ref[OptimizerWatch], method: str) -> None:
-    held = watch()
-    if held is not None:
-        getattr(held, method)()
+class _State:
+    """One optimizer's state, by identity: the table, whose it is, and all that it holds."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._state: Any = optimizer.state
+        self._whose, self._tables = list(self._state), list(self._state.values())
+        self._held = Tables(self._tables)
+
+    def same(self) -> bool:
+        state: Any = self._optimizer.state
+        mine = state is self._state and _same(list(state), self._whose)
+        return mine and _same(list(state.values()), self._tables) and self._held.same()
+
+
+def _same(now: Sequence[Any], before: Sequence[Any]) -> bool:
+    return len(now) == len(before) and all(map(operator.is_, now, before))
+
+
+def _flags(groups: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What of the groups is no number: a branch that a trace has taken."""
+    return [{k: v for k, v in group.items() if k not in _UNREAD and not is_number(k, v)} for group in groups]

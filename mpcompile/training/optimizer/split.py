@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mpcompile.errors import TrainingError, page
+from mpcompile.training.optimizer.hosts import Optimizers
 from mpcompile.training.optimizer.monitor import OptimizerWatch
 
 page(
@@ -44,17 +45,19 @@ def split(full: Tensor) -> tuple[Tensor, Tensor]:
 class SplitMasters:
     """The parameters of a model that are split, and when they are whole again."""
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, watch: OptimizerWatch) -> None:
+    def __init__(self, model: nn.Module, optimizers: Optimizers, watch: OptimizerWatch) -> None:
         self._watch = watch
         self._held: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._open = contextlib.ExitStack()
         # A state dict holds FP32, and what is loaded is split again; torch casts an optimizer's loaded state to its
         # parameter's dtype.
-        hooks: Any = (model, "state_dict"), (model, "load_state_dict"), (optimizer, "load_state_dict")
+        hooks: list[tuple[Any, str]] = [(model, "state_dict"), (model, "load_state_dict")]
+        hooks += [(optimizer, "load_state_dict") for optimizer in optimizers]
         for owner, call in hooks:
             getattr(owner, f"register_{call}_pre_hook")(lambda *_: self._enter())
             getattr(owner, f"register_{call}_post_hook")(lambda *_: self._open.close())
-        optimizer.register_step_pre_hook(self._refuse_step)
+        for optimizer in optimizers:
+            optimizer.register_step_pre_hook(self._refuse_step)
 
     def __len__(self) -> int:
         return len(self._held)
@@ -78,6 +81,11 @@ class SplitMasters:
         for key in [k for k in self._held if k not in wanted]:
             parameter, high, low = self._held.pop(key)
             parameter.data = join(high, low)
+
+    def drop_replaced(self) -> None:
+        """Someone gave a parameter other data: that is the weight now, and it is whole."""
+        for key in [k for k, (p, high, _) in self._held.items() if p.data_ptr() != high.data_ptr()]:
+            del self._held[key]
 
     @contextlib.contextmanager
     def joined(self) -> Iterator[None]:

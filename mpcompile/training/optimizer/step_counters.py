@@ -1,15 +1,18 @@
-"""Step counters: the 0-dim state of an optimizer, kept in one place for all the updates of a step.
+"""Step counters: the 0-dim state of an optimizer, kept in one place for all the updates of all steps that share it.
 
 Counters of parameters that have always moved together are one scalar in a graph, and views of one tensor in
 ``optimizer.state``: a bias correction is computed once, not once per parameter.  Batches that reach other parameters
-(two tasks with a head each) get updates of their own, so which parameters move together is settled here, across
-updates: a class whose members part is forgotten, and with it every update that took it for one.
+(two tasks with a head each) get updates of their own, and two training steps may share an optimizer, so which
+parameters move together is settled here, per optimizer: a class whose members part is forgotten, and with it every
+update that took it for one.
 """
 
 from __future__ import annotations
 
+import operator
+import weakref
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor
 
 STARTED = "started"  # not in the optimizer's state: 0 until the first step that was taken
+_VERSION = operator.attrgetter("_version")
 
 
 @dataclass
@@ -39,11 +43,12 @@ class _Class:
     params: list[Tensor]
     states: dict[str, tuple[Tensor, Tensor]]
 
-    def holds(self, optimizer: torch.optim.Optimizer) -> bool:
+    def holds(self, state: Any) -> bool:
         """True when the optimizer's state is still ours."""
         return all(
-            _is_element(optimizer.state.get(p, {}).get(key), base, j)
+            _is_element(state.get(p, {}).get(key), base, j)
             for key, (base, _) in self.states.items()
+            if key != STARTED
             for j, p in enumerate(self.params)
         )
 
@@ -58,32 +63,54 @@ class Counters:
 
     Fields:
       generation: rises when a class is forgotten: updates made before may hold it.
+      ran: the update that moved the counters last; graphs of another have older values.
+      ours: the step that the optimizer's hooks see is a training step's.
+      stepped: someone else stepped since the last look.
+      fresh: parameters whose state was made for an update that may never have been taken.
     """
 
     generation: int = 0
+    ran: Any = None
+    ours: bool = False
+    stepped: bool = False
+    fresh: dict[int, Tensor] = field(default_factory=dict)
     _classes: list[_Class] = field(default_factory=list)
-    _started: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _versions: list[int] = field(default_factory=list)
 
     def clear(self) -> None:
         """The optimizer has another state."""
         self._classes.clear()
-        self._started.clear()
         self.generation += 1
+
+    def edited(self) -> bool:
+        """True when someone wrote to the counters themselves: compiled updates raise no version."""
+        return list(map(_VERSION, self._bases())) != self._versions
+
+    def note(self) -> None:
+        """The counters are as they should be from here on."""
+        self._versions = list(map(_VERSION, self._bases()))
 
     def look_again(self) -> None:
         """Someone else moved the counters: forget the classes whose members parted. Reads the device."""
+        self.stepped = False
+        self.fresh.clear()
         self._keep([one for one in self._classes if one.moved_together()])
-        for base, _ in self._started.values():
-            base.fill_(1.0)
-        pairs = [pair for one in self._classes for pair in one.states.values()]
-        for base, value in [*pairs, *self._started.values()]:
-            value.copy_(base[0])
+        for one in self._classes:
+            for base, value in one.states.values():
+                value.copy_(base[0])
+        self.note()
 
-    def of(self, optimizer: torch.optim.Optimizer, params: Sequence[Tensor], groups: Sequence[int],
-           scalars: Sequence[dict[str, Tensor]]) -> list[Shared]:  # fmt: skip
-        """The shared counters of `params`, of which `scalars` are the 0-dim states; views in ``optimizer.state``."""
+    def of(
+        self, state: Any, params: Sequence[Tensor], groups: Sequence[int], scalars: Sequence[dict[str, Tensor]]
+    ) -> list[Shared]:
+        """The shared counters of `params`, of which `scalars` are the 0-dim states; views in `state`.
+
+        Args:
+          state: the optimizer's.
+          scalars: ones under `STARTED` are in no state.
+        """
         place = {id(p): i for i, p in enumerate(params)}
-        self._keep([c for c in self._classes if c.holds(optimizer) and _within(c.params, place) in (0, len(c.params))])
+        self._keep([c for c in self._classes if c.holds(state) and _within(c.params, place) in (0, len(c.params))])
         known = {id(p) for one in self._classes for p in one.params}
         alike: dict[Any, list[int]] = defaultdict(list)
         for i, p in enumerate(params):
@@ -91,25 +118,81 @@ class Counters:
                 values = tuple((k, v.item(), v.dtype) for k, v in scalars[i].items())
                 alike[groups[i], p.device, values].append(i)
         for (_, device, values), members in alike.items():
-            self._classes.append(_made(optimizer, [params[i] for i in members], values, device))
+            self._classes.append(_made(state, [params[i] for i in members], values, device))
         found = []
         for one in self._classes:
             if id(one.params[0]) not in place:
                 continue
             members = [place[id(p)] for p in one.params]
             found += [Shared(key, members, base, value) for key, (base, value) in one.states.items()]
+        self.note()
         return found
 
-    def started(self, number: int, member: int, device: torch.device, begun: bool) -> Shared:
-        """Whether group `number` ever stepped."""
-        if number not in self._started:
-            base = torch.full((1,), float(begun), device=device)
-            self._started[number] = base, base[0].clone()
-        return Shared(STARTED, [member], *self._started[number])
+    def withdraw(self, state: Any) -> None:
+        """Take state that no taken step has touched out of the optimizer: without us it would not be there yet.
+
+        Reads the device, until each has been stepped once.
+        """
+        if self.fresh and not self.edited():
+            started = {
+                id(p): base[j]
+                for one in self._classes
+                for base, _ in filter(None, [one.states.get(STARTED)])
+                for j, p in enumerate(one.params)
+            }
+            for key, param in self.fresh.items():
+                if _untouched(state.get(param, {}), started.get(key)):
+                    state.pop(param)
+                    self.generation += 1
+        self.fresh.clear()
+
+    def _bases(self) -> list[Tensor]:
+        return [base for one in self._classes for base, _ in one.states.values()]
 
     def _keep(self, classes: list[_Class]) -> None:
         self.generation += len(classes) < len(self._classes)
         self._classes = classes
+
+
+_ALL: weakref.WeakKeyDictionary[torch.optim.Optimizer, Counters] = weakref.WeakKeyDictionary()
+
+
+def counters_of(optimizer: torch.optim.Optimizer) -> Counters:
+    """The counters of an optimizer, one for all training steps on it."""
+    if optimizer not in _ALL:
+        _ALL[optimizer] = made = Counters()
+        # Weak: they outlive neither the optimizer nor its copies' state.
+        me = weakref.ref(made)
+        optimizer.register_step_pre_hook(lambda one, *_: _foreign(me, one))
+        optimizer.register_step_post_hook(lambda *_: _note_step(me))
+        optimizer.register_load_state_dict_post_hook(lambda *_: _clear(me))
+        optimizer.register_state_dict_pre_hook(lambda one: _withdraw(me, one))
+    return _ALL[optimizer]
+
+
+def _foreign(held: weakref.ref[Counters], optimizer: torch.optim.Optimizer) -> None:
+    counters = held()
+    if counters is not None and not counters.ours:
+        counters.withdraw(optimizer.state)
+
+
+def _note_step(held: weakref.ref[Counters]) -> None:
+    counters = held()
+    if counters is not None:
+        counters.stepped = counters.stepped or not counters.ours
+
+
+def _clear(held: weakref.ref[Counters]) -> None:
+    counters = held()
+    if counters is not None:
+        counters.fresh.clear()
+        counters.clear()
+
+
+def _withdraw(held: weakref.ref[Counters], optimizer: torch.optim.Optimizer) -> None:
+    counters = held()
+    if counters is not None:
+        counters.withdraw(optimizer.state)
 
 
 def resync(shared: Sequence[Shared]) -> None:
@@ -118,7 +201,14 @@ def resync(shared: Sequence[Shared]) -> None:
         torch._foreach_copy_([one.value for one in shared], [one.base[0] for one in shared])
 
 
-def _within(params: Sequence[Tensor], place: dict[int, int]) -> int:
+def _untouched(state: dict[str, Any], started: Tensor | None) -> bool:
+    """True for state as it was made: its counter (or ours) is at zero; where nothing counts, all of it is."""
+    tensors = [v for v in state.values() if isinstance(v, Tensor)]
+    counter = started if started is not None else state.get("step")
+    return bool(tensors) and not any(bool(t.any()) for t in ([counter] if isinstance(counter, Tensor) else tensors))
+
+
+def _within(params: Iterable[Tensor], place: dict[int, int]) -> int:
     return sum(id(p) in place for p in params)
 
 
@@ -126,11 +216,12 @@ def _is_element(state: Any, base: Tensor, j: int) -> bool:
     return isinstance(state, Tensor) and state.dim() == 0 and state.data_ptr() == base[j].data_ptr()
 
 
-def _made(optimizer: torch.optim.Optimizer, params: list[Tensor], values: Any, device: torch.device) -> _Class:
+def _made(state: Any, params: list[Tensor], values: Any, device: torch.device) -> _Class:
     states = {}
     for key, value, dtype in values:
         base = torch.full((len(params),), value, dtype=dtype, device=device)
         states[key] = base, base[0].clone()
         for p, element in zip(params, base.unbind(), strict=True):
-            optimizer.state[p][key] = element
+            if key != STARTED:
+                state[p][key] = element
     return _Class(params, states)

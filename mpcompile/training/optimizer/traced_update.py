@@ -19,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils import _pytree as pytree
 
 from mpcompile.aten.graphs import outputs_of
+from mpcompile.errors import TrainingError
 from mpcompile.training.loss_scale.scale import LossScale, ScaleState, inverse, transition
 from mpcompile.training.optimizer.binding import Binding, untraceable
 from mpcompile.training.optimizer.split import join, split
@@ -95,9 +96,11 @@ def unscaled(spec: Spec, grads: Sequence[Tensor], scale: Tensor) -> list[Tensor]
 
 def check(grads: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """(finite, norm) over all gradients: 0-dim bool, 0-dim FP32."""
-    largest = torch.stack([g.abs().amax() for g in grads if g.numel()])
+    largest = [g.abs().amax() for g in grads if g.numel()]
     norms = torch.stack([torch.linalg.vector_norm(g) for g in grads])
-    return torch.isfinite(largest).all(), torch.linalg.vector_norm(norms)
+    # Parameters without elements have gradients without any: nothing of them is infinite.
+    found = torch.stack(largest) if largest else norms
+    return torch.isfinite(found).all(), torch.linalg.vector_norm(norms)
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
@@ -164,10 +167,31 @@ def trace(
             return pytree.tree_leaves(update(spec, binding, pytree.tree_unflatten(tensors, tree)))
 
         try:
-            return trace_functional(flat, leaves, decompositions)
+            traced = trace_functional(flat, leaves, decompositions)
+            _refuse_idle(spec, binding, traced)
+            return traced
         except (UndecidableError, DataDependentOutputException, GuardOnDataDependentSymNode) as error:
             problem = error
-    raise untraceable(binding.optimizer, str(problem).splitlines()[0]) from problem
+    raise untraceable(binding.optimizers, str(problem).splitlines()[0]) from problem
+
+
+def _refuse_idle(spec: Spec, binding: Binding, traced: Traced) -> None:
+    """Refuse an update that writes to no parameter: its step steps something else.
+
+    Raises:
+      TrainingError: MP525.
+    """
+    # finite, norm, seed, the scale's state, the counters; then the parameters.
+    first = 3 + len(ScaleState._fields) + len(binding.shared)
+    chosen = outputs_of(traced.module)[first : first + len(binding.params)]
+    idle = [n.target is torch.ops.aten.where.self and n.args[1] is n.args[2] for n in chosen]
+    if all(idle) and not spec.split:
+        raise TrainingError(
+            "MP525",
+            f"the step of {binding.optimizers.name} writes to none of its parameters",
+            why="it steps something else, or nothing",
+            try_="the drop-in way: loss = mp(x); loss.backward(); optimizer.step()",
+        )
 
 
 def trace_functional(

@@ -1,0 +1,128 @@
+"""What a training step shows of itself: its emitted graph, the report, the exports, the cause of an overflow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mpcompile.errors import TrainingError, page
+from mpcompile.training.accumulation import Layout
+from mpcompile.training.emitted.weave import Emitted, emit, origins, precision_graph
+from mpcompile.training.gradients.batch import Batch
+from mpcompile.training.gradients.joint import Joint
+from mpcompile.training.gradients.specialization import Artefact, Artefacts, compiling
+from mpcompile.training.loss_scale.overflow import Overflow, explain
+from mpcompile.training.loss_scale.scale import LossScale
+from mpcompile.training.optimizer.build import Plan, Updater
+from mpcompile.training.optimizer.fused_update import FusedUpdate
+
+page(
+    "MP542",
+    "A step that has not run yet",
+    "The emitted graph, its report and its exports are those of a batch; none has been seen.",
+    "Call the step once.",
+)
+
+Like = Callable[[], Sequence[Tensor]]
+
+
+class Inspection:
+    """The views of a step; it runs nothing of them in a call."""
+
+    artefacts: Artefacts
+    plan: Plan
+    rule: LossScale
+    _last: tuple[Artefact, Layout, Like] | None
+    _emitted: dict[Any, tuple[Emitted, Joint]]
+
+    def _updater(self, layout: Layout, strides: Any, like: Like) -> Updater | FusedUpdate:
+        raise NotImplementedError
+
+    @property
+    def graph(self) -> fx.GraphModule:
+        """The emitted step, as it stands after the last call: one graph; calling it runs a step.
+
+        Its inputs are `self.emitted()[0].arguments(batch tensors)`; call it under ``torch.no_grad()``.
+
+        Raises:
+          TrainingError: MP542, before the first update.
+        """
+        return self.emitted()[0].module
+
+    def emitted(self) -> tuple[Emitted, Joint]:
+        """The emitted step with its live inputs, and the joint graph that it was woven from."""
+        artefact, layout, like = self._latest()
+        updater = self._updater(layout, artefact.strides if self.plan.accumulate == 1 else None, like)
+        key = id(artefact), id(updater)
+        if key not in self._emitted:
+            window = dict(zip((n for n, _ in layout), like(), strict=True)) if self.plan.accumulate > 1 else None
+            with compiling():
+                self._emitted = {key: emit(artefact, updater, window)}
+        return self._emitted[key]
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds that the passes took for the graphs compiled so far."""
+        return sum(artefact.joint.forward.plan.seconds for artefact in self.artefacts)
+
+    @property
+    def saved_bytes(self) -> tuple[int, int]:
+        """(all, those in FP32): what the last call's forward kept for its backward, parameters and shadows apart.
+
+        Known where forward and backward are compiled; zero with backend="eager".
+
+        Raises:
+          TrainingError: MP542, before the first update.
+        """
+        return self._latest()[0].saved_bytes()
+
+    def export_onnx(self, path: Any) -> Any:
+        """Write the step of the last batch as one plain ONNX model, whose state goes in and comes out.
+
+        Raises:
+          TrainingError: MP542. OnnxError: MP602, MP603 (nothing is written), MP607, MP608.
+        """
+        from mpcompile.onnx.export.whole_step import export_step
+
+        whole: Any = self
+        return export_step(whole, self._latest()[0], path)
+
+    def report(self) -> Any:
+        """What was decided for each node of the emitted step, and why. See `mpcompile.report.model.Report`."""
+        from mpcompile.report.model import build_report
+
+        emitted, joint = self.emitted()
+        plan = joint.forward.plan
+        return build_report(precision_graph(emitted, joint), plan.policy, plan.row, steps=plan.steps)
+
+    def explain_overflow(self, *args: Any, **kwargs: Any) -> Overflow | None:
+        """Run a batch again, node by node, and name the first node that makes a non-finite number; None if none does.
+
+        The run is made with the loss scale before the last back-off, then with the present one. Nothing is changed:
+        no weight, no state, no random number. Dropout draws anew, so name the batch of the step that was skipped.
+        """
+        batch = Batch(args, kwargs)
+        artefact = self.artefacts.find(batch)
+        with compiling():
+            joint = artefact.plain_joint()
+        with torch.random.fork_rng(), torch.no_grad():
+            inputs = [t.clone() if isinstance(t, Tensor) else t for t in artefact.inputs(batch.tensors)]
+            names = origins(joint)
+            for factor in (1.0 / self.rule.backoff, 1.0) if self.rule.kind == "dynamic" else (1.0,):
+                found = explain(joint, artefact.seeded(inputs, self.plan.seed * factor), self.plan.seed * factor, names)
+                if found is not None:
+                    return found
+        return None
+
+    def _latest(self) -> tuple[Artefact, Layout, Like]:
+        """What the last update ran.
+
+        Raises:
+          TrainingError: MP542.
+        """
+        if self._last is None:
+            raise TrainingError("MP542", "the step has no graph yet", try_="call it once with a batch")
+        return self._last
