@@ -31,7 +31,7 @@ from mpcompile.training.gradients.specialization import Artefact, Artefacts, com
 from mpcompile.training.identity import ModelIdentity
 from mpcompile.training.inspection import Inspection, Like
 from mpcompile.training.loss_scale.floor_monitor import FloorWatch
-from mpcompile.training.loss_scale.scale import LossScale, ScaleState, from_dict, to_dict
+from mpcompile.training.loss_scale.scale import LossScale, from_dict, to_dict
 from mpcompile.training.optimizer.build import Plan, Updater
 from mpcompile.training.optimizer.fused_update import FusedUpdate
 from mpcompile.training.optimizer.hosts import Optimizers
@@ -140,8 +140,7 @@ class TrainStep(Inspection):
         self._last: tuple[Artefact, Layout, Like] | None = None
         self._emitted: dict[Any, tuple[Emitted, Joint]] = {}
         self._moves = 0
-        self._no = torch.zeros((), dtype=torch.bool, device=self.device)
-        self._yes = torch.ones((), dtype=torch.bool, device=self.device)
+        self._no, self._yes = (torch.tensor(value, device=self.device) for value in (False, True))
         self._nan = torch.full((), float("nan"), device=self.device)
 
     def __call__(self, *args: Any, **kwargs: Any) -> StepResult:
