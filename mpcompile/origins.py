@@ -19,19 +19,18 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from mpcompile.behaviours import MOVERS, Behaviours, is_forced, rounds, subtracts
+from mpcompile.behaviours import MOVERS, Behaviours, is_forced, subtracts
 from mpcompile.formats import CASTABLE, LOW
 from mpcompile.graph import Node, Origin, PrecisionGraph, Value
 from mpcompile.intervals import Interval, exact_in, interval
-from mpcompile.rules.hazards import HAZARDS, base
+from mpcompile.rules.hazards import HAZARDS
 from mpcompile.statistics import Statistics
+from mpcompile.sum_readers import WITH_WEIGHT, SumReaders
 
 # Results of FP32 nodes are full, but what these give is what they were given, or of size 1 by construction.
 _KEPT = MOVERS | {"norm", "cast", "none", "power"}
 # How the reasons of hazards begin that are about range.
 _OF_RANGE = tuple(f"{row.name}:" for row in HAZARDS if row.range)
-# A sum with a table of this range, in front of a norm or a product, loses no more than the table's own last bits.
-SMALL = 8.0
 # How large a multiplier of known range may be, and how small its largest number: FP16 has little room on either side.
 MULTIPLIERS = {"fp16": (2.0**-8, 64.0), "bf16": (0.0, 2.0**60)}
 
@@ -64,6 +63,7 @@ class Flow:
     def __post_init__(self) -> None:
         self.behaviours = Behaviours(self.graph.header.get("source", "fx"))
         self.statistics = Statistics(self.graph)
+        self._allows = SumReaders(self)
         # Storage and groups of which one member is full.
         self._shared: set[str] = set()
         # Results of `sums`, and views of them.
@@ -257,15 +257,22 @@ class Flow:
         full = [name for name in names if self.origin[name] == "full"]
         if full:
             fits = len(full) == 1 and full[0] in self.ranges and not {"rounded", "row"}.isdisjoint(found)
-            return self._if_read_gently(node, full[0]) if fits else "full"
-        if "rounded" in found:
-            return "rounded"
+            return self._if_read_gently(node, full[0]) if fits and not self._counts(node) else "full"
         real = [one for one in found if one]
+        if self._counts(node):
+            return "full" if real else ""
+        if "rounded" in found:
+            return "rounded" if real.count("rounded") == len(real) else self._if_not_heard(node)
         if len(real) < 2:
             return real[0] if real else ""
         if "row" not in real or subtracts(node):
             return "full"
         return self._if_read_gently(node, "")
+
+    def _counts(self, node: Node) -> bool:
+        """True where a tensor of integers is an operand: exact, and of any size."""
+        values = self.graph.values
+        return any("int" in values[name].dtype and values[name].shape for name in node.inputs)
 
     def _if_read_gently(self, node: Node, full: str) -> Origin:
         if node.id in self.denied:
@@ -280,10 +287,19 @@ class Flow:
         plain = len(names) == 1 and isinstance(power, (int, float)) and 1 <= power <= 4
         return self._map(node, names) if plain else "full"
 
+    def _if_not_heard(self, node: Node) -> Origin:
+        """A rounded value and a weight, which may be the larger one: what is returned, or looked at in FP32, keeps its digits."""
+        if node.id in self.denied:
+            return "full"
+        self.sums[node.id] = WITH_WEIGHT
+        return "rounded"
+
     def _multiply(self, node: Node, names: list[str]) -> Origin:
         found = self._kinds(names)
         if self.statistics.normalizes(node, names, inverse=True):
             return self._norm(node, found)
+        if self._counts(node):
+            return "full"
         if "full" in found:
             bounded = all(self._is_multiplier(name) for name in names if self.origin[name] == "full")
             return self._by_multiplier(node, found) if bounded else "full"
@@ -346,43 +362,6 @@ class Flow:
         for key in reversed(self.sums):
             full = self.sums[key]
             name = self.graph.nodes[key].outputs[0]
-            if not (self._is_gentle(full, name) or self._is_mask(full, name)):
+            if not self._allows.sum(full, name):
                 self.denied.add(key)
         return len(self.denied) > before
-
-    def _is_gentle(self, full: str, name: str) -> bool:
-        small = not full or (full in self.tables and max(map(abs, self.ranges[full])) <= SMALL)
-        return small and self._all_readers(name, self._reads_gently)
-
-    def _reads_gently(self, reader: Node) -> bool | None:
-        how = self.behaviours.of(reader)
-        if how == "add":
-            return reader.id not in self.denied and self.origin.get(reader.outputs[0]) == "rounded"
-        if how == "move":
-            return None
-        return how == "norm" or rounds(reader, how) or "dropout" in base(reader.op)
-
-    def _is_mask(self, full: str, name: str) -> bool:
-        """Something that is never positive, added to scores in front of a softmax: what it rounds, the softmax forgets."""
-        return bool(full) and self.ranges[full][1] <= 0 and self._all_readers(name, self._is_softmax)
-
-    def _is_softmax(self, reader: Node) -> bool | None:
-        if self.behaviours.of(reader) in ("move", "add") and reader.id not in self.denied:
-            return None
-        return reader.kind == "softmax"
-
-    def _all_readers(self, name: str, accepts: Callable[[Node], bool | None]) -> bool:
-        """Whether `accepts` all who read a value; where it says None, it is asked of those who read that node."""
-        waiting, seen = [name], {name}
-        while waiting:
-            name = waiting.pop()
-            if name in self.returned:
-                return False
-            for reader in self.readers[name]:
-                answer = accepts(reader)
-                if answer is False:
-                    return False
-                if answer is None:
-                    waiting += [out for out in reader.outputs if out not in seen]
-                    seen.update(reader.outputs)
-        return True
