@@ -39,18 +39,8 @@ EXCEPTIONS: tuple[Bound, ...] = (
         "graphs/molecule[painn]*", 12, "squares of sums that cancel: the output has lost digits before they are taken"
     ),
 )
-IDS = "an integer tensor is an exact factor or summand of any size: with a weight it should give a full value"
-RETURNED = "a sum with a weight that is returned to a loss, and read by no norm or product, should be full"
 # Known to be wrong and not yet mended, by run. One that holds its bound fails its test, so that its row goes.
-OPEN: dict[str, str] = {
-    "tabular/ids_as_numbers[scaled] fp16 *": IDS,
-    "tabular/ids_as_numbers[shifted] bf16 *": IDS,
-    "tabular/raw_targets[smooth_l1] *": RETURNED,
-    "tabular/raw_targets[huber] *": RETURNED,
-    "tabular/raw_targets[l1] bf16 *": RETURNED,
-    "tabular/raw_targets[quantile] bf16 *": RETURNED,
-    "tabular/raw_targets[mape] bf16 *": RETURNED,
-}
+OPEN: dict[str, str] = {}
 
 
 def bound_of(name: str, usual: float) -> float:
