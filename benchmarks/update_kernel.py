@@ -235,11 +235,12 @@ def today(state: State) -> Callable[[], Any]:
     """The whole update as `train_step` ran it without the kernels: ATen's fused AdamW and what surrounds it."""
     from mpcompile.training.optimizer import fused_update as fused
     from mpcompile.training.optimizer.binding import bind
+    from mpcompile.training.optimizer.hosts import Optimizers
     from mpcompile.training.optimizer.traced_update import Spec
 
     params = [p.detach().requires_grad_() for p in state.params]
     optimizer = torch.optim.AdamW(params, **NUMBERS, fused=True)
-    binding = bind(optimizer, params)
+    binding = bind(Optimizers(optimizer), params)
     for p, m, v in zip(params, state.first, state.second, strict=True):
         optimizer.state[p].update(exp_avg=m, exp_avg_sq=v)
     binding.fused = True

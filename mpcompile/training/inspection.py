@@ -16,8 +16,7 @@ from mpcompile.training.gradients.joint import Joint
 from mpcompile.training.gradients.specialization import Artefact, Artefacts, compiling
 from mpcompile.training.loss_scale.overflow import Overflow, explain
 from mpcompile.training.loss_scale.scale import LossScale
-from mpcompile.training.optimizer.build import Plan, Updater
-from mpcompile.training.optimizer.fused_update import FusedUpdate
+from mpcompile.training.optimizer.build import Plan, Update
 
 page(
     "MP542",
@@ -38,7 +37,7 @@ class Inspection:
     _last: tuple[Artefact, Layout, Like] | None
     _emitted: dict[Any, tuple[Emitted, Joint]]
 
-    def _updater(self, layout: Layout, strides: Any, like: Like) -> Updater | FusedUpdate:
+    def _updater(self, layout: Layout, strides: Any, like: Like) -> Update:
         raise NotImplementedError
 
     @property

@@ -32,8 +32,7 @@ from mpcompile.training.identity import ModelIdentity
 from mpcompile.training.inspection import Inspection, Like
 from mpcompile.training.loss_scale.floor_monitor import FloorWatch
 from mpcompile.training.loss_scale.scale import LossScale, from_dict, to_dict
-from mpcompile.training.optimizer.build import Plan, Updater
-from mpcompile.training.optimizer.fused_update import FusedUpdate
+from mpcompile.training.optimizer.build import Plan, Update
 from mpcompile.training.optimizer.hosts import Optimizers
 from mpcompile.training.optimizer.monitor import OptimizerWatch, Seen
 from mpcompile.training.optimizer.split import SplitMasters
@@ -134,7 +133,7 @@ class TrainStep(Inspection):
             around=self.plan.split.joined if self.plan.split is not None else contextlib.nullcontext,
         )
         self._replays = Replays(False if self.backend == "eager" else cuda_graph, self.device)
-        self._updaters: dict[Any, Updater | FusedUpdate] = {}
+        self._updaters: dict[Any, Update] = {}
         self._buffers = SkippedBuffers()
         self._floor = FloorWatch(self.rule, self.state)
         self._last: tuple[Artefact, Layout, Like] | None = None
@@ -239,7 +238,7 @@ class TrainStep(Inspection):
         """`run`, or its replay. A recording reads a copy of the batch: what the model writes to it would be lost."""
         return run if artefact.writes else self._replays.find(key, run, tensors, fixed)
 
-    def _written(self, updater: Updater | FusedUpdate) -> list[Tensor]:
+    def _written(self, updater: Update) -> list[Tensor]:
         """What an update writes at fixed addresses; a master that only its shadow stands for is in no artefact."""
         return [*updater.binding.params, *self.plan.shadows.shadows]
 
@@ -261,7 +260,7 @@ class TrainStep(Inspection):
         call = self._replayed(artefact, key, run, batch.tensors, lambda: [*artefact.tensors(), *self._written(updater)])
         return self._updated(updater, lambda: call(batch.tensors))
 
-    def _updater(self, layout: Layout, strides: Any, like: Like) -> Updater | FusedUpdate:
+    def _updater(self, layout: Layout, strides: Any, like: Like) -> Update:
         """The update for gradients of `layout`, its numbers (learning rates …) as the groups have them now."""
         seen = self.watch.look() | self.watch.look_at_state()
         self._moves += Seen.NUMBERS in seen
@@ -277,7 +276,7 @@ class TrainStep(Inspection):
                 counters.ran = weakref.ref(updater)
         return updater
 
-    def _build(self, layout: Layout, strides: Any, like: Like) -> Updater | FusedUpdate:
+    def _build(self, layout: Layout, strides: Any, like: Like) -> Update:
         with compiling():
             updater = self.plan.build(layout, like())
         if self.watch.settle() & Seen.COUNTERS:
@@ -302,7 +301,7 @@ class TrainStep(Inspection):
                 for hook in one._optimizer_step_pre_hooks.values():
                     hook(one, (), {})
 
-    def _updated(self, updater: Updater | FusedUpdate, run: Callable[[], Sequence[Tensor]]) -> StepResult:
+    def _updated(self, updater: Update, run: Callable[[], Sequence[Tensor]]) -> StepResult:
         """Run what ends with an update, and the optimizer's own hooks after it."""
         loss, finite, norm, scale = run()
         self._buffers.settle(finite)

@@ -9,11 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from mpcompile import mpcompile
 from mpcompile.runtime.kernels.table import Rows
 from mpcompile.runtime.kernels.update import Rule, Scale, UpdateKernel, adam_numbers
 from mpcompile.training.loss_scale.scale import LossScale
+from mpcompile.training.optimizer import kernel_update
+from mpcompile.training.optimizer.fused_update import FusedUpdate
+from mpcompile.training.optimizer.kernel_update import KernelUpdate
 
 pytestmark = [
     pytest.mark.gpu,
@@ -105,3 +109,40 @@ def test_shadows_are_rounded_to_nearest() -> None:
     for shadow, master in zip(rows.shadows, rows.masters, strict=True):
         assert shadow is not None
         assert torch.equal(shadow, master.bfloat16())
+
+
+def mean_square(model: nn.Module, x: Tensor) -> Tensor:
+    return model(x).float().square().mean()
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2}, {"masters": "split"}], ids=str)
+def test_a_replayed_step_is_as_atens(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps, one by kernels, from the same state each time; replayed from the fourth step on."""
+    torch.manual_seed(0)
+    layers = (nn.Linear(512, 1024), nn.GELU(), nn.LayerNorm(1024), nn.Linear(1024, 1024), nn.Linear(1024, 64))
+    models = [nn.Sequential(*layers).cuda()]
+    models.append(copy.deepcopy(models[0]))
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3, weight_decay=0.1) for m in models]
+    steps = [mpcompile(m, "bf16", low=["*"]).train_step(o, mean_square, max_grad_norm=0.01, **options)
+             for m, o in zip(models, optimizers, strict=True)]  # fmt: skip
+    for turn in range(12):
+        x = torch.randn(64, 512, device="cuda")
+        for step, devices in zip(steps, ({"cuda"}, set[str]()), strict=True):
+            monkeypatch.setattr(kernel_update, "DEVICES", devices)
+            result = step(x if turn != 7 else x * float("inf"))
+            assert result.finite.item() is (turn != 7)
+        mine, theirs = (m.state_dict() for m in models)
+        for name, want in theirs.items():
+            torch.testing.assert_close(mine[name], want, rtol=1e-6, atol=1e-7, msg=f"{turn}: {name}")
+        with torch.no_grad():
+            models[0].load_state_dict(theirs)
+            for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+                for key in ("exp_avg", "exp_avg_sq") if q in optimizers[1].state else ():
+                    optimizers[0].state[p][key].copy_(optimizers[1].state[q][key])
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] *= 0.9
+    assert all(isinstance(one, KernelUpdate) for one in steps[0]._updaters.values())
+    assert not any(isinstance(one, KernelUpdate) for one in steps[1]._updaters.values())
+    assert steps[0]._replays._steps
+    if not options:
+        assert all(isinstance(one, FusedUpdate) for one in steps[1]._updaters.values())

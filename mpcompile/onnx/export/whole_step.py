@@ -45,7 +45,7 @@ def emit_step(step: Step, batch: Batch) -> tuple[Emitted, Any]:
 
 def _traced(step: Step, artefact: Any) -> Any:
     """The update in elementary operations: fused optimizer kernels have no ONNX form."""
-    plan = replace(step.plan, builds={artefact.layout: MOST_FUSED})
+    plan = replace(step.plan, builds={artefact.layout: MOST_FUSED}, kernels=False)
     return plan.build(artefact.layout, artefact.gradients())
 
 

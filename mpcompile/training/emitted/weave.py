@@ -25,8 +25,7 @@ from mpcompile.rules.table import rules_for
 from mpcompile.training.gradients.forward import Forward
 from mpcompile.training.gradients.joint import Joint
 from mpcompile.training.gradients.specialization import Artefact
-from mpcompile.training.optimizer.build import Updater
-from mpcompile.training.optimizer.fused_update import FusedUpdate
+from mpcompile.training.optimizer.build import Update
 
 _CASTS = ("aten._to_copy", "aten.to", "prims.convert_element_type")
 _STORES = ("aten.copy_", "aten._foreach_copy_", "aten.view.dtype")
@@ -112,9 +111,7 @@ class Weaver:
         return new
 
 
-def emit(
-    artefact: Artefact, update: Updater | FusedUpdate, window: dict[str, Tensor] | None = None
-) -> tuple[Emitted, Joint]:
+def emit(artefact: Artefact, update: Update, window: dict[str, Tensor] | None = None) -> tuple[Emitted, Joint]:
     """Weave forward, backward and update into one graph.
 
     Args:
@@ -163,7 +160,7 @@ def _fake_like(node: fx.Node, tensor: Tensor) -> Tensor:
         return torch.empty_like(node.meta["val"], dtype=tensor.dtype)
 
 
-def _names(joint: Joint, artefact: Artefact, update: Updater | FusedUpdate) -> dict[int, str]:
+def _names(joint: Joint, artefact: Artefact, update: Update) -> dict[int, str]:
     """id of a live tensor -> what to call it."""
     pairs = zip(joint.forward.inputs, artefact.fixed, strict=True)
     names = {id(held): one.name for one, held in pairs if held is not None}

@@ -19,6 +19,7 @@ from mpcompile.training.accumulation import Layout
 from mpcompile.training.gradients.compile import Run, decompositions, run_update
 from mpcompile.training.loss_scale.scale import LossScale, ScaleState
 from mpcompile.training.optimizer import fused_update as fused
+from mpcompile.training.optimizer import kernel_update
 from mpcompile.training.optimizer.binding import Binding, bind, can_fuse, follow
 from mpcompile.training.optimizer.hosts import Optimizers
 from mpcompile.training.optimizer.split import SplitMasters
@@ -64,6 +65,9 @@ class Updater:
         return seen is not None
 
 
+Update = Updater | fused.FusedUpdate | kernel_update.KernelUpdate
+
+
 @dataclass
 class Plan:
     """What all updates of one step share."""
@@ -81,8 +85,10 @@ class Plan:
     # Parameters that a graph reads in FP32: these are never split.
     whole: set[int] = field(default_factory=set)
     builds: dict[Layout, int] = field(default_factory=dict)
+    # False: the update in elementary operations, to be exported.
+    kernels: bool = True
 
-    def build(self, layout: Layout, grads: Sequence[Tensor]) -> Updater | fused.FusedUpdate:
+    def build(self, layout: Layout, grads: Sequence[Tensor]) -> Update:
         """The update for gradients of `layout`; `grads` are examples of them.
 
         Raises:
@@ -109,13 +115,34 @@ class Plan:
             tuple(halves),
         )
         shadows = [shadow for _, shadow in held]
+
+        def aten(backend: str) -> Updater | fused.FusedUpdate:
+            return self._aten(layout, spec, binding, halves, shadows, grads, backend)
+
+        # What is emitted is never run by us: nothing compiles it.
+        ours = self.kernels and kernel_update.build(
+            spec, binding, self.state, self.seed, halves, shadows, grads, lambda: aten("eager")
+        )
+        return ours or aten(self.backend)
+
+    def _aten(
+        self,
+        layout: Layout,
+        spec: Spec,
+        binding: Binding,
+        halves: dict[int, Tensor],
+        shadows: list[Tensor],
+        grads: Sequence[Tensor],
+        backend: str,
+    ) -> Updater | fused.FusedUpdate:
+        """The update in ATen's operations."""
         # A fused kernel holds betas and weight decay as constants: a schedule that moves them gets the traced update.
         self.builds[layout] = self.builds.get(layout, 0) + 1
         often = self.builds[layout] > MOST_FUSED or halves
         if not often and can_fuse(self.optimizers, binding.params) and fused.serves(binding):
             binding.fused = True
-            return fused.build(spec, binding, self.state, self.seed, shadows, grads, self.backend)
-        return self._traced(spec, binding, list(halves.values()), list(grads), shadows)
+            return fused.build(spec, binding, self.state, self.seed, shadows, grads, backend)
+        return self._traced(spec, binding, list(halves.values()), list(grads), shadows, backend)
 
     def _halves(
         self, binding: Binding, held: list[tuple[int, Tensor]]
@@ -135,7 +162,13 @@ class Plan:
         return halves, rest
 
     def _traced(
-        self, spec: Spec, binding: Binding, low: list[Tensor], grads: list[Tensor], shadows: list[Tensor]
+        self,
+        spec: Spec,
+        binding: Binding,
+        low: list[Tensor],
+        grads: list[Tensor],
+        shadows: list[Tensor],
+        backend: str,
     ) -> Updater:
         now = binding.numbers()
         numbers = torch.tensor(now, dtype=torch.float64, device=self.seed.device)
@@ -147,11 +180,11 @@ class Plan:
         def make(table: Any = None) -> InPlace:
             return in_place(trace(spec, binding, given, table), given, self.seed, bases, shadows)
 
-        emitted = make(decompositions(self.backend))
+        emitted = make(decompositions(backend))
         before, after = pytree.tree_leaves(given._replace(grads=[])), [self.seed, *bases, *shadows]
         # An optimizer that computes in a low type (Muon) means its roundings.
         with roundings_kept(rounds_itself(emitted.module)):
-            run = run_update(emitted, self.backend)
+            run = run_update(emitted, backend)
         return Updater(binding, make, run, before, after, numbers, now, self.seed, self.state)
 
 
