@@ -3,7 +3,7 @@
 PYTHONPATH=. python3 benchmarks/update_kernel.py --out results [--quick | --tiny]
 
 Every value is compared with FP64 arithmetic before anything is timed.  Allowed is one unit in the last place of the
-numbers that a result is a sum of, and for a master four of what was added to it: among 1.2 billion elements some p - lr * u
+numbers that a result is a sum of, and for a master four of what its change is a sum of: among 1.2 billion elements some p - lr * u
 cancel to a billionth of either, and the last place of what is left says nothing of the arithmetic.  Then the
 update is timed as a replayed CUDA graph, beside ATen's fused AdamW alone and beside today's whole update (look, copies
 to FP32, norms, clip, fused kernel, shadows), against the copy rate that this device reaches in the same run.
@@ -132,16 +132,22 @@ def kernel_of(state: State, rows: Rows | None = None, shape: Shape | None = None
 Before = tuple[Tensor, Tensor, Tensor]
 
 
-def exact(state: State, number: int, before: Before, step: float, factor: float, wide: bool) -> Before:
-    """Master and moments of a parameter after the step, in FP64; the gradient's own rounding is part of FP32's way."""
+def exact(state: State, number: int, before: Before, step: float, factor: float, wide: bool) -> tuple[Tensor, ...]:
+    """Master and moments of a parameter after the step, in FP64, and the size of what the change is a sum of.
+
+    The gradient's own rounding is part of FP32's way.
+    """
     grad = functools.reduce(torch.add, [state.grads[i].float() for i in state.parts[number]])
     grad = grad.double() * factor if wide else (grad * factor).double()
     master, first, second = (t.double() for t in before)
     (b1, b2), lr = NUMBERS["betas"], NUMBERS["lr"]
+    terms = first.abs() * b1 + grad.abs() * (1 - b1)
     first = first * b1 + grad * (1 - b1)
     second = second * b2 + grad * grad * (1 - b2)
     below = (second / (1 - b2**step)).sqrt() + NUMBERS["eps"]
-    return master * (1 - lr * NUMBERS["weight_decay"]) - lr / (1 - b1**step) * first / below, first, second
+    size = lr / (1 - b1**step)
+    after = master * (1 - lr * NUMBERS["weight_decay"]) - size * first / below
+    return after, first, second, size * terms / below
 
 
 def step_at(value: Tensor) -> Tensor:
@@ -149,9 +155,10 @@ def step_at(value: Tensor) -> Tensor:
     return (torch.nextafter(near, torch.full_like(near, math.inf)) - near).double()
 
 
-def off(got: Tensor, want: Tensor, before: Tensor, change: float) -> float:
-    """The worst distance, as a part of what is allowed: a unit of the terms, `change` of what was added."""
-    allowed = step_at(want.abs() + before.abs().double()) + change * step_at(want - before.double())
+def off(got: Tensor, want: Tensor, before: Tensor, change: Tensor | None) -> float:
+    """The worst distance, as a part of what is allowed: a unit of the terms, four of those of the change."""
+    allowed = step_at(want.abs() + before.abs().double())
+    allowed += 0.0 if change is None else 4.0 * step_at(change)
     return float(((got.double() - want).abs() / allowed).max())
 
 
@@ -171,9 +178,9 @@ def check(state: State, shape: Shape | None = None) -> dict[str, float]:
     # One at a time: FP64 copies of all would not fit beside the rest.
     for i, before in enumerate(befores):
         now = state.params[i], state.first[i], state.second[i]
-        want = exact(state, i, before, step, factor, wide)
+        *want, terms = exact(state, i, before, step, factor, wide)
         for key, got, one, old in zip(worst, now, want, before, strict=True):
-            worst[key] = max(worst[key], off(got, one, old, 0.0 if wide or key != "master" else 4.0))
+            worst[key] = max(worst[key], off(got, one, old, None if wide or key != "master" else terms))
     pairs = [(s, p) for s, p in zip(state.shadows, state.params, strict=True) if s is not None]
     differ = sum(int((s != p.to(LOW)).sum()) for s, p in pairs) if state.params[0].is_cuda else 0
     return {**worst, "norm": abs(float(found.norm) / norm - 1), "shadows that differ": differ, "factor": factor}
