@@ -3,8 +3,8 @@
 PYTHONPATH=. python3 benchmarks/update_kernel.py --out results [--quick | --tiny]
 
 Every value is compared with FP64 arithmetic before anything is timed.  Allowed is one unit in the last place of the
-numbers that a result is a sum of, and for a master four of what its change is a sum of: among 1.2 billion elements some p - lr * u
-cancel to a billionth of either, and the last place of what is left says nothing of the arithmetic.  Then the
+numbers that a result is a sum of, and for a master four of what its change is a sum of: among 1.2 billion elements some
+p - lr * u cancel to a billionth of either, and the last place of what is left says nothing of the arithmetic.  Then the
 update is timed as a replayed CUDA graph, beside ATen's fused AdamW alone and beside today's whole update (look, copies
 to FP32, norms, clip, fused kernel, shadows), against the copy rate that this device reaches in the same run.
 
