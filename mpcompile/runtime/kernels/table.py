@@ -21,7 +21,7 @@ COLUMNS = 16
 # Bytes on which a row must lie for wide accesses.
 WIDE = 16
 # Pinned tables that are ready for the captures of CUDA graphs, in which none can be allocated.
-SPARE = 4
+SPARE = 16
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,9 @@ class AddressTable:
         """
         addresses = list(map(torch.Tensor.data_ptr, [*grads, *self._held]))
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            if not self._spare:
+                # A step then runs without a graph, and says so.
+                raise RuntimeError("no pinned memory lies ready for another capture of the update")
             staged = self._spare.pop()
             self._kept.append(staged)
             self._write(addresses, staged)
