@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
 import inspect
@@ -33,7 +34,7 @@ from mpcompile.runtime.coverage import warn_of_eager_call, warn_of_gaps, warn_of
 from mpcompile.runtime.dynamo import Compiler
 from mpcompile.runtime.sharded import refuse_sharded
 from mpcompile.shadows.table import SHADOWS
-from mpcompile.torch_internals import is_watched
+from mpcompile.torch_internals import hooks_guarded, is_watched
 
 page(
     "MP102",
@@ -240,9 +241,7 @@ class MixedPrecisionModule(nn.Module):
 
     def _run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
-            if not self._recurrent:
-                return call(*args, **kwargs)
-            with traced_whole():
+            with hooks_guarded(), traced_whole() if self._recurrent else contextlib.nullcontext():
                 return call(*args, **kwargs)
         except BackendCompilerFailed as error:
             raise _own(error) from error

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 from torch._C._dynamo import guards as _guards
+from torch._dynamo import config as _dynamo_config
 from torch.nn.modules import module as _module
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -27,6 +28,17 @@ def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def hooks_guarded() -> Iterator[None]:
+    """What Dynamo compiles inside is compiled again when hooks of a module come or go; by itself it does not look at them."""
+    before = _dynamo_config.skip_nnmodule_hook_guards
+    _dynamo_config.skip_nnmodule_hook_guards = False
+    try:
+        yield
+    finally:
+        _dynamo_config.skip_nnmodule_hook_guards = before
 
 
 def is_watched() -> bool:
@@ -60,4 +72,13 @@ class TensorGuards:
         return bool(self._made.check(*self._tensors))
 
 
-__all__ = ["COMPILING", "GLOBAL_HOOKS", "MODULE_HOOKS", "MODULE_TENSORS", "TensorGuards", "is_watched", "replaced"]
+__all__ = [
+    "COMPILING",
+    "GLOBAL_HOOKS",
+    "MODULE_HOOKS",
+    "MODULE_TENSORS",
+    "TensorGuards",
+    "hooks_guarded",
+    "is_watched",
+    "replaced",
+]

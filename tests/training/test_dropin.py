@@ -467,3 +467,35 @@ def test_an_exported_program_trains(backend: str) -> None:
         torch.testing.assert_close(got, model(x[:size])["y"], rtol=0.05, atol=0.1)
     assert {name for name, p in mp.named_parameters() if p.grad is not None} == dict(model.named_parameters()).keys()
     assert any(node.module == "body.0" and node.source for node in mp.plans[0].graph)
+
+
+HOOKS: dict[str, Callable[[nn.Module], Any]] = {
+    "forward": lambda model: model[0].register_forward_hook(lambda module, given, made: made * 3),
+    "forward pre": lambda model: model[1].register_forward_pre_hook(lambda module, given: (given[0] * 2,)),
+    "of the whole": lambda model: model.register_forward_hook(lambda module, given, made: made + 7),
+    "backward": lambda model: model[1].register_full_backward_hook(lambda module, into, out: (into[0] * 5,)),
+    "gradient": lambda model: model[1].weight.register_hook(lambda grad: grad * 5),
+}
+
+
+@pytest.mark.fp32_products
+@pytest.mark.filterwarnings(
+    "ignore:mpcompile. no compiled graph ran"
+)  # Dynamo gives up on backward hooks, and we say so
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", HOOKS)
+def test_hooks_that_come_and_go_after_the_first_call_are_seen(backend: str, kind: str) -> None:
+    """Dynamo itself guards no hooks: a model compiled before one came would go on without it."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2)), torch.randn(5, 6)
+    mp = mpcompile(model, "fp32", backend=backend)
+
+    def same() -> None:
+        ours, theirs = (torch.autograd.grad(call(x).square().sum(), list(model.parameters())) for call in (mp, model))
+        torch.testing.assert_close(ours, theirs)
+
+    same()
+    handle = HOOKS[kind](model)
+    same()
+    handle.remove()
+    same()
