@@ -203,18 +203,21 @@ def precision_graph(emitted: Emitted, joint: Joint) -> PrecisionGraph:
         node.phase = found.meta.get("mp_phase", "optimizer")
         _settle_precision(graph, node, forward.plan.policy.low)
         origins.explain(graph, node, found)
-    if emulated_kinds(forward.plan.device, forward.plan.policy.low, compiled=True):
+    if emulated_kinds(forward.plan.device, forward.plan.policy.low, compiled=False):
         _mark_roundings(graph)
     return graph
 
 
 def _mark_roundings(graph: PrecisionGraph) -> None:
-    """Where FP16 is emulated, an FP32 result that is rounded and widened again is a rounding, not a pair of casts."""
+    """Where a low type is emulated (all of FP16 on a CPU, norms op by op), an FP32 result that is rounded and widened again is
+    a rounding, not a pair of casts.
+    """
     for cast in graph.casts():
         before = graph.producer(cast.inputs[0])
         if before is not None and before.is_cast:
-            before.op, before.out_dtype, before.origin = "aten._to_copy.default", str(before.attrs["to"]), ""
-            before.precision, before.reason = "fp16", "rounds to FP16 what this device computes in FP32"
+            low = str(before.attrs["to"])
+            before.op, before.out_dtype, before.origin = "aten._to_copy.default", low, ""
+            before.precision, before.reason = low, f"rounds to {low.upper()} what this device computes in FP32"  # type: ignore[assignment]
 
 
 class Place(NamedTuple):
