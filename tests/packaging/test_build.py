@@ -21,6 +21,8 @@ warnings.simplefilter("ignore")
 import mpcompile
 assert sys.prefix in mpcompile.__file__, mpcompile.__file__
 names = [m.name for m in pkgutil.walk_packages(mpcompile.__path__, "mpcompile.") if not m.name.endswith("__main__")]
+# Triton comes with torch's CUDA builds alone.
+names = [name for name in names if not name.endswith("_triton")]
 for name in names:
     importlib.import_module(name)
 from mpcompile.report.model import build_report
