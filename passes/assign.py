@@ -350,7 +350,11 @@ def _fix_values(node: Node, results: list[Value]) -> None:
 
 
 def _follow_autocast(graph: PrecisionGraph, low: str) -> None:
-    """torch.autocast on CUDA, op by op: its lists cast, and anything else takes the widest of what it reads."""
+    """torch.autocast on CUDA, op by op: its lists cast, and anything else takes the widest of what it reads.
+
+    What is written in place keeps the type of its storage, as torch's in-place operations do.
+    """
+    classes, stored = _Classes(graph), dict[str, str]()
     for node, results in zip(graph, made(graph), strict=True):
         if told(node) or not graph.has_floats(node):
             node.precision = node.out_dtype if told(node) and node.out_dtype in CASTABLE else "keep"  # type: ignore[assignment]
@@ -367,7 +371,20 @@ def _follow_autocast(graph: PrecisionGraph, low: str) -> None:
                 "rule",
                 f"{node.reason}; on no autocast list: {node.precision} as its operands",
             )
+        if node.precision in CASTABLE and any(value.alias for value in results) and not told(node):
+            _keep_storage(node, classes, stored)
         _fix_values(node, results)
+
+
+def _keep_storage(node: Node, classes: _Classes, stored: dict[str, str]) -> None:
+    """Give a node the precision of the storage that its result is in; `stored` has that of each class, by its first node."""
+    root = classes.root(node.id)
+    kept = classes.tied.get(root) or stored.setdefault(root, node.precision)
+    if kept == node.precision:
+        return
+    node.precision, node.verdict = kept, "propagate" if kept in LOW else "fp32"  # type: ignore[assignment]
+    node.decided_by = "user-cast" if classes.tied.get(root) else "rule"
+    node.reason = f"its storage is {kept}, and an operation in place changes no type"
 
 
 def _widest(values: list[Value], low: str) -> str:
