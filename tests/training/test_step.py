@@ -173,9 +173,11 @@ def test_the_steady_state_never_asks_the_device(backend, accumulate):
         for batch in data:
             step(*batch)
             schedule.step()
-    # BatchNorm's buffers, the numbers of the schedule, the sums of the window: not one op per parameter.
+    # BatchNorm's buffers, the numbers of the schedule, the sums of the window: not one op per parameter. Low products are
+    # the model's own, which the compiler calls from a library.
     if backend == "inductor":
-        assert len(watch.seen) < 12 * len(data)
+        ours = [op for op in watch.seen if not op.startswith(("aten.mm.", "aten.addmm."))]
+        assert len(ours) < 12 * len(data), ours
 
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
