@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
 
+from mpcompile.aten.ranges import HELD, held_by, note_ranges
 from mpcompile.aten.read import FxCapture, read
 from mpcompile.devices import pinned
 from mpcompile.errors import RuleError
 from mpcompile.graph import PrecisionGraph
 from mpcompile.hardware import row_name, settle_policy
+from mpcompile.passes.classify import refuse_both
 from mpcompile.pipeline import Observer, StepRecord, default_passes, run
 from mpcompile.policy import Policy
 
@@ -67,6 +69,7 @@ def decide(
     *,
     partial: bool = False,
     observer: Observer | None = None,
+    held: Mapping[str, Tensor] | None = None,
 ) -> Plan:
     """Read an ATen graph and run the passes over it.
 
@@ -74,11 +77,17 @@ def decide(
       device: where the graph runs ("cuda" or "cpu"); what it is priced for is the policy's to say.
       partial: the graph is one of several of the model, so an override may match in another.
       observer: called after each pass (see `mpcompile.pipeline.run`).
+      held: placeholder of `module` -> the parameter or buffer that it stands for, where its numbers are there.
     """
     start = time.perf_counter()
     policy = settle_policy(settings.policy, device)
     row = row_name(policy, device)
     capture = read(module, {"device": row, "policy": str(policy)})
+    narrow = policy.low == "fp16"  # the others reach as far as FP32
+    if narrow:
+        values = [(v.name, capture.origin[v.name][0]) for v in map(capture.graph.values.get, capture.graph.inputs)
+                  if v is not None and v.role in HELD and v.range is None]  # fmt: skip
+        note_ranges(capture.graph, held_by(values, capture.module, held or {}), policy.low)
     passes = default_passes(
         policy,
         row,
@@ -106,7 +115,9 @@ def settings_of(
     parsed = Policy.parse(policy)
     if parsed.device != "auto":
         pinned(parsed.device)  # a file that cannot be read is an error of this call, not of the first batch
-    return Settings(parsed, _several(keep_fp32), _several(low), strict, inner)
+    kept, forced = _several(keep_fp32), _several(low)
+    refuse_both(kept, forced)
+    return Settings(parsed, kept, forced, strict, inner)
 
 
 def _several(given: Any) -> tuple[Any, ...]:

@@ -130,10 +130,11 @@ def default_passes(
       fused: the graph will be compiled, so casts inside a fused region are free.
       verify: end with the verifier.
     """
-    from mpcompile.passes.classify import Classify
+    from mpcompile.passes.classify import Classify, refuse_both
     from mpcompile.passes.insert_casts import InsertCasts
     from mpcompile.passes.normalize import Normalize
 
+    refuse_both(keep_fp32, force_low)
     low = policy.low
     classify = Classify(low, source, policy.plan, tuple(keep_fp32), tuple(force_low), strict, partial)
     if low == "fp32":

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from torch._C._dynamo import guards as _guards
 from torch._dynamo import config as _dynamo_config
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules import module as _module
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
@@ -58,6 +59,16 @@ GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
 )
 
 
+def real_tensors(fakes: Sequence[Any]) -> list[Tensor | None]:
+    """The tensor that each fake was made from, where its mode remembers it and it still lives."""
+    mode = next((fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)), None)
+    if mode is None:
+        return [None] * len(fakes)
+    made: Any = mode.fake_tensor_converter.meta_converter
+    known = {id(made.tensor_memo.get(number)): real for real, number in made.describer.lookup_tensor.items()}
+    return [known.get(id(fake)) if isinstance(fake, FakeTensor) else None for fake in fakes]
+
+
 class TensorGuards:
     """Whether tensors are of the sizes, strides, dtype, device and `requires_grad` that they were, in one call of C++.
 
@@ -80,5 +91,6 @@ __all__ = [
     "TensorGuards",
     "hooks_guarded",
     "is_watched",
+    "real_tensors",
     "replaced",
 ]

@@ -24,8 +24,8 @@ from mpcompile.rules.table import Rule, Rules, rules_for
 page(
     "MP203",
     "An override that matches nothing",
-    "A glob of keep_fp32 or low matches no module path, no operation name and no node name of the graph.",
-    "Look the names up with `mpcompile inspect`; near names are in the message.",
+    "A glob of keep_fp32 or low matches no module path, no operation name and no node name of the graph, or stands in both.",
+    "Look the names up with `mpcompile inspect`; near names are in the message. What stands in both belongs in one of them.",
 )
 page(
     "MP205",
@@ -208,6 +208,19 @@ def unmatched(graphs: Iterable[PrecisionGraph], overrides: Iterable[Any]) -> lis
     for graph in graphs if globs else ():
         globs = _Names(graph).unmatched(globs)
     return globs
+
+
+def refuse_both(keep_fp32: Iterable[Any], low: Iterable[Any]) -> None:
+    """Refuse an override that asks for FP32 and for the low type; a narrower one in `keep_fp32` is an exception.
+
+    Raises:
+      RuleError: MP203.
+    """
+    forced = list(low)
+    for one in keep_fp32:
+        if one in forced:
+            raise RuleError("MP203", f"keep_fp32 and low both name {one!r}",
+                            why="keep_fp32 would win, and low would say nothing", try_="name it in one of them")  # fmt: skip
 
 
 def refuse_unmatched(globs: Iterable[str], option: str, known: Iterable[str], modules: Iterable[str] = ()) -> None:

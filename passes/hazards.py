@@ -12,10 +12,14 @@ from typing import ClassVar, NamedTuple
 
 from mpcompile.graph import Node, PrecisionGraph
 from mpcompile.passes.base import PassResult
-from mpcompile.rules.hazards import HAZARDS, Facts, Hazard, base
+from mpcompile.rules.hazards import BOUNDS, HAZARDS, MASK_SLOT, OUT_OF_RANGE, THROUGH, Facts, Hazard, base, beyond
 
 # Kernels whose cost in FP32 is out of proportion; their masks are handled inside.
 NEVER_RAISED = frozenset({"attention", "convolution", "control", "random", "integer"})
+NOTHING = frozenset[str]()
+PRODUCTS = frozenset({"matmul", "convolution", "attention", "rnn"})
+# Their results have a size of their own.
+ENDS = PRODUCTS | {"normalization", "softmax", "exponential", "angle", "loss", "comparison", "step"}
 
 
 class Trail(NamedTuple):
@@ -41,7 +45,8 @@ class Hazards:
         sweep = _Sweep(Facts(graph, self.low))
         for node in graph.nodes.values():
             sweep.visit(node)
-        changed = [_raise(graph.nodes[key], reason) for key, reason in sweep.raised.items()]
+        changed = [_raise(graph.nodes[key], reason, NOTHING) for key, reason in sweep.unfit.items()]
+        changed += [_raise(graph.nodes[key], reason, NEVER_RAISED) for key, reason in sweep.raised.items()]
         notes = (f"{sum(changed)} nodes raised to fp32",) if any(changed) else ()
         return PassResult(any(changed), notes)
 
@@ -60,10 +65,17 @@ class _Sweep:
         self.carried: dict[str, dict[Hazard, Trail]] = {}
         self.fixed = {name for name, value in self.values.items() if value.role in ("constant", "buffer")}
         self.raised: dict[str, str] = {}
+        # Nodes that would read infinity, whatever their FP32 costs.
+        self.unfit: dict[str, str] = {}
+        self.held = {name: reason for name, value in self.values.items() if (reason := beyond(value, facts.low))}
+        # Values that no one has computed with yet: a product's operand among them is beyond the low type by itself.
+        self.stored = set(self.held)
 
     def visit(self, node: Node) -> None:
         """Carry and end the hazards that `node` is given; start those that begin here."""
         name = base(node.op)
+        if self.held:
+            self.read_held(node, name)
         starts = self.starts.get(name, ())
         came: dict[Hazard, Trail] = {}
         for given in reversed(node.inputs) if self.carried and (starts or name in self.moves) else ():
@@ -83,6 +95,26 @@ class _Sweep:
                 self.go_on(row, Trail(node.id, reason, size), node)
         if fixed:
             self.fixed.update(node.outputs)
+
+    def read_held(self, node: Node, name: str) -> None:
+        """Raise what reads a tensor of the model's that the low type cannot hold, and what is computed from it."""
+        wide = [key for slot, key in zip(node.slots, node.inputs, strict=True) if self.reads_low(node, slot, key)]
+        if not wide or name in BOUNDS or not self.facts.graph.has_floats(node):
+            return
+        self.unfit.setdefault(node.id, f"{OUT_OF_RANGE.name}: {self.held[wide[0]]}")
+        if node.kind in ENDS or name in OUT_OF_RANGE.ends:
+            return
+        self.held.update(dict.fromkeys(node.outputs, self.held[wide[0]]))
+        if name in THROUGH and self.stored.issuperset(wide):
+            self.stored.update(node.outputs)
+
+    def reads_low(self, node: Node, slot: int, name: str) -> bool:
+        """True where a low `node` would read `name`, a value beyond the low type, as infinity."""
+        if name not in self.held or node.operands.get(slot) == "fp32":
+            return False
+        if node.kind in PRODUCTS:  # what was computed they round, as in every scheme; a mask saturates
+            return name in self.stored and (node.kind != "attention" or slot < MASK_SLOT)
+        return node.kind not in NEVER_RAISED
 
     def joins(self, row: Hazard, node: Node) -> bool:
         """False when `row` travels alone and `node` reads numbers that the model computes or learns."""
@@ -108,10 +140,10 @@ class _Sweep:
                 self.carried.setdefault(out, {})[row] = trail
 
 
-def _raise(node: Node, reason: str) -> bool:
+def _raise(node: Node, reason: str, never: frozenset[str]) -> bool:
     """Make `node` fp32, unless it is so already, or someone with a better right decided."""
     decided = node.verdict == "fp32" or node.decided_by in ("override", "user-cast")
-    if decided or node.is_cast or node.out_dtype or node.kind in NEVER_RAISED:
+    if decided or node.is_cast or node.out_dtype or node.kind in never:
         return False
     node.verdict, node.reason, node.decided_by = "fp32", reason, "hazard"
     return True

@@ -8,6 +8,7 @@ FP32 and round their result, for devices whose kernels do not take the low type.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from mpcompile.aten.facts import TORCH_DTYPES
 from mpcompile.aten.read import FxCapture, operands
 from mpcompile.formats import LOW
 from mpcompile.graph import Node, PrecisionGraph
+from mpcompile.rules.hazards import MASK_SLOT, SELECTS, THROUGH, base
 
 _COPIED_META = ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id", "custom", "mp_name", "tensor_dict")
 
@@ -43,8 +45,11 @@ class _Writer:
     values: dict[str, fx.Node] = field(default_factory=dict)
     shadows: list[tuple[str, str]] = field(default_factory=list)
     last_input: fx.Node | None = None
+    # Casts that attention reads as its additive mask.
+    masks: frozenset[str] = frozenset()
 
     def run(self) -> Written:
+        self.masks = _masks(self.plan)
         casts = _casts_after(self.plan)
         inputs_done = False
         for node in self.capture.module.graph.nodes:
@@ -138,7 +143,16 @@ class _Writer:
         source = self.fetch(name)
         if cast.origin == "shadow" and self.use_shadow is not None and source.op == "placeholder":
             return self._shadow(name, target, source)
+        if cast.outputs[0] in self.masks:
+            source = self._saturated(source, TORCH_DTYPES[target])
         return self._cast(source, TORCH_DTYPES[target])
+
+    def _saturated(self, mask: fx.Node, dtype: torch.dtype) -> fx.Node:
+        """`mask` with no number below the low type's lowest: -1e9 means "hardly", and minus infinity "never"."""
+        aten, call = torch.ops.aten, self.graph.call_function
+        never = call(aten.eq.Scalar, (mask, -math.inf))
+        bounded = call(aten.clamp.default, (mask, torch.finfo(dtype).min))
+        return call(aten.where.self, (never, mask, bounded))
 
     def _shadow(self, name: str, target: str, master: fx.Node) -> fx.Node:
         assert self.last_input is not None
@@ -203,3 +217,21 @@ def _casts_after(plan: PrecisionGraph) -> dict[str, list[Node]]:
         else:
             anchor = node.id
     return found
+
+
+def _masks(plan: PrecisionGraph) -> frozenset[str]:
+    """Casts to a low type whose value is the additive mask of an attention, moved about or not."""
+    found, seen = set[str](), set[str]()
+    left = [name for node in plan if node.kind == "attention" for slot, name in zip(node.slots, node.inputs, strict=True)
+            if slot == MASK_SLOT]  # fmt: skip
+    while left:
+        name = left.pop()
+        maker = plan.producer(name)
+        if maker is None or name in seen:
+            continue
+        seen.add(name)
+        if maker.is_cast and maker.attrs["to"] in LOW and plan.values[maker.inputs[0]].dtype == "fp32":
+            found.add(name)
+        elif base(maker.op) in THROUGH | SELECTS:
+            left += maker.inputs
+    return frozenset(found)

@@ -72,6 +72,8 @@ PRODUCTS = frozenset({"matmul", "mm", "bmm", "einsum", "outer", "ger"})
 ROUNDINGS = frozenset({"floor", "ceil", "round", "trunc", "sin", "cos"})
 
 
+MASK_SLOT = 3  # where an attention has its additive mask
+
 # Arguments whose numbers are none that the operation computes with.
 NO_NUMBERS = frozenset({"dim", "alpha", "dtype", "axis", "keepdim", "to"})
 
@@ -143,6 +145,17 @@ def out_of_range(facts: Facts, node: Node) -> str:
         if limit < size < math.inf and not (bounds and size >= NO_BOUND):
             return f"{number:.4g} is beyond {facts.low}'s largest number, {limit:.6g}"
     return ""
+
+
+def beyond(value: Value, low: str) -> str:
+    """Why a parameter, buffer or constant of known range is no tensor of the low type; "" where it is one."""
+    if value.range is None or not value.castable:
+        return ""
+    number = max((end for end in value.range if math.isfinite(end)), key=abs, default=0.0)
+    if abs(number) <= LARGEST[low]:
+        return ""
+    what = f"{number:.4g} is" if value.role == "constant" else f"{value.role} {value.name!r} reaches {number:.4g},"
+    return f"{what} beyond {low}'s largest number, {LARGEST[low]:.6g}"
 
 
 def square(facts: Facts, node: Node) -> str:
@@ -280,3 +293,4 @@ HAZARDS = (
     Hazard("float-index", BOTH, COUNTS, float_index,
            ARITHMETIC | SELECTS | THROUGH | PRODUCTS | SCANS | REDUCTIONS, ROUNDINGS, alone=True),
 )  # fmt: skip
+OUT_OF_RANGE = next(row for row in HAZARDS if row.name == "out-of-range")

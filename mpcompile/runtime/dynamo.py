@@ -29,6 +29,7 @@ from mpcompile.runtime.compiled import CompiledGraph
 from mpcompile.runtime.coverage import warn_of_recurrent_break
 from mpcompile.runtime.inductor import compile_inductor, run_eagerly
 from mpcompile.shadows.table import use_shadow
+from mpcompile.torch_internals import real_tensors
 
 # Elements from which a shadow's gradient is cast outside the compiled backward.
 LARGE = 1 << 18
@@ -67,7 +68,8 @@ class Compiler:
         start = time.perf_counter()
         placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
         fakes = [n.meta.get("example_value", given) for n, given in zip(placeholders, inputs, strict=True)]
-        plan = decide(trace_dynamo(module, fakes, self.paths()), self.settings, device_of(fakes), partial=True)
+        traced = trace_dynamo(module, fakes, self.paths())
+        plan = decide(traced, self.settings, device_of(fakes), partial=True, held=_held(traced, fakes))
         self.plans.append(plan)
         if self.on_plan is not None:
             self.on_plan(plan)
@@ -139,6 +141,13 @@ def _groups(masters: Sequence[torch.Tensor], lifted: Iterable[int]) -> list[list
         groups[-1].append(number)
         room -= size
     return groups
+
+
+def _held(traced: fx.GraphModule, fakes: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """Placeholder -> the tensor behind its fake."""
+    placeholders = traced.graph.find_nodes(op="placeholder")
+    pairs = zip(placeholders, real_tensors(fakes), strict=True)
+    return {node.name: real for node, real in pairs if real is not None}
 
 
 def _argument_places(capture: FxCapture) -> list[int]:

@@ -165,7 +165,7 @@ def capture(
     checkpoints.tag(module)
     _name_loss(module, loss_fn)
     sources = _name_inputs(program, module, named)
-    plan = decide(module, settings, device_of(model.parameters()))
+    plan = decide(module, settings, device_of(model.parameters()), held=_held(program))
     written = write(
         plan.capture,
         plan.graph,
@@ -249,6 +249,12 @@ def _name_inputs(program: Any, module: fx.GraphModule, named: dict[str, Tensor])
             if twin is not node:
                 node.replace_all_uses_with(twin)
     return found
+
+
+def _held(program: Any) -> dict[str, Tensor]:
+    """Placeholder -> the model's own tensor."""
+    held = {**program.constants, **program.state_dict}
+    return {spec.arg.name: held[spec.target] for spec in program.graph_signature.input_specs if spec.target in held}
 
 
 def _outside(program: Any, named: dict[str, Tensor]) -> dict[str, str]:
