@@ -101,12 +101,12 @@ def _measured(to: Path | None) -> list[Check]:
     import torch
 
     from mpcompile.devices import own_path, write_row
-    from mpcompile.errors import UsageError
+    from mpcompile.errors import RuleError
     from mpcompile.runtime.measure_device import measure_device
 
     path = to or own_path()
     if path is None:
-        raise UsageError(
+        raise RuleError(
             "MP206", "MPCOMPILE_DEVICES is empty, so there is no device file to write", try_="--to FILE.toml"
         )
     checks = []

@@ -25,8 +25,19 @@ def held(root: nn.Module) -> Held:
     found: Held = []
     for module in root.modules():
         found += [(module, name, value, True) for name, value in module._buffers.items() if value is not None]
-        found += [(module, name, value, False) for name, value in vars(module).items() if isinstance(value, Tensor)]
+        made = _made_before_each_forward(module)
+        found += [
+            (module, name, value, False)
+            for name, value in vars(module).items()
+            if isinstance(value, Tensor) and name not in made
+        ]
     return found
+
+
+def _made_before_each_forward(module: nn.Module) -> set[str]:
+    """What pruning and torch's older weight and spectral norms put on a module anew before each forward: never read old."""
+    hooks = module._forward_pre_hooks.values()
+    return {getattr(hook, word) for hook in hooks for word in ("_tensor_name", "name") if hasattr(hook, word)}
 
 
 def write_back(root: nn.Module, before: Held) -> None:

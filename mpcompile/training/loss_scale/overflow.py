@@ -21,6 +21,7 @@ from mpcompile.training.gradients.joint import Joint
 
 _PASSES = ("aten._to_copy", "aten.to", "prims.convert_element_type", "aten.view", "aten.reshape", "aten._unsafe_view",
            "aten.transpose", "aten.permute", "aten.expand", "aten.clone")  # fmt: skip
+_PRODUCTS = ("aten.mm.", "aten.bmm.", "aten.addmm.", "aten.baddbmm.", "aten.convolution")
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def explain(joint: Joint, inputs: Sequence[Any], seed: Tensor, names: dict[str, 
     if watch.found is None:
         return _given(joint, [*inputs, seed], float(seed)) if any(map(_bad, results)) else None
     node, result, operands = watch.found
+    node = _computed(node)
     value = next(t for t in _tensors(result) if not _finite(t))
     module, source, _ = names.get(node.name, Place())
     phase = _phase(node)
@@ -113,6 +115,14 @@ def explain(joint: Joint, inputs: Sequence[Any], seed: Tensor, names: dict[str, 
     )
 
 
+def _computed(node: fx.Node) -> fx.Node:
+    """Where FP16 is emulated a product computes in FP32, and a cast rounds its result: then the product is meant."""
+    before: Any = node
+    while isinstance(before, fx.Node) and op_name(before.target).startswith(_PASSES):
+        before = before.args[0]
+    return before if isinstance(before, fx.Node) and op_name(before.target).startswith(_PRODUCTS) else node
+
+
 def _keep(node: fx.Node, names: dict[str, Place]) -> list[str]:
     """What to keep FP32: the node, and in the forward who reads it in the low type, or the number would overflow there."""
     readers = [user for user in node.users if _phase(user) == _phase(node)]
@@ -122,7 +132,10 @@ def _keep(node: fx.Node, names: dict[str, Place]) -> list[str]:
     for reader in wanted:
         if op_name(reader.target).startswith(_PASSES):
             wanted += [user for user in reader.users if user not in wanted and _phase(user) == _phase(node)]
+    # A cast whose readers have no place of their own is that of its module.
     places = [names.get(one.name, Place()) for one in wanted]
+    if not any(place.module or place.node for place in places):
+        places = [names.get(node.name, Place())]
     return list(dict.fromkeys(place.module or place.node for place in places if place.module or place.node))
 
 

@@ -110,6 +110,7 @@ class Counters:
           scalars: ones under `STARTED` are in no state.
         """
         place = {id(p): i for i, p in enumerate(params)}
+        self._part_from_emptied(place, scalars)
         self._keep([c for c in self._classes if c.holds(state) and _within(c.params, place) in (0, len(c.params))])
         known = {id(p) for one in self._classes for p in one.params}
         alike: dict[Any, list[int]] = defaultdict(list)
@@ -127,6 +128,19 @@ class Counters:
             found += [Shared(key, members, base, value) for key, (base, value) in one.states.items()]
         self.note()
         return found
+
+    def _part_from_emptied(self, place: dict[int, int], scalars: Sequence[dict[str, Tensor]]) -> None:
+        """Forget the classes of which a member's state was emptied: it starts anew, and the others go on as they are."""
+        kept = []
+        for one in self._classes:
+            flags, members = one.states.get(STARTED), [place.get(id(p)) for p in one.params]
+            if flags is None or all(i is None or bool(scalars[i].get(STARTED, True)) for i in members):
+                kept.append(one)
+                continue
+            for i, flag in zip(members, flags[0], strict=True):
+                if i is not None and scalars[i].get(STARTED, False):
+                    scalars[i][STARTED] = flag.detach().cpu()
+        self._keep(kept)
 
     def withdraw(self, state: Any) -> None:
         """Take state that no taken step has touched out of the optimizer: without us it would not be there yet.
