@@ -1,8 +1,7 @@
 """``plan="strict"``: nothing is stored below what torch.autocast stores.
 
 The cut then only chooses what autocast leaves low: it may keep more in FP32, never less.  The price is what the low stream
-saves (`docs/explanation/assignment.md` has it, measured); what is gained is a proof: no value carries a rounding that
-autocast's does not.
+saves; what is gained is a proof: no value carries a rounding that autocast's does not.
 """
 
 from __future__ import annotations
