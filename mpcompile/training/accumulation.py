@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpcompile.errors import TrainingError
+
 Layout = tuple[tuple[str, torch.dtype], ...]
 
 # Elements of a piece: a CPU adds a low gradient by way of a wide copy of it, which so stays in the cache.
@@ -151,8 +153,23 @@ class Window:
         open_ = bool(self.count)
         return {"count": self.count, "sums": {n: s for n, s in self.sums.items() if open_ and n in self.present}}
 
+    def _refuse(self, count: int, sums: dict[str, Tensor], parameters: dict[str, Tensor]) -> None:
+        if count and not sums:
+            # torch.distributed.checkpoint loads only what a fresh step's state has, and that has no sums yet.
+            raise _unfit(f"it had {count} microbatches, and their sums are not there")
+        if count >= self.size > 0 and count:
+            raise _unfit(f"it had {count} microbatches, and a window has {self.size} here")
+        unknown = [name for name in sums if name not in parameters]
+        if unknown:
+            raise _unfit(f"there is no parameter {unknown[0]!r} here")
+
     def load(self, saved: dict[str, Any], parameters: dict[str, Tensor], order: Sequence[int]) -> None:
-        """Put back what `state` gave."""
+        """Put back what `state` gave.
+
+        Raises:
+          TrainingError: MP514, for an open window without its sums, or one of other parameters or another size.
+        """
+        self._refuse(saved["count"], saved["sums"], parameters)
         self.count, self.present = saved["count"], frozenset(saved["sums"])
         self._ways.clear()
         self.sums = {}
@@ -161,6 +178,11 @@ class Window:
             self._allocate(layout, parameters, order)
         for name, value in saved["sums"].items():
             self.sums[name].copy_(value)
+
+
+def _unfit(why: str) -> TrainingError:
+    return TrainingError("MP514", "the open window of the saved step does not fit", why=why,
+                         try_="save at the end of a window, or with `mpcompile.save_checkpoint`")  # fmt: skip
 
 
 def _rows(total: Tensor, dtype: torch.dtype) -> int:

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from mpcompile import mpcompile
 from mpcompile.errors import TrainingError
 from mpcompile.training import checkpoint_file
 from mpcompile.training.checkpoint_file import load_checkpoint, save_checkpoint
@@ -362,3 +363,15 @@ def test_kill_at_any_moment_leaves_the_last_good_one(tmp_path):
         assert extra["body"].eq(extra["number"]).all()
     save_checkpoint(path, extra=1)
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("window", [{"count": 1, "sums": {}}, {"count": 2, "sums": {"weight": torch.ones(2, 2)}},
+                                    {"count": 1, "sums": {"other": torch.ones(2, 2)}}])  # fmt: skip
+def test_an_open_window_that_does_not_fit_is_refused(window):
+    """As torch.distributed.checkpoint leaves it, in a step that never ran: a count without sums."""
+    model = torch.nn.Linear(2, 2)
+    step = mpcompile(model, "bf16", backend="eager").train_step(torch.optim.SGD(model.parameters(), 0.1), accumulate=2)
+    before = step.state_dict()
+    with pytest.raises(TrainingError, match="MP514"):
+        step.load_state_dict({**before, "window": window})
+    assert str(step.state_dict()) == str(before)
