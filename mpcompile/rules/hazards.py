@@ -152,7 +152,8 @@ def beyond(value: Value, low: str) -> str:
     if value.range is None or not value.castable:
         return ""
     number = max((end for end in value.range if math.isfinite(end)), key=abs, default=0.0)
-    if abs(number) <= LARGEST[low]:
+    # What rounds to the largest number is one of the type.
+    if abs(number) < LARGEST[low] * (1 + 2.0 ** -(SIGNIFICAND_BITS[low] + 1)):
         return ""
     what = f"{number:.4g} is" if value.role == "constant" else f"{value.role} {value.name!r} reaches {number:.4g},"
     return f"{what} beyond {low}'s largest number, {LARGEST[low]:.6g}"
