@@ -157,7 +157,7 @@ class Window:
         if count and not sums:
             # torch.distributed.checkpoint loads only what a fresh step's state has, and that has no sums yet.
             raise _unfit(f"it had {count} microbatches, and their sums are not there")
-        if count >= self.size > 0 and count:
+        if count >= self.size:
             raise _unfit(f"it had {count} microbatches, and a window has {self.size} here")
         unknown = [name for name in sums if name not in parameters]
         if unknown:
