@@ -29,12 +29,13 @@ from mpcompile.likeness import class_like
 from mpcompile.passes.classify import refuse_unmatched
 from mpcompile.policy import Policy
 from mpcompile.rules.table import rules_for
+from mpcompile.runtime.buckets import bucket_bytes
 from mpcompile.runtime.compiled import CompiledGraph
 from mpcompile.runtime.coverage import warn_of_eager_call, warn_of_gaps, warn_of_watched_call, watch, watched_method
 from mpcompile.runtime.dynamo import Compiler
 from mpcompile.runtime.sharded import refuse_sharded
 from mpcompile.shadows.table import SHADOWS
-from mpcompile.torch_internals import hooks_guarded, is_watched
+from mpcompile.torch_internals import graphs_whole, hooks_guarded, is_watched, module_replaced
 
 page(
     "MP102",
@@ -194,7 +195,8 @@ class MixedPrecisionModule(nn.Module):
         hidden["_model"], hidden["settings"], hidden["backend"] = model, settings, backend
         hidden["dynamic"] = dynamic
         hidden["_compiler"] = Compiler(settings, log_plan, functools.partial(_paths, model))
-        hidden["_call"] = None
+        hidden["_calls"] = {}
+        hidden["_inside"] = _inside(model, settings, dynamic, backend, hidden["_compiler"])
         hidden["_recurrent"] = False
         hidden["training"] = model.training
 
@@ -230,10 +232,16 @@ class MixedPrecisionModule(nn.Module):
             # Dynamo would take the model for one that it cannot compile, and never try again.
             warn_of_watched_call()
             return self.model(*args, **kwargs)
-        if self._call is None:
-            return self._first(args, kwargs)
+        if self._inside is not None:
+            with module_replaced(self.model, self._inside):
+                return self.model(*args, **kwargs)
+        # Under DistributedDataParallel a graph is cut at the buckets, and is another one.
+        cap = bucket_bytes()
+        call = self._calls.get(cap)
+        if call is None:
+            return self._first(cap, args, kwargs)
         before = CompiledGraph.runs
-        result = self._run(self._call, args, kwargs)
+        result = self._run(call, args, kwargs)
         if CompiledGraph.runs == before and self.plans:
             refuse_sharded(self.model)
             warn_of_eager_call()
@@ -241,12 +249,12 @@ class MixedPrecisionModule(nn.Module):
 
     def _run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
-            with hooks_guarded(), traced_whole() if self._recurrent else contextlib.nullcontext():
+            with hooks_guarded(), graphs_whole(), traced_whole() if self._recurrent else contextlib.nullcontext():
                 return call(*args, **kwargs)
         except BackendCompilerFailed as error:
             raise _own(error) from error
 
-    def _first(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _first(self, cap: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         compiled = torch.compile(_entry(self.model), backend=self._compiler, dynamic=self.dynamic)
         self.__dict__["_recurrent"] = any(isinstance(m, nn.RNNBase) for m in self.model.modules())
         refuse_sharded(self.model)
@@ -254,7 +262,7 @@ class MixedPrecisionModule(nn.Module):
             result = self._run(compiled, args, kwargs)
         self._compiler.check_overrides()
         warn_of_gaps(self.model, len(self.plans), self._compiler.parameters, breaks, result)
-        self.__dict__["_call"] = compiled
+        self._calls[cap] = compiled
         return result
 
     def __getattr__(self, name: str) -> Any:
@@ -374,6 +382,20 @@ class MixedPrecisionModule(nn.Module):
 def _rewrapped(model: nn.Module, settings: Settings, dynamic: bool | None, backend: str) -> MixedPrecisionModule:
     kind: Any = class_like(MixedPrecisionModule, model)
     return kind(model, settings, dynamic=dynamic, backend=backend)  # type: ignore[no-any-return]
+
+
+def _inside(
+    model: nn.Module, settings: Settings, dynamic: bool | None, backend: str, compiler: Compiler
+) -> MixedPrecisionModule | None:
+    """The model inside a DistributedDataParallel, in mixed precision: what runs in its place while the wrapper is called.
+
+    Dynamo does not trace the reducer's part of the forward, and would compile what it finds below it, piece by piece.
+    """
+    if not isinstance(model, nn.parallel.DistributedDataParallel):
+        return None
+    inside = _rewrapped(model.module, settings, dynamic, backend)
+    inside.__dict__["_compiler"] = compiler
+    return inside
 
 
 def _paths(model: nn.Module) -> dict[str, str]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from torch._C._dynamo import guards as _guards
 from torch._dynamo import config as _dynamo_config
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule, Node
+from torch.nn import Module
 from torch.nn.modules import module as _module
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 # Tracing and compiling keep their state in torch's modules: one thread at a time.
@@ -40,6 +43,55 @@ def hooks_guarded() -> Iterator[None]:
         yield
     finally:
         _dynamo_config.skip_nnmodule_hook_guards = before
+
+
+@contextlib.contextmanager
+def graphs_whole() -> Iterator[None]:
+    """Dynamo gives a backend its whole graph inside of a DistributedDataParallel too, not one piece per gradient bucket."""
+    before = _dynamo_config.optimize_ddp
+    _dynamo_config.optimize_ddp = False
+    try:
+        yield
+    finally:
+        _dynamo_config.optimize_ddp = before
+
+
+def active_ddp() -> DistributedDataParallel | None:
+    """The DistributedDataParallel whose forward runs now in this process."""
+    find: Any = DistributedDataParallel._get_active_ddp_module
+    found: DistributedDataParallel | None = find()
+    return found
+
+
+@contextlib.contextmanager
+def module_replaced(around: Module, inside: Module) -> Iterator[None]:
+    """`around`, a DistributedDataParallel, calls `inside` for its module for a while."""
+    held = around._modules
+    before = held["module"]
+    held["module"] = inside
+    try:
+        yield
+    finally:
+        held["module"] = before
+
+
+def compile_pieces(
+    module: GraphModule, pieces: Mapping[Node, int], fakes: Sequence[Any], compile_piece: Callable[..., Any]
+) -> GraphModule:
+    """`module` cut into pieces, each compiled for the layouts that the one before it gives, as torch's DDPOptimizer does it.
+
+    Args:
+      pieces: the number of each operation's piece; along the graph it never falls.
+      compile_piece: gives what runs a piece, of (its graph, fake arguments).
+    """
+    from torch._dynamo.backends.distributed import SubmodCompiler
+    from torch.fx.passes.split_module import split_module
+
+    mode = next(fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor))
+    cut = split_module(module, None, pieces.__getitem__)  # type: ignore[arg-type]
+    SubmodCompiler(cut, compile_piece, mode).run(*fakes)
+    cut.recompile()
+    return cut
 
 
 def is_watched() -> bool:
@@ -89,8 +141,12 @@ __all__ = [
     "MODULE_HOOKS",
     "MODULE_TENSORS",
     "TensorGuards",
+    "active_ddp",
+    "compile_pieces",
+    "graphs_whole",
     "hooks_guarded",
     "is_watched",
+    "module_replaced",
     "real_tensors",
     "replaced",
 ]

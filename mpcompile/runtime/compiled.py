@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from mpcompile.errors import RuntimeFailure, page
 from mpcompile.shadows.table import SHADOWS, ShadowGroup, use_shadows
@@ -48,7 +49,8 @@ class CompiledGraph:
         if self.parameters is not None:
             self.parameters.update(id(a) for a in args if isinstance(a, torch.nn.Parameter))
             self.parameters = None
-        shadows = self.shadows.get([args[place] for place in self.places]) if self.places else []
+        masters = [args[place] for place in self.places]
+        shadows = self._shadows(masters) if masters else []
         if self.lifted and torch.is_grad_enabled():
             shadows = list(shadows)
             for group, places in self.lifted:
@@ -59,6 +61,12 @@ class CompiledGraph:
         if not self.differentiable_twice and torch.is_grad_enabled():
             _refuse_double_backward(outputs)
         return outputs
+
+    def _shadows(self, masters: list[Any]) -> list[Any]:
+        """The shadows of `masters`; stand-ins where Dynamo looks at what its pieces give (a bucket of gradients each)."""
+        if isinstance(masters[0], FakeTensor):
+            return [torch.empty_like(m, dtype=d) for m, d in zip(masters, self.shadows.dtypes, strict=True)]
+        return self.shadows.get(masters)
 
 
 def _refuse_double_backward(outputs: Any) -> None:

@@ -6,6 +6,7 @@ the same function with a `Compiler` of its own.
 
 from __future__ import annotations
 
+import functools
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,6 +26,7 @@ from mpcompile.errors import RuntimeFailure, page, suggest
 from mpcompile.graph import PrecisionGraph
 from mpcompile.hardware import device_of, emulated_kinds
 from mpcompile.passes.classify import refuse_unmatched, unmatched
+from mpcompile.runtime.buckets import Piece, bucket_bytes, split_at_buckets
 from mpcompile.runtime.compiled import CompiledGraph
 from mpcompile.runtime.coverage import warn_of_recurrent_break
 from mpcompile.runtime.inductor import compile_inductor, run_eagerly
@@ -103,14 +105,46 @@ class Compiler:
             eager = run_eagerly(written.module, fp32_matmul=plan.policy.fp32_matmul)
             return CompiledGraph(eager, shadows, self.parameters, differentiable_twice=True)
         align_linears(written.module, plan.capture, plan.graph, plan.device)
+        pieces = self._in_pieces(plan, written.module, fakes, shadows)
+        if pieces is not None:
+            return pieces
         lifted = _lift_large(written.module, [fakes[i] for i, _ in shadows])
         extended = [*fakes, *(_fake_shadow(fakes[i], dtype, n in lifted) for n, (i, dtype) in enumerate(shadows))]
-        rounding = has_user_low_cast(plan.graph)
-        start = time.perf_counter()
-        inner = compile_inductor(written.module, extended, keep_rounding=rounding, fp32_matmul=plan.policy.fp32_matmul)
-        self.seconds -= time.perf_counter() - start
+        inner = self._compiled(plan, written.module, extended)
         groups = _groups([fakes[i] for i, _ in shadows], lifted)
         return CompiledGraph(inner, shadows, self.parameters, groups, differentiable_twice=False)
+
+    def _compiled(self, plan: Plan, module: fx.GraphModule, fakes: Sequence[Any]) -> Callable[..., Any]:
+        start, rounding = time.perf_counter(), has_user_low_cast(plan.graph)
+        try:
+            return compile_inductor(module, fakes, keep_rounding=rounding, fp32_matmul=plan.policy.fp32_matmul)
+        finally:
+            self.seconds -= time.perf_counter() - start
+
+    def _in_pieces(
+        self, plan: Plan, module: fx.GraphModule, fakes: list[Any], shadows: list[tuple[int, torch.dtype]]
+    ) -> CompiledGraph | None:
+        """Compiled piece by piece, where a DistributedDataParallel reduces the gradients in several buckets."""
+        cap = bucket_bytes() if torch.is_grad_enabled() else None
+        if cap is None:
+            return None
+        extended = [*fakes, *(_fake_shadow(fakes[i], dtype, False) for i, dtype in shadows)]
+        inner = split_at_buckets(module, extended, cap, functools.partial(self._piece, plan))
+        return inner and CompiledGraph(inner, shadows, self.parameters, differentiable_twice=False)
+
+    def _piece(self, plan: Plan, module: fx.GraphModule, fakes: Sequence[Any]) -> Piece:
+        places = {node: i for i, node in enumerate(module.graph.find_nodes(op="placeholder"))}
+        pairs = [(places[n.args[0]], places[n.args[1]])
+                 for n in module.graph.find_nodes(op="call_function", target=use_shadow)]  # fmt: skip
+        masters, names = [fakes[i] for i, _ in pairs], [node.name for node in places]
+        lifted = [n for n, master in enumerate(masters) if master.numel() >= LARGE]
+        read_shadows(module, use_shadow, [names[pairs[n][1]] for n in lifted])
+        given = list(fakes)
+        for n in lifted:
+            given[pairs[n][1]] = _fake_shadow(masters[n], fakes[pairs[n][1]].dtype, True)
+        inner = self._compiled(plan, module, given)
+        groups = [([pairs[n][0] for n in group], [pairs[n][1] for n in group]) for group in _groups(masters, lifted)]
+        return Piece(inner, groups)
 
 
 def _lift_large(module: fx.GraphModule, masters: Sequence[torch.Tensor]) -> frozenset[int]:
