@@ -152,6 +152,21 @@ class CostModel:
         """What a chain of views shows; `value` itself when no view makes it."""
         return self.graph.values[self.base(value.name)] if value.name in self._shown else value
 
+    def kept(self, value: Value) -> int:
+        """Bytes of the value that autograd keeps for the backward, by its maker's kind and its readers'; else 0.
+
+        Parameters and inputs are there anyway, and what views show counts once.
+        """
+        maker = self.graph.nodes.get(value.producer)
+        if maker is None or maker.kind in self._views or not value.castable:
+            return 0
+        return value.bytes if maker.kind in self._keep_output or value.name in self._kept else 0
+
+    @cached_property
+    def _kept(self) -> set[str]:
+        """What readers save, or views of it that they read."""
+        return {self.base(name) for name in self._saved}
+
     def is_far(self, reader: Node) -> bool:
         """True for readers that read memory and cannot take a cast in: kernels, and views that a kernel looks through."""
         if reader.kind not in self._views:
@@ -188,27 +203,52 @@ class CostModel:
         return moved / self.device.bandwidth + self.device.launch
 
 
-def plan_cost(graph: PrecisionGraph, model: CostModel, output: str = "keep") -> float:
-    """Seconds of a graph whose nodes have precisions and whose casts are not yet inserted.
+@dataclass(frozen=True)
+class Parts:
+    """The seconds of a plan, by what they are of: node -> work, (value, dtype) -> its cast, value -> its bytes moved."""
+
+    work: dict[str, float]
+    casts: dict[tuple[str, str], float]
+    moved: dict[str, float]
+
+    @property
+    def total(self) -> float:
+        total = sum(self.work.values(), 0.0)
+        for part in (self.casts, self.moved):
+            for seconds in part.values():
+                total += seconds
+        return total
+
+
+def plan_parts(graph: PrecisionGraph, model: CostModel, output: str = "keep") -> Parts:
+    """The parts of what a graph costs whose nodes have precisions and whose casts are not yet inserted.
 
     `output` is the precision in which floating outputs are wanted, or "keep".
     """
     running = [node for node in graph if node.precision not in ("", "keep") and not node.is_cast]
-    total = sum((model.work(node, node.precision) for node in running if not node.out_dtype or node.inputs), 0.0)
+    work = {node.id: model.work(node, node.precision) for node in running if not node.out_dtype or node.inputs}
     asked = {
         (name, node.reads_at(operand), model.is_far(node)): None
         for node in running
         for operand, name in enumerate(node.inputs)
     }
     asked.update({(name, output, True): None for name in graph.outputs})
+    casts: dict[tuple[str, str], float] = {}
     for name, wanted, far in asked:
         value = graph.values[name]
         if value.castable and wanted not in ("any", "keep", value.dtype):
-            total += model.cast(value, wanted, far=far)
-    for value in graph.values.values():
-        if value.castable and model.materialised(value):
-            total += model.store(value, value.dtype)
-    return total
+            casts[name, wanted] = casts.get((name, wanted), 0.0) + model.cast(value, wanted, far=far)
+    moved = {
+        value.name: model.store(value, value.dtype)
+        for value in graph.values.values()
+        if value.castable and model.materialised(value)
+    }
+    return Parts(work, casts, moved)
 
 
-__all__ = ["CostModel", "Device", "device", "plan_cost"]
+def plan_cost(graph: PrecisionGraph, model: CostModel, output: str = "keep") -> float:
+    """Seconds of the whole: see `plan_parts`."""
+    return plan_parts(graph, model, output).total
+
+
+__all__ = ["CostModel", "Device", "Parts", "device", "plan_cost", "plan_parts"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from mpcompile.cost import CostModel, device, plan_cost
+from mpcompile.cost import CostModel, Parts, device, plan_parts
 from mpcompile.formats import LOW
 from mpcompile.graph import PrecisionGraph
 from mpcompile.passes.assign import Assign
@@ -12,6 +13,9 @@ from mpcompile.passes.classify import Classify
 from mpcompile.passes.normalize import Normalize
 from mpcompile.pipeline import run
 from mpcompile.policy import Policy
+
+if TYPE_CHECKING:
+    from mpcompile.report.model import Report
 
 
 @dataclass(frozen=True)
@@ -23,8 +27,35 @@ class Estimate:
     device: str
     source: str = "fx"
 
+    @classmethod
+    def of(cls, report: Report) -> Estimate:
+        """The estimate of a report's graph."""
+        return cls(report.graph, Policy.parse(report.policy), report.device, report.source)
+
     def to_dict(self) -> dict[str, float]:
-        return {"fp32": self._price(self._all_fp32()), "plan": self._price(self._bare()), "autocast": self._autocast()}
+        return {
+            "fp32": self._price(self._all_fp32()),
+            "plan": self._price(self._bare()),
+            "autocast": self._price(self._autocast()),
+        }
+
+    def breakdown(self) -> dict[str, dict[str, float]]:
+        """What each of the three is made of: seconds of "work", "moved" bytes and "casts", their "total", "kept" bytes.
+
+        "kept" are bytes of values that autograd keeps for the backward.
+        """
+        graphs = {"fp32": self._all_fp32(), "autocast": self._autocast(), "plan": self._bare()}
+        return {name: self._sums(graph) for name, graph in graphs.items()}
+
+    def _sums(self, graph: PrecisionGraph) -> dict[str, float]:
+        model, parts = self._model(graph), self.parts(graph)
+        return {
+            "work": sum(parts.work.values()),
+            "moved": sum(parts.moved.values()),
+            "casts": sum(parts.casts.values()),
+            "total": parts.total,
+            "kept": sum(model.kept(value) for value in graph.values.values()),
+        }
 
     def with_node(self, node: str, precision: str) -> float:
         """The plan's seconds if this one node ran in `precision` and all others as they do."""
@@ -37,9 +68,21 @@ class Estimate:
         return self._price(graph)
 
     def _price(self, graph: PrecisionGraph) -> float:
-        low = self.policy.low if self.policy.low in LOW else "bf16"
+        return self.parts(graph).total
+
+    def parts(self, graph: PrecisionGraph | None = None) -> Parts:
+        """Seconds of each node's work, of each cast and of each value's bytes: of the plan, or of `graph`."""
+        graph = graph or self._bare()
+        low = self._low
         output = {"fp32": "fp32", "low": low}.get(self.policy.output, "keep")
-        return plan_cost(graph, CostModel(graph, device(self.device), low, self.source != "onnx"), output)
+        return plan_parts(graph, self._model(graph), output)
+
+    def _model(self, graph: PrecisionGraph) -> CostModel:
+        return CostModel(graph, device(self.device), self._low, self.source != "onnx")
+
+    @property
+    def _low(self) -> str:
+        return self.policy.low if self.policy.low in LOW else "bf16"
 
     def _bare(self) -> PrecisionGraph:
         """The graph without our casts, decisions kept."""
@@ -53,11 +96,11 @@ class Estimate:
             value.dtype = "fp32" if value.dtype in LOW else value.dtype
         return graph
 
-    def _autocast(self) -> float:
+    def _autocast(self) -> PrecisionGraph:
         if self.policy.low not in LOW:
-            return self._price(self._bare())
+            return self._bare()
         source = "onnx" if self.source == "onnx" else "aten"
         policy = replace(self.policy, plan="autocast")
         classify = Classify(policy.low, source, policy.plan, (), (), False)
         assign = Assign(policy.low, self.device, policy.plan, self.source != "onnx", policy.output, source)
-        return self._price(run(self.graph, [Normalize(), classify, assign])[0])
+        return run(self.graph, [Normalize(), classify, assign])[0]

@@ -2,58 +2,108 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import json
 import os
+import re
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
 
-from mpcompile.text import print_graph
+from mpcompile.report.columns import node_seconds, page_data
+from mpcompile.report.costs import Estimate
+from mpcompile.report.headline import headline
 
 if TYPE_CHECKING:
-    from mpcompile.report.model import NodeRow, Report
+    from mpcompile.report.model import Report
+
+# In the order in which they are read; each of ours uses those before it alone.
+_LIBRARIES = ("vendor/tabulator.min.js", "vendor/dagre.min.js")
+_SCRIPTS = ("base", "data", "filter", "tree", "table", "neighbours", "detail", "casts", "main")
+_STYLES = ("vendor/tabulator_simple.min.css", "web/page.css")
 
 
 def write_html(report: Report, path: str | os.PathLike[str]) -> None:
     """Write the page to `path`."""
-    Path(path).write_text(render(report), encoding="utf-8")
+    Path(path).write_text(render(report), encoding="utf-8", errors="backslashreplace")
 
 
 def render(report: Report) -> str:
     """The whole page."""
-    return _render("page.html.jinja", report)
+    seconds = node_seconds(report)
+    facts = {
+        "report": report,
+        "head": headline(report, seconds),
+        "costs": Estimate.of(report).breakdown() if report.graph.nodes else {},
+        "what": "forward" if all(row.phase == "forward" for row in report.nodes) else "step",
+        "data": _script_data(page_data(report, seconds)),
+    }
+    return assemble("web/page.html.jinja", facts)
 
 
 def fragment(report: Report) -> str:
     """The counts and the table, for a notebook."""
-    return _render("fragment.html.jinja", report)
+    return str(_templates().get_template("fragment.html.jinja").render(report=report))
 
 
-def _render(template: str, report: Report) -> str:
+def assemble(template: str, facts: dict[str, Any], scripts: tuple[str, ...] = _SCRIPTS) -> str:
+    """A page of `template` with the styles and scripts that it asks for, and a policy that lets nothing else in."""
+    styles = [_text(name) for name in _STYLES]
+    code = [*map(_text, _LIBRARIES), "\n".join(_text(f"web/{name}.js") for name in scripts)]
+    rules = [
+        "default-src 'none'",
+        f"style-src {' '.join(map(_hash, styles))}",
+        f"script-src {' '.join(map(_hash, code))}",
+        "img-src data:",
+        "base-uri 'none'",
+        "form-action 'none'",
+    ]
+    inside = {"styles": list(map(Markup, styles)), "scripts": list(map(Markup, code)), "csp": "; ".join(rules)}
+    return str(_templates().get_template(template).render(**facts, **inside))
+
+
+def _templates() -> Environment:
     loader = PackageLoader("mpcompile.report", ".")
     pages = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    facts = {
-        "report": report,
-        "tree": _tree(report.nodes),
-        "longest": max((step.seconds for step in report.steps), default=0.0) or 1.0,
-        "seconds": sum(step.seconds for step in report.steps),
-        "text": print_graph(report.graph, detail="short"),
-    }
-    return str(pages.get_template(template).render(facts))
+    pages.filters.update(seconds=_seconds, size=_size, percent=_percent)
+    return pages
 
 
-def _tree(rows: tuple[NodeRow, ...]) -> dict[str, Any]:
-    """Modules as nested dicts: {"count": {precision: nodes}, "children": {name: …}, "path": …}."""
-    root: dict[str, Any] = {"count": {}, "children": {}, "path": ""}
-    for row in rows:
-        at = root
-        _count(at, row)
-        for name in row.module.split(".") if row.module else ():
-            path = f"{at['path']}.{name}" if at["path"] else name
-            at = at["children"].setdefault(name, {"count": {}, "children": {}, "path": path})
-            _count(at, row)
-    return root
+def _text(name: str) -> str:
+    """A file of this room, as it stands in the page: without the address of a map that is not there."""
+    text = resources.files("mpcompile.report").joinpath(*name.split("/")).read_text(encoding="utf-8")
+    return re.sub(r"(//#|/\*#) sourceMappingURL=.*", "", text)
 
 
-def _count(branch: dict[str, Any], row: NodeRow) -> None:
-    branch["count"][row.precision] = branch["count"].get(row.precision, 0) + 1
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _script_data(data: Any) -> Markup:
+    """JSON that no parser of HTML mistakes for a tag, whatever the names in it."""
+    text = json.dumps(data, separators=(",", ":"))
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def _seconds(value: float) -> str:
+    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
+        if value * factor >= 1:
+            return f"{value * factor:.3g} {unit}"
+    return "0" if not value else f"{value * 1e6:.2g} µs" if value >= 1e-8 else "< 0.01 µs"
+
+
+def _size(value: float) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= factor:
+            return f"{value / factor:.3g} {unit}"
+    return f"{value:.0f} B"
+
+
+def _percent(fraction: float) -> str:
+    if 0 < fraction < 0.001:
+        return "< 0.1 %"
+    return f"{100 * fraction:.3g} %" if fraction < 0.9995 or fraction == 1 else "> 99.9 %"

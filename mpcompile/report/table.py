@@ -47,11 +47,11 @@ class Section:
         if len(self.modules) == 1:
             return self.modules[0] or "(top)"
         columns = zip(*(_NUMBER.findall(path) for path in self.modules), strict=True)
-        ranges = iter([_range(list(column)) for column in columns])
+        ranges = iter([number_range(list(column)) for column in columns])
         return _NUMBER.sub(lambda _: next(ranges), self.modules[0])
 
 
-def _range(numbers: Sequence[str]) -> str:
+def number_range(numbers: Sequence[str]) -> str:
     distinct = sorted({int(n) for n in numbers})
     if len(distinct) == 1:
         return str(distinct[0])

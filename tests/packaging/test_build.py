@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PARTS = ("mpcompile", "passes", "tools", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in")
+PARTS = ("mpcompile", "passes", "tools", "pyproject.toml", "README.md", "LICENSE", "THIRD_PARTY.md", "MANIFEST.in")
 
 IMPORT_ALL = """
 import importlib, pkgutil, sys, warnings

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from html.parser import HTMLParser
 from importlib import resources
-from pathlib import Path
 
 import jsonschema
 import pytest
@@ -136,30 +134,6 @@ def test_filter_and_sort(report: Report) -> None:
         report.filter(only="fp23")
     with pytest.raises(UsageError, match="'bytes'"):
         report.sort("byte")
-
-
-class Page(HTMLParser):
-    """Counts rows and remembers what the page would load."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.rows, self.loads, self.open = 0, [], []
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.rows += tag == "tr" and "data-module" in dict(attrs)
-        self.loads += [value for name, value in attrs if name in ("src", "href")]
-
-
-def test_html_is_one_offline_file(report: Report, tmp_path: Path) -> None:
-    report.to_html(tmp_path / "report.html")
-    text = (tmp_path / "report.html").read_text(encoding="utf-8")
-    page = Page(text)
-    assert page.rows == len(report.nodes)
-    assert page.loads == []
-    assert "http" not in text
-    assert all(step.name in text for step in report.steps)
-    assert all(cast.value in text for cast in report.casts)
 
 
 def test_html_escapes_names() -> None:

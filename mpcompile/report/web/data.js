@@ -1,0 +1,60 @@
+// The report, out of its columns. One object per node: `at` is its place, which is how everything else names it.
+
+const DATA = JSON.parse(at("data").textContent);
+const NODES = unpack(DATA.nodes);
+const CASTS = unpack(DATA.casts);
+const AT = new Map(NODES.map(node => [node.id, node.at]));
+// A node's address in the page; names that no address can hold (half of a character) go by their place.
+const address = node => NODES[node].id.isWellFormed?.() === false ? `#at=${node}` : `#node=${encodeURIComponent(NODES[node].id)}`;
+
+function addressed(hash) {
+  const [, kind, rest] = /^#(node|at)=(.*)$/.exec(hash) ?? [];
+  if (kind === "at") return NODES[rest] ? Number(rest) : -1;
+  try {
+    return kind ? AT.get(decodeURIComponent(rest)) ?? -1 : -1;
+  } catch { // not an address of this page's
+    return -1;
+  }
+}
+
+const VALUES = unpack(DATA.values, ["name", "maker", "role", "type", "bytes"]);
+const LINKS = link(DATA.values);
+
+// An array is a column; else it is words and the number of the word at each place.
+function plain(list) {
+  return Array.isArray(list) ? list : list.at;
+}
+
+function unpack(columns, names = Object.keys(columns)) {
+  const lists = names.map(name => [name, columns[name]]);
+  const length = lists.length ? plain(lists[0][1]).length : 0;
+  const rows = new Array(length);
+  for (let at = 0; at < length; at++) rows[at] = {at};
+  for (const [name, list] of lists) {
+    if (Array.isArray(list)) for (let at = 0; at < length; at++) rows[at][name] = list[at];
+    else for (let at = 0; at < length; at++) rows[at][name] = list.words[list.at[at]];
+  }
+  return rows;
+}
+
+/** reads[node] and readers[value]: lists of {node, value, cast}, cast -1 for none. */
+function link(values) {
+  const reads = NODES.map(() => []), readers = VALUES.map(() => []), given = NODES.map(() => []);
+  for (const value of VALUES) {
+    if (value.maker < 0) continue;
+    value.name ||= NODES[value.maker].id;
+    given[value.maker].push(value.at);
+  }
+  for (let i = 0; i < values.reads.length; i += 3) {
+    const [node, value, cast] = values.reads.slice(i, i + 3);
+    const one = {node, value, cast};
+    reads[node].push(one);
+    readers[value].push(one);
+  }
+  for (const [value, cast] of values.returned) readers[value].push({node: -1, value, cast});
+  return {reads, readers, given};
+}
+
+/** All that is searched in a node, in lower case. */
+const haystack = node =>
+  `${node.id}\n${node.op}\n${node.kind}\n${node.precision}\n${node.verdict}\n${node.decided_by}\n${node.reason}\n${node.module}\n${node.source}\n${node.phase}`.toLowerCase();
