@@ -340,7 +340,8 @@ class MixedPrecisionModule(nn.Module):
 
         if args or kwargs:
             plan = self.plan(*args, **kwargs)
-            return build_report(plan.graph, plan.policy, plan.row, steps=plan.steps, before=plan.capture.graph)
+            return build_report(plan.graph, plan.policy, plan.row, steps=plan.steps, before=plan.capture.graph,
+                                history=plan.history, code=plan.capture.code)  # fmt: skip
         if not self.plans:
             raise CaptureError("MP106", "report() without example arguments, and nothing is compiled yet",
                                try_="mp.report(*example), or call mp(...) first")  # fmt: skip

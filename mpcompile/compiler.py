@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +19,9 @@ from mpcompile.devices import pinned
 from mpcompile.errors import RuleError
 from mpcompile.graph import PrecisionGraph
 from mpcompile.hardware import row_name, settle_policy
+from mpcompile.passes.base import Pass
 from mpcompile.passes.classify import refuse_both
-from mpcompile.pipeline import Observer, StepRecord, default_passes, run
+from mpcompile.pipeline import History, Observer, StepRecord, default_passes, run
 from mpcompile.policy import Policy
 
 log = logging.getLogger("mpcompile")
@@ -51,6 +52,7 @@ class Plan:
     Fields:
       device: where it runs ("cuda" or "cpu").
       row: name of the row that it was priced by (see `mpcompile.devices`).
+      passes: what decided, in order.
     """
 
     capture: FxCapture
@@ -60,6 +62,12 @@ class Plan:
     device: str
     seconds: float
     row: str = "cpu"
+    passes: Sequence[Pass] = field(default=(), repr=False)
+
+    @property
+    def history(self) -> History:
+        """The graph as it was read, and the passes that decided on it."""
+        return History(self.capture.graph, self.passes)
 
 
 def decide(
@@ -99,7 +107,7 @@ def decide(
         partial=partial,
     )
     graph, steps = run(capture.graph, passes, observer)
-    return Plan(capture, graph, steps, policy, device, time.perf_counter() - start, row)
+    return Plan(capture, graph, steps, policy, device, time.perf_counter() - start, row, passes)
 
 
 def settings_of(

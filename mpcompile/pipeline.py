@@ -64,6 +64,18 @@ def _run(graph: PrecisionGraph, passes: Iterable[Pass],
     return graph, records
 
 
+@dataclass(frozen=True)
+class History:
+    """A graph as it was read, and the passes that decided on it."""
+
+    graph: PrecisionGraph
+    passes: Sequence[Pass]
+
+    def replay(self, observer: Observer) -> None:
+        """Run the passes again, for the sake of an observer (see `run`)."""
+        run(self.graph, self.passes, observer)
+
+
 def keep_text(names: Sequence[str] = (), **options: Any) -> Observer:
     """An observer that keeps the text after the passes of `names` (all when empty) in their records."""
 

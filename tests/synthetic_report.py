@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mpcompile.graph import Node, PrecisionGraph, Value
-from mpcompile.pipeline import default_passes, run
+from mpcompile.pipeline import History, default_passes, run
 from mpcompile.policy import Policy
 from mpcompile.report.model import Report, build_report
 
@@ -43,8 +43,9 @@ def _value(name: str, **more: str) -> Value:
 
 def reported(graph: PrecisionGraph, policy: str = "bf16", keep_fp32: Sequence[str] = ()) -> Report:
     settled = Policy.parse(policy)
-    after, steps = run(graph, default_passes(settled, keep_fp32=keep_fp32))
-    return build_report(after, settled, "cpu", steps=steps, before=graph)
+    passes = default_passes(settled, keep_fp32=keep_fp32)
+    after, steps = run(graph, passes)
+    return build_report(after, settled, "cpu", steps=steps, before=graph, history=History(graph, passes))
 
 
 def stacked(blocks: int, policy: str = "bf16", keep_fp32: Sequence[str] = ()) -> Report:

@@ -106,7 +106,9 @@ def _study_fx(target: str, policy: str, overrides: dict[str, Any]) -> Study:
     plan = mpcompile(made.model, policy, **overrides).plan(*made.args, **made.kwargs)
     before = plan.capture.graph
     passes = default_passes(plan.policy, plan.row, "aten", keep_fp32=overrides["keep_fp32"], force_low=overrides["low"])
-    return Study(build_report(plan.graph, plan.policy, plan.row, steps=plan.steps, before=before), before, passes)
+    report = build_report(plan.graph, plan.policy, plan.row, steps=plan.steps, before=before, history=plan.history,
+                          code=plan.capture.code)  # fmt: skip
+    return Study(report, before, passes)
 
 
 def _study_onnx(target: str, policy: str, overrides: dict[str, Any]) -> Study:

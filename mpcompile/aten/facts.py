@@ -25,6 +25,7 @@ _OWN = tuple(
     os.path.join(os.path.dirname(os.path.dirname(__file__)), room) for room in ("training", "aten", "shadows", "onnx")
 )
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
+_CODE = re.compile(r'File "([^"]+)", line (\d+)[^\n]*\n +([^\n]+)')
 _SMALL = 1 << 16
 
 
@@ -145,6 +146,16 @@ def source_line(node: fx.Node) -> str:
 def _frames(trace: str) -> tuple[str, ...]:
     found = [(path, line) for path, line in _FRAME.findall(trace) if not path.startswith((_TORCH_HOME, *_OWN))]
     return tuple(f"{os.path.basename(path)}:{line}" for path, line in found)
+
+
+def code_lines(graph: fx.Graph) -> dict[str, str]:
+    """The user's own code by place, {"model.py:41": "x = self.head(x)"}; of two files of one name neither is told."""
+    found: dict[str, set[str]] = {}
+    for trace in {node.meta.get("stack_trace") or "" for node in graph.nodes}:
+        for path, line, code in _CODE.findall(trace):
+            if not path.startswith((_TORCH_HOME, *_OWN)):
+                found.setdefault(f"{os.path.basename(path)}:{line}", set()).add(code.strip())
+    return {place: next(iter(codes)) for place, codes in found.items() if len(codes) == 1}
 
 
 def flops(node: fx.Node) -> int:

@@ -37,6 +37,11 @@ class FxCapture:
     origin: dict[str, tuple[fx.Node, int | None]] = field(default_factory=dict)
     names: dict[fx.Node, str] = field(default_factory=dict)
 
+    @property
+    def code(self) -> dict[str, str]:
+        """The user's own code by place: {"model.py:41": "x = self.head(x)"}."""
+        return facts.code_lines(self.module.graph)
+
 
 def read(module: fx.GraphModule, header: dict[str, str] | None = None) -> FxCapture:
     """Read an ATen graph (each node's ``meta["val"]`` must hold its fake result).

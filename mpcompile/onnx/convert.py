@@ -33,7 +33,7 @@ from mpcompile.passes.assign import Assign
 from mpcompile.passes.base import Pass
 from mpcompile.passes.legalize import Legalize
 from mpcompile.passes.measured_hazards import Measured, MeasuredHazards
-from mpcompile.pipeline import StepRecord, default_passes, run
+from mpcompile.pipeline import History, StepRecord, default_passes, run
 from mpcompile.policy import Policy
 
 page(
@@ -92,6 +92,7 @@ class OnnxMixedPrecision:
       ranges: what the values were on the sample inputs, when there were any.
       errors: how far each output is off on the sample inputs, worst first, in true low-precision numerics.
       kept: nodes that `auto` keeps FP32.
+      passes: what decided, in order.
     """
 
     policy: Policy
@@ -103,6 +104,7 @@ class OnnxMixedPrecision:
     ranges: dict[str, Measured] = field(default_factory=dict)
     errors: list[OutputError] = field(default_factory=list)
     kept: list[str] = field(default_factory=list)
+    passes: Sequence[Pass] = field(default=(), repr=False)
 
     @cached_property
     def _written(self) -> Written:
@@ -177,9 +179,13 @@ class OnnxMixedPrecision:
         """What was decided for each node, and why. See `mpcompile.report.model.Report`."""
         from mpcompile.report.model import build_report
 
-        return build_report(
-            self.graph, self.policy, _device(self.policy, self.options), steps=self.steps, before=self.capture.graph
-        )
+        return build_report(self.graph, self.policy, _device(self.policy, self.options), steps=self.steps,
+                            before=self.capture.graph, history=self.history)  # fmt: skip
+
+    @property
+    def history(self) -> History:
+        """The graph as it was read, and the passes that decided on it."""
+        return History(self.capture.graph, self.passes)
 
     def session(self, providers: Sequence[str] | None = None, options: Any = None) -> Any:
         """An `onnxruntime.InferenceSession` of the converted model, on CUDA and the CPU unless `providers` says else.
@@ -388,10 +394,11 @@ def plan(policy: Policy, options: Options, model: Any,
     with no_garbage_collection():
         if not isinstance(model, frontend.OnnxCapture):
             capture = frontend.read(model, policy.low, provider=options.provider)
-        graph, steps = run(capture.graph, passes_for(policy, options, capture, ranges, on))
+        passes = passes_for(policy, options, capture, ranges, on)
+        graph, steps = run(capture.graph, passes)
         notes = list(capture.notes)
         if policy.low == "bf16" and sum(node.flops for node in graph) >= LARGE_WORK:
-            graph, steps, found = _priced(policy, options, capture, graph, steps)
+            graph, steps, passes, found = _priced(policy, options, capture, graph, steps, passes)
             notes += found
     low, fp32 = unlike(graph) if depth else (set(), set())
     if low or fp32:
@@ -402,31 +409,34 @@ def plan(policy: Policy, options: Options, model: Any,
     _call_by_name(graph)
     shown = (options.provider or "cpu") if policy.device == "auto" else policy.device
     graph.header.update(source="onnx", policy=str(policy), device=shown)
-    made = OnnxMixedPrecision(policy, options, capture, graph, steps, notes, ranges or {})
+    made = OnnxMixedPrecision(policy, options, capture, graph, steps, notes, ranges or {}, passes=passes)
     if unknown := sorted({node.op for node in graph if node.decided_by == "unknown"}):
         made.notes.append(f"operators without a rule stay FP32: {', '.join(unknown)}")
     return made
 
 
-def _priced(policy: Policy, options: Options, capture: frontend.OnnxCapture, graph: PrecisionGraph,
-            steps: list[StepRecord]) -> tuple[PrecisionGraph, list[StepRecord], list[str]]:  # fmt: skip
+def _priced(
+    policy: Policy, options: Options, capture: frontend.OnnxCapture, graph: PrecisionGraph, steps: list[StepRecord],
+    passes: list[Pass],
+) -> tuple[PrecisionGraph, list[StepRecord], list[Pass], list[str]]:  # fmt: skip
     """A BF16 plan that is not slower than FP32 by prediction, and what is to be said of BF16 on this provider."""
     device, seconds = _device(policy, options), _seconds(policy, options, graph)
     whole, notes = seconds["fp32"], list[str]()
     if seconds["plan"] > whole:
-        graph, steps = run(capture.graph, passes_for(policy, options, capture, bind=False))
+        passes = passes_for(policy, options, capture, bind=False)
+        graph, steps = run(capture.graph, passes)
         notes.append(f"BF16 would take {seconds['plan'] / whole:.2g} times as long as FP32 on {device}: "
                      "only what gains by it is BF16")  # fmt: skip
         seconds = _seconds(policy, options, graph)
     if options.provider == "cpu":  # it computes FP16 in FP32, too
-        return graph, steps, [*notes, "the CPU provider computes nothing in BF16: FP32 is as fast there"]
+        return graph, steps, passes, [*notes, "the CPU provider computes nothing in BF16: FP32 is as fast there"]
     other = policy.with_low("fp16")
     half = _seconds(other, options, run(capture.graph, passes_for(other, options, capture))[0])["plan"]
     if seconds["plan"] > FASTER * half:
         notes.append(
             f"BF16 is a poor choice for {device}: FP16 would be {seconds['plan'] / half:.2g} times as fast (estimated)"
         )
-    return graph, steps, notes
+    return graph, steps, passes, notes
 
 
 def _device(policy: Policy, options: Options) -> str:

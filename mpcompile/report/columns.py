@@ -57,7 +57,8 @@ def page_data(report: Report, seconds: Sequence[float]) -> dict[str, Any]:
         "seconds": [rounded(one) for one in seconds],
     }
     return {
-        "policy": report.policy, "nodes": nodes, "casts": _casts(report.casts), "values": _links(report),
+        "policy": report.policy, "code": [report.code.get(place, "") for place in nodes["source"]["words"]],
+        "nodes": nodes, "casts": _casts(report.casts), "values": _links(report),
         "tree": module_tree(report.nodes, seconds, nodes["module"]["words"]),
     }  # fmt: skip
 

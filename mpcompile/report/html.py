@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import json
 import os
@@ -17,13 +18,14 @@ from markupsafe import Markup
 from mpcompile.report.columns import node_seconds, page_data
 from mpcompile.report.costs import Estimate
 from mpcompile.report.headline import headline
+from mpcompile.report.pass_texts import pass_texts
 
 if TYPE_CHECKING:
     from mpcompile.report.model import Report
 
 # In the order in which they are read; each of ours uses those before it alone.
 _LIBRARIES = ("vendor/tabulator.min.js", "vendor/dagre.min.js")
-_SCRIPTS = ("base", "data", "filter", "tree", "table", "neighbours", "detail", "casts", "main")
+_SCRIPTS = ("base", "data", "filter", "tree", "table", "neighbours", "detail", "casts", "passes", "main")
 _STYLES = ("vendor/tabulator_simple.min.css", "web/page.css")
 
 
@@ -41,6 +43,7 @@ def render(report: Report) -> str:
         "costs": Estimate.of(report).breakdown() if report.graph.nodes else {},
         "what": "forward" if all(row.phase == "forward" for row in report.nodes) else "step",
         "data": _script_data(page_data(report, seconds)),
+        "texts": _packed(pass_texts(report)),
     }
     return assemble("web/page.html.jinja", facts)
 
@@ -87,6 +90,14 @@ def _script_data(data: Any) -> Markup:
     """JSON that no parser of HTML mistakes for a tag, whatever the names in it."""
     text = json.dumps(data, separators=(",", ":"))
     return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def _packed(data: Any) -> str:
+    """JSON of what is looked at later and is long, for `web/passes.js` to unpack; "" for nothing."""
+    if data is None:
+        return ""
+    text = json.dumps(data, separators=(",", ":"))
+    return base64.b64encode(gzip.compress(text.encode(), compresslevel=6, mtime=0)).decode()
 
 
 def _seconds(value: float) -> str:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from mpcompile.errors import UsageError, page, suggest
 from mpcompile.formats import FORMATS
 from mpcompile.graph import CAST_OP, Node, PrecisionGraph
-from mpcompile.pipeline import StepRecord
+from mpcompile.pipeline import History, StepRecord
 from mpcompile.policy import Policy
 from mpcompile.report.costs import Estimate
 
@@ -84,6 +84,8 @@ class Report:
       nodes, casts: the rows, in the graph's order.
       steps: what each pass did, in order.
       graph: the graph that the rows tell of.
+      history: the graph as it was read and the passes that decided on it; None where that is not known.
+      code: the user's own line of code by a row's `source`, where it is known.
     """
 
     source: str
@@ -94,6 +96,8 @@ class Report:
     summary: dict[str, Any]
     steps: tuple[StepRecord, ...] = ()
     graph: PrecisionGraph = field(default_factory=PrecisionGraph, repr=False, compare=False)
+    history: History | None = field(default=None, repr=False, compare=False)
+    code: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The report in the schema ``mpcompile.report/1`` (report/schema.json)."""
@@ -186,7 +190,8 @@ def _check(word: str, what: str, known: Iterable[str]) -> None:
 
 
 def build_report(graph: PrecisionGraph, policy: Policy, device: str, source: str = "", *,
-                 steps: Sequence[StepRecord] = (), before: PrecisionGraph | None = None) -> Report:  # fmt: skip
+                 steps: Sequence[StepRecord] = (), before: PrecisionGraph | None = None,
+                 history: History | None = None, code: Mapping[str, str] | None = None) -> Report:  # fmt: skip
     """The report of a graph that the passes have decided on.
 
     Args:
@@ -196,13 +201,15 @@ def build_report(graph: PrecisionGraph, policy: Policy, device: str, source: str
       source: "fx" or "onnx"; by default what the graph's header says.
       steps: what each pass did.
       before: the graph before the passes, for what the dtypes were; by default FP32 where a precision was given.
+      code: the user's own line of code by place ("model.py:41").
+      history: with it the page shows the graph's text before and after each pass.
     """
     source = source or graph.header.get("source", "fx")
     nodes = tuple(_node_row(graph, node, before) for node in graph if not node.is_cast)
     casts = tuple(_casts(graph))
     summary = _summary(nodes, casts)
     summary["cost"] = Estimate(graph, policy, device, source).to_dict()
-    return Report(source, str(policy), device, nodes, casts, summary, tuple(steps), graph)
+    return Report(source, str(policy), device, nodes, casts, summary, tuple(steps), graph, history, code or {})
 
 
 def _node_row(graph: PrecisionGraph, node: Node, before: PrecisionGraph | None) -> NodeRow:

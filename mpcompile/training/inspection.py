@@ -95,7 +95,9 @@ class Inspection:
 
         emitted, joint = self.emitted()
         plan = joint.forward.plan
-        return build_report(precision_graph(emitted, joint), plan.policy, plan.row, steps=plan.steps)
+        graph = precision_graph(emitted, joint)
+        return build_report(graph, plan.policy, plan.row, steps=plan.steps, history=plan.history,
+                            code=plan.capture.code)  # fmt: skip
 
     def explain_overflow(self, *args: Any, **kwargs: Any) -> Overflow | None:
         """Run a batch again, node by node, and name the first node that makes a non-finite number; None if none does.

@@ -179,6 +179,29 @@ def test_the_casts_have_a_table(page: Chromium, report: Report) -> None:
     assert "h.0.w" in text(page, "#casts")
 
 
+def test_a_pass_shows_the_text_before_and_after(page: Chromium, report: Report) -> None:
+    page.click("#passes-tab")
+    page.wait("Boolean(LINE_TABLE && document.querySelector('#texts .tabulator-row'))")
+    number = next(i for i, step in enumerate(report.steps) if step.name == "insert-casts")
+    page.click(f"[data-pass='{number}']")
+    marks = page.run("LINE_TABLE.getData().map(row => row.mark + row.text)")
+    came = [line for line in marks if line.startswith("++ ") and "mp.cast(" in line]
+    assert len(came) == len([cast for cast in report.casts if cast.origin != "existing"])
+    assert any(line.startswith("…") for line in marks)
+    before = page.run(f"textAfter({number} - 1).map(([, line]) => TEXTS.lines[line])")
+    assert [line for line in before if "mp.cast(" in line] == []
+    idle = next(i for i, step in enumerate(report.steps) if not step.modified)
+    page.click(f"[data-pass='{idle}']")
+    assert "changed nothing" in text(page, "#pass-said")
+    assert page.run("getComputedStyle(document.querySelector('#texts .tabulator-row')).whiteSpace") == "pre"
+
+
+def test_a_diff_of_moved_new_and_lost_lines_holds_each_line_once(page: Chromium) -> None:
+    marks = """(() => { TEXTS = {lines: ['a', 'b', 'c', 'd', 'b2'], keys: [], after: []};
+      return differences([[0, 0], [1, 1], [2, 2]], [[2, 2], [1, 4], [3, 3]]).map(row => row.text); })()"""
+    assert page.run(marks) == ["- a", "  c", "- b", "+ b2", "+ d"]
+
+
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("dark", [False, True])
 def test_no_width_and_no_theme_cuts_anything_off(browser: Chromium, path: Path, width: int, dark: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import hashlib
 import json
 import re
@@ -11,13 +12,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from synthetic_report import HOSTILE, hostile, stacked
 
+from mpcompile import mpcompile
+from mpcompile.aten.facts import code_lines
 from mpcompile.report.columns import node_seconds, page_data
 from mpcompile.report.costs import Estimate
 from mpcompile.report.headline import headline
 from mpcompile.report.html import render
 from mpcompile.report.model import Report
+from mpcompile.text import print_graph
 
 ROOT = Path(__file__).parents[2]
 THIRD_PARTY = (ROOT / "THIRD_PARTY.md").read_text(encoding="utf-8")
@@ -48,8 +53,9 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attrs)))
 
     def handle_data(self, data: str) -> None:
-        if self.tags and self.tags[-1][0] in ("script", "style") and data.strip():
-            self.inside.append((self.tags[-1][0], data))
+        tag, attrs = self.tags[-1] if self.tags else ("", {})
+        if tag in ("script", "style") and data.strip():
+            self.inside += [] if "type" in attrs else [(tag, data)]  # with a type it is data, which is not run
         else:
             self.words += data
 
@@ -75,12 +81,12 @@ def test_nothing_is_loaded_from_anywhere(text: str) -> None:
 
 def test_the_policy_lets_only_what_is_in_the_page_run(text: str) -> None:
     page = Page(text)
+    assert len(page.inside) == 5
     rules = next(a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a)
     assert rules.startswith("default-src 'none'")
     assert "unsafe" not in rules
     for kind, data in page.inside:
-        if not data.startswith("{"):  # data is not run
-            assert base64.b64encode(hashlib.sha256(data.encode()).digest()).decode() in rules, kind
+        assert base64.b64encode(hashlib.sha256(data.encode()).digest()).decode() in rules, kind
     # What the policy forbids in attributes is not there either.
     assert [a for _, a in page.tags if "style" in a or any(name.startswith("on") for name in a)] == []
 
@@ -158,6 +164,61 @@ def test_the_costs_add_up(report: Report, text: str) -> None:
     # What a node takes is its part of work and bytes: nothing is counted twice.
     assert sum(node_seconds(report)) == pytest.approx(parts["plan"]["work"] + parts["plan"]["moved"])
     assert "kept for the backward" in Page(text).words
+
+
+def unpacked(text: str) -> dict[str, Any]:
+    found = re.search(r'<script id="pass-texts" type="application/octet-stream">(.*?)</script>', text, re.S)
+    assert found
+    return json.loads(gzip.decompress(base64.b64decode(found[1])))
+
+
+def test_the_texts_before_and_after_each_pass_are_those_of_the_passes(report: Report, text: str) -> None:
+    texts, history = unpacked(text), report.history
+    assert history is not None
+    whole = [print_graph(history.graph)]
+    history.replay(lambda graph, _: whole.append(print_graph(graph)))
+    assert len(texts["after"]) == len(report.steps) + 1 == len(whole)
+    last: list[str] = []
+    for stage, printed in zip(texts["after"], whole, strict=True):
+        last = last if stage is None else [texts["lines"][line] for line in stage[1::2]]
+        assert last == printed.splitlines()
+        if stage is not None:
+            assert len(set(stage[::2])) == len(stage) // 2  # a key is of one line
+
+
+def test_every_report_of_one_graph_has_its_history(report: Report) -> None:
+    linear = torch.nn.Sequential(torch.nn.Linear(16, 16), torch.nn.GELU())
+    example = torch.randn(4, 16)
+    made = mpcompile(linear, "bf16", backend="eager")
+    assert unpacked(render(made.report(example)))["after"][0]
+    step = made.train_step(torch.optim.SGD(linear.parameters(), lr=0.1), lambda model, x: model(x).square().mean())
+    step(example)
+    assert len(unpacked(render(step.report()))["after"]) == len(step.report().steps) + 1
+
+
+class Twice(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.exp(x) * self.scale  # the line that the page shows
+
+
+def test_the_users_line_of_code_stands_beside_its_place() -> None:
+    made = mpcompile(Twice(), "bf16", backend="eager").report(torch.randn(4))
+    data = embedded(render(made))
+    code = dict(zip(data["nodes"]["source"]["words"], data["code"], strict=True))
+    exp = next(row for row in made.nodes if "exp" in row.op)
+    assert code[exp.source].startswith("return torch.exp(x) * self.scale")
+
+
+def test_code_of_two_files_of_one_name_is_not_mixed_up() -> None:
+    graph = torch.fx.Graph()
+    for folder, code in (("a", "x + 1"), ("b", "x - 1")):
+        graph.placeholder(folder).meta["stack_trace"] = f'File "/{folder}/model.py", line 3, in forward\n    {code}\n'
+    graph.placeholder("c").meta["stack_trace"] = 'File "/a/model.py", line 4, in forward\n    x * 2\n'
+    assert code_lines(graph) == {"model.py:4": "x * 2"}
 
 
 def test_without_javascript_the_headline_the_costs_and_the_passes_are_there(report: Report, text: str) -> None:

@@ -42,7 +42,7 @@ function said(node) {
     ["operation", make("code", {}, node.op)],
     ["decided", `${node.verdict}, by ${node.decided_by}`],
     ["module", node.module ? make("code", {}, node.module) : "(the model itself)"],
-    ["source", node.source ? make("code", {}, node.source) : "not known"],
+    ["source", node.source ? sourceLine(node) : "not known"],
     ["results", [size(node.bytes), node.flops ? `${flops(node.flops)} FLOP` : "", node.seconds ? `about ${seconds(node.seconds)}` : ""].filter(Boolean).join(", ")],
   ];
   if (node.phase !== "forward") facts.push(["phase", node.phase]);
@@ -54,6 +54,11 @@ function said(node) {
     list("Reads", LINKS.reads[node.at].map(readWords)),
     list("Is read by", LINKS.given[node.at].flatMap(value => LINKS.readers[value].map(readerWords))),
     change(node));
+}
+
+function sourceLine(node) {
+  const code = DATA.code[DATA.nodes.source.at[node.at]];
+  return [make("code", {}, node.source), code ? make("pre", {class: "code"}, code) : null];
 }
 
 function close() {

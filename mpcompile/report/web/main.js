@@ -1,6 +1,6 @@
 // Start: theme, tabs, the address, and then the views.
 
-const TABS = {nodes: () => { if (BUILT) TABLE.redraw(); }, casts: () => castTable(), passes: () => {}};
+const TABS = {nodes: () => { if (BUILT) TABLE.redraw(); }, casts: () => castTable(), passes: () => passView()};
 
 function openTab(name) {
   for (const tab of document.querySelectorAll("[role=tab]")) {
