@@ -35,7 +35,14 @@ from mpcompile.runtime.coverage import warn_of_eager_call, warn_of_gaps, warn_of
 from mpcompile.runtime.dynamo import Compiler
 from mpcompile.runtime.sharded import refuse_sharded
 from mpcompile.shadows.table import SHADOWS
-from mpcompile.torch_internals import graphs_whole, hooks_guarded, is_watched, module_replaced
+from mpcompile.torch_internals import (
+    are_calls_taken,
+    calls_taken,
+    graphs_whole,
+    hooks_guarded,
+    is_watched,
+    module_replaced,
+)
 
 page(
     "MP102",
@@ -271,7 +278,7 @@ class MixedPrecisionModule(nn.Module):
         except AttributeError:
             model = self.__dict__["_model"]
             found = getattr(model, name)
-            own = inspect.ismethod(found) and found.__self__ is model
+            own = inspect.ismethod(found) and found.__self__ is model and not are_calls_taken(self.model)
             return watched_method(model, name, found) if own else found
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -305,6 +312,10 @@ class MixedPrecisionModule(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> MixedPrecisionModule:
         self.model._apply(fn, recurse)  # type: ignore[no-untyped-call]
         return self
+
+    def taking_calls(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, what the model's own methods call is this: ``with mp.taking_calls(): mp.generate(ids)`` runs low."""
+        return calls_taken(self.model, self)
 
     def refresh(self) -> None:
         """Cast the shadows again now: needed on a GPU after edits through ``parameter.data`` outside training."""

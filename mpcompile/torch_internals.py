@@ -94,6 +94,30 @@ def compile_pieces(
     return cut
 
 
+@contextlib.contextmanager
+def calls_taken(module: Module, call: Callable[..., Any]) -> Iterator[None]:
+    """Whoever calls `module` calls `call` for a while; inside of `call`, `module` is itself."""
+
+    def taken(*args: Any, **kwargs: Any) -> Any:
+        vars(module)["_compiled_call_impl"] = before
+        try:
+            return call(*args, **kwargs)
+        finally:
+            vars(module)["_compiled_call_impl"] = taken
+
+    before = module._compiled_call_impl
+    vars(module)["_compiled_call_impl"] = taken
+    try:
+        yield
+    finally:
+        vars(module)["_compiled_call_impl"] = before
+
+
+def are_calls_taken(module: Module) -> bool:
+    """Whether `calls_taken` is at work on `module`."""
+    return getattr(module._compiled_call_impl, "__qualname__", "").startswith(calls_taken.__name__)
+
+
 def is_watched() -> bool:
     """A mode of the user's sees every operation (FlopCounterMode): Dynamo runs nothing compiled under it."""
     return bool(is_in_torch_dispatch_mode(include_infra_modes=False))
@@ -142,6 +166,8 @@ __all__ = [
     "MODULE_TENSORS",
     "TensorGuards",
     "active_ddp",
+    "are_calls_taken",
+    "calls_taken",
     "compile_pieces",
     "graphs_whole",
     "hooks_guarded",

@@ -128,7 +128,8 @@ def watched_method(model: nn.Module, name: str, method: Callable[..., Any]) -> C
             if calls:
                 warnings.warn(
                     f"mpcompile: {name}() is a method of the model itself: its {len(calls)} calls of the model ran as "
-                    "written, in FP32. Mixed precision is in mp(...), and in mp.train_step",
+                    "written, in FP32. Mixed precision is in mp(...), in mp.train_step, and in `with mp.taking_calls(): "
+                    f"mp.{name}(...)`",
                     stacklevel=2,
                 )
 

@@ -39,9 +39,10 @@ from mpcompile.training.optimizer.split import SplitMasters
 from mpcompile.training.options import check_options
 from mpcompile.training.result import StepResult
 from mpcompile.training.skipped_buffers import SkippedBuffers
+from mpcompile.training.windows import Windows
 
 
-class TrainStep(Inspection):
+class TrainStep(Windows, Inspection):
     """`mp.train_step(optimizer, …)`: one call is one (micro)batch.
 
     Args:
@@ -219,18 +220,10 @@ class TrainStep(Inspection):
         call = self._replayed(artefact, key, run, batch.tensors, lambda: [*artefact.tensors(), *sums])
         (loss,) = call(batch.tensors)
         self._window.note(artefact.layout)
+        self._recent = artefact
         if not self._window.full:
-            return StepResult(loss, self._no, self._yes, self.state.scale.clone(), self._nan)
-        self._window.close()
-        self._before_update()
-        layout = self._window.layout()
-        held = self._window.held(layout)
-        self._last = artefact, layout, lambda: self._window.held(layout)
-        updater = self._updater(layout, None, lambda: held)
-        update = self._replays.find(
-            (id(updater),), lambda _: tuple(updater(held)), [], lambda: [*self._written(updater), *held]
-        )
-        return self._updated(updater, lambda: (loss, *update([])))
+            return self._not_yet(loss)
+        return self._close(loss)
 
     def _replayed(
         self, artefact: Artefact, key: tuple[Any, ...], run: Run, tensors: Sequence[Tensor], fixed: Like

@@ -15,6 +15,7 @@ from mpcompile.tools.main import app
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
 TAUGHT = ["README.md", "docs/tutorial.md", "docs/how-to.md", "docs/how-to-onnx.md", "docs/explanation/training-step.md"]
+HOSTS = ["docs/hosts/accelerate.md", "docs/hosts/transformers.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -22,7 +23,7 @@ def blocks(page: Path, language: str) -> list[str]:
     return [text for name, text in FENCE.findall(page.read_text(encoding="utf-8")) if name == language]
 
 
-@pytest.mark.parametrize("name", TAUGHT)
+@pytest.mark.parametrize("name", [*TAUGHT, *(pytest.param(one, marks=pytest.mark.slow) for one in HOSTS)])
 def test_every_python_block_runs(name: str, tmp_path: Path) -> None:
     """One process a page, as a reader would: its blocks in order, in an empty directory with a model.onnx."""
     code = blocks(ROOT / name, "python")
@@ -46,7 +47,7 @@ def onnx_model(path: Path) -> None:
 
 
 def test_no_page_has_python_that_nobody_runs() -> None:
-    unrun = [page for page in PAGES if str(page.relative_to(ROOT)) not in TAUGHT and blocks(page, "python")]
+    unrun = [page for page in PAGES if str(page.relative_to(ROOT)) not in [*TAUGHT, *HOSTS] and blocks(page, "python")]
     assert unrun == []
 
 

@@ -434,6 +434,13 @@ def test_a_method_that_calls_the_model_past_the_wrapper_says_so() -> None:
     assert mp.width() == WIDTH
     with pytest.warns(UserWarning, match=r"generate\(\) .* its 2 calls of the model ran as written, in FP32"):
         mp.generate(torch.randn(2, WIDTH))
+    x = torch.randn(2, WIDTH)
+    with mp.taking_calls():
+        taken = mp.generate(x)
+    torch.testing.assert_close(taken, mp(mp(x)), rtol=0, atol=0)
+    assert not torch.equal(taken, mp.model(mp.model(x)))
+    with pytest.warns(UserWarning, match="in FP32"):
+        assert torch.equal(mp.generate(x), mp.model(mp.model(x)))
 
 
 @pytest.mark.parametrize("overrides", [[3], 3, [None]])

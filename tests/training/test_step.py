@@ -336,3 +336,36 @@ def test_a_tensor_that_the_model_makes_no_buffer_of_is_a_constant() -> None:
     )
     x = torch.randn(3, 4)
     torch.testing.assert_close(step(x).loss, model(x).square().mean().detach(), rtol=1e-2, atol=1e-3)
+
+
+def test_a_short_window_is_what_a_loop_makes_that_divides_by_the_whole():
+    """`end_window` after two of three microbatches, after none, and after the state was loaded in the middle."""
+    model, plain = nn.Linear(4, 2), nn.Linear(4, 2)
+    plain.load_state_dict(model.state_dict())
+    made = [torch.optim.AdamW(one.parameters(), 0.05) for one in (model, plain)]
+
+    def step_of(optimizer):
+        mp = mpcompile(model, "fp32", backend="eager")
+        return mp.train_step(optimizer, lambda m, x: m(x).square().mean(), accumulate=3, max_grad_norm=0.2)
+
+    step = step_of(made[0])
+    for short in (True, False, True):
+        assert not step.end_window().stepped
+        for _ in range(2 if short else 3):
+            x = torch.randn(5, 4)
+            result = step(x)
+            (plain(x).square().mean() / 3).backward()
+        assert step.pending == (2 if short else 0)
+        if short:
+            saved = step.state_dict()
+            step = step_of(made[0])
+            step.load_state_dict(saved)
+            result = step.end_window()
+        norm = nn.utils.clip_grad_norm_(plain.parameters(), 0.2)
+        made[1].step()
+        made[1].zero_grad()
+        assert result.stepped
+        assert step.pending == 0
+        torch.testing.assert_close(result.grad_norm, norm)
+        for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
