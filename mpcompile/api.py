@@ -33,6 +33,7 @@ from mpcompile.runtime.buckets import bucket_bytes
 from mpcompile.runtime.compiled import CompiledGraph
 from mpcompile.runtime.coverage import warn_of_eager_call, warn_of_gaps, warn_of_watched_call, watch, watched_method
 from mpcompile.runtime.dynamo import Compiler
+from mpcompile.runtime.fp8_linear import FP8_LINEAR
 from mpcompile.runtime.sharded import refuse_sharded
 from mpcompile.shadows.table import SHADOWS
 from mpcompile.torch_internals import (
@@ -95,6 +96,7 @@ def mpcompile(
     *,
     keep_fp32: Any = (),
     low: Any = (),
+    fp8: Any = (),
     backend: str = "inductor",
     dynamic: bool | None = None,
     strict: bool = False,
@@ -109,8 +111,9 @@ def mpcompile(
     Args:
       model: an `nn.Module`, a `torch.export.ExportedProgram`, an `onnx.ModelProto` or the path of an ``.onnx`` file
         (for ONNX the result is an `OnnxMixedPrecision`, and `onnx_options` are those of `mpcompile.onnx.convert.convert`).
-      policy: "auto", "bf16", "fp16", "fp32", fields such as "low=fp16,output=low", or a `Policy`.
+      policy: "auto", "bf16", "fp16", "fp8", "fp32", fields such as "low=fp16,output=low", or a `Policy`.
       keep_fp32, low: globs on module path, op name or node name, or callables of a `Node`; one or several.
+      fp8: the same, for linear layers that read their operands in FP8 whatever it costs (see `mpcompile.fp8`).
       backend: "inductor" (compiled), "eager" (the rewritten graph op by op), or "onnxruntime" (training step, inference).
       dynamic: as in `torch.compile`.
       strict: an op without a rule is an error instead of FP32.
@@ -123,6 +126,8 @@ def mpcompile(
       MPCompileError: a policy, override, model or ONNX file that will not do; the model is untouched.
     """
     if _is_onnx(model):
+        if fp8:
+            raise TypeError("mpcompile() got fp8=, which ONNX models do not take")
         from mpcompile.onnx.convert import convert
 
         return convert(model, policy, keep_fp32=keep_fp32, low=low, strict=strict, **onnx_options)
@@ -136,7 +141,7 @@ def mpcompile(
         model = model.model
     _check(model)
     inner = "inductor" if backend == "onnxruntime" else backend
-    settings = settings_of(policy, keep_fp32, low, strict, inner)
+    settings = settings_of(policy, keep_fp32, low, strict, inner, fp8)
     _check_overrides(model, settings)
     wrapped = _rewrapped(model, settings, dynamic, backend)
     if example_inputs is not None:
@@ -177,7 +182,7 @@ def _check_overrides(model: nn.Module, settings: Settings) -> None:
     paths = [name for name, _ in model.named_modules() if name]
     ops = [rule.op for rule in rules_for("aten")]
     known = [*paths, *ops, *(f"{op}.default" for op in ops), *(op.partition(".")[2] for op in ops)]
-    for option, globs in (("low", settings.low), ("keep_fp32", settings.keep_fp32)):
+    for option, globs in settings.overrides().items():
         words = [g for g in globs if not callable(g)]
         hopeless = [g for g in words if not _may_match(g, known)]
         refuse_unmatched(hopeless, option, known)
@@ -334,9 +339,8 @@ class MixedPrecisionModule(nn.Module):
     def graph(self, *args: Any, **kwargs: Any) -> fx.GraphModule:
         """The rewritten graph, callable with the example's own arguments; it shares the model's parameters."""
         plan = self.plan(*args, **kwargs)
-        return write(
-            plan.capture, plan.graph, emulate=emulated_kinds(plan.device, plan.policy.low, compiled=False)
-        ).module
+        emulate = emulated_kinds(plan.device, plan.policy.low, compiled=False)
+        return write(plan.capture, plan.graph, emulate=emulate, linear=FP8_LINEAR).module
 
     def report(self, *args: Any, **kwargs: Any) -> Any:
         """What was decided for each node, and why. See `mpcompile.report.model.Report`.

@@ -33,7 +33,7 @@ class Settings:
 
     Fields:
       policy: the policy, "auto" not yet settled.
-      keep_fp32, low: overrides: globs on module path, op name or node name, or callables of a `Node`.
+      keep_fp32, low, fp8: overrides: globs on module path, op name or node name, or callables of a `Node`.
       strict: an op without a rule is an error.
       inner: "inductor" or "eager".
     """
@@ -43,6 +43,11 @@ class Settings:
     low: tuple[Any, ...] = ()
     strict: bool = False
     inner: str = "inductor"
+    fp8: tuple[Any, ...] = ()
+
+    def overrides(self) -> dict[str, tuple[Any, ...]]:
+        """Each of the caller's overrides by its name."""
+        return {"low": self.low, "fp8": self.fp8, "keep_fp32": self.keep_fp32}
 
 
 @dataclass
@@ -102,6 +107,7 @@ def decide(
         source="aten",
         keep_fp32=settings.keep_fp32,
         force_low=settings.low,
+        force_fp8=settings.fp8,
         strict=settings.strict,
         fused=settings.inner == "inductor",
         partial=partial,
@@ -116,16 +122,25 @@ def settings_of(
     low: Any = (),
     strict: bool = False,
     inner: str = "inductor",
+    fp8: Any = (),
 ) -> Settings:
-    """Settings from what a caller may write (a policy string, one glob or several)."""
+    """Settings from what a caller may write (a policy string, one glob or several).
+
+    Raises:
+      RuleError: MP201, MP203, MP204, MP206.
+    """
     if inner not in ("inductor", "eager"):
         raise RuleError("MP204", f"there is no backend {inner!r}", try_="'inductor', 'eager' or 'onnxruntime'")
     parsed = Policy.parse(policy)
     if parsed.device != "auto":
         pinned(parsed.device)  # a file that cannot be read is an error of this call, not of the first batch
-    kept, forced = _several(keep_fp32), _several(low)
+    kept, forced, asked = _several(keep_fp32), _several(low), _several(fp8)
     refuse_both(kept, forced)
-    return Settings(parsed, kept, forced, strict, inner)
+    refuse_both(kept, asked, "fp8")
+    if asked and (parsed.low == "fp16" or parsed.plan == "autocast"):
+        raise RuleError("MP201", f"fp8={asked[0]!r} beside {parsed}", why="FP8 products give BF16, in a plan of our own",
+                        try_="policy='bf16' or 'fp8'")  # fmt: skip
+    return Settings(parsed, kept, forced, strict, inner, asked)
 
 
 def _several(given: Any) -> tuple[Any, ...]:

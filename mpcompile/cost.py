@@ -74,6 +74,10 @@ class CostModel:
     def kind(self, node: Node) -> Kind | None:
         return self._kinds.get(node.kind)
 
+    def keeps_inputs(self, node: Node) -> bool:
+        """True where the backward reads what the node read."""
+        return node.kind in self._keep_inputs
+
     def is_kernel(self, node: Node) -> bool:
         return node.kind in self._kernels
 

@@ -37,6 +37,8 @@ class Device:
 
     Fields:
       family: whose kernels run: "cpu", "cuda" or "onnx".
+      fp8: FLOP/s of products with FP8 operands, by how these are scaled ("tensorwise", "rowwise"); none: no FP8 here.
+      quantise: bytes/s at which FP8 operands are made of BF16 ones, both layouts by one kernel; 0.0: `bandwidth`.
       emulated: low types that this device computes in FP32 and rounds; "auto" never picks one.
       products: words in the product's name, as the driver gives it, that say it is this row's.
       capability: CUDA compute capability of the row (9.0), 0.0 for others.
@@ -51,6 +53,8 @@ class Device:
     launch: float
     speedup: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     low_call: Mapping[str, float] = field(default_factory=dict)
+    fp8: Mapping[str, float] = field(default_factory=dict)
+    quantise: float = 0.0
     family: str = "cpu"
     emulated: Sequence[str] = ()
     products: Sequence[str] = ()

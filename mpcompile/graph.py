@@ -97,7 +97,7 @@ class Node:
 
     ``inputs[i]`` is the name of the value read at operand slot ``slots[i]`` (the position of the argument in the
     op's schema; the tensors of a list argument share its slot).  ``attrs`` holds every non-tensor argument.
-    Empty ``attrs``, ``operands`` and ``results`` are one sealed dict that all nodes share: do not change it, replace it.
+    Empty ``attrs``, ``operands``, ``results`` and ``fp8`` are one sealed dict that all nodes share: do not change it, replace it.
     The last block is written by passes.
     """
 
@@ -132,6 +132,8 @@ class Node:
     results: dict[int, str] = field(default_factory=_nothing)
     # Casts only (op == CAST_OP, attrs["to"]).
     origin: CastOrigin | Literal[""] = ""
+    # Pass of a linear layer whose operands are read in FP8 -> why (`mpcompile.fp8`).
+    fp8: dict[str, str] = field(default_factory=_nothing)
 
     def __post_init__(self) -> None:
         count = len(self.inputs)
@@ -145,6 +147,7 @@ class Node:
         twin.attrs = self.attrs.copy() if self.attrs else NOTHING
         twin.operands = self.operands.copy() if self.operands else NOTHING
         twin.results = self.results.copy() if self.results else NOTHING
+        twin.fp8 = self.fp8.copy() if self.fp8 else NOTHING
         twin.phase, twin.scope, twin.group, twin.flops = self.phase, self.scope, self.group, self.flops
         twin.region, twin.autocast, twin.out_dtype = self.region, self.autocast, self.out_dtype
         twin.kind, twin.verdict, twin.precision = self.kind, self.verdict, self.precision

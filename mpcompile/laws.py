@@ -15,6 +15,7 @@ from operator import attrgetter
 from mpcompile.behaviours import MOVERS, Behaviours, rounds
 from mpcompile.errors import LawError, page
 from mpcompile.formats import CASTABLE, LOW
+from mpcompile.fp8 import impossible, uncast
 from mpcompile.graph import CAST_OP, Node, PrecisionGraph
 from mpcompile.text import print_node
 
@@ -308,20 +309,20 @@ def full_values(graph: PrecisionGraph) -> Iterator[Breach]:
             yield Breach("MP409", f"{name!r}, which {moved[name].id!r} moves low, is needed in FP32", node.id)
 
 
-def uncast(graph: PrecisionGraph, name: str) -> str:
-    """The value that our casts above `name` read."""
-    node = graph.producer(name)
-    while node is not None and node.is_cast:
-        name = node.inputs[0]
-        node = graph.producer(name)
-    return name
+def fp8_reads(graph: PrecisionGraph) -> Iterator[Breach]:
+    """Law 10: FP8 is a form in which a BF16 linear layer reads rounded values and weights."""
+    for node in graph.nodes.values():
+        for step in node.fp8:
+            why = "it is " + node.precision if node.precision != "bf16" else impossible(graph, node, step)
+            if why:
+                yield Breach("MP409", f"node {node.id!r} reads FP8 for its {step}: {why}", node.id)
 
 
 # What can hold from which stage on.  A stage has its own laws and those before it.
 STAGES: dict[str, tuple[Callable[[PrecisionGraph], Iterator[Breach]], ...]] = {
     "structure": (structure,),
     "assigned": (fp32_arithmetic, one_precision),
-    "cast": (precision, never_cast, fresh, full_values),
+    "cast": (precision, never_cast, fresh, full_values, fp8_reads),
     "simplified": (few_casts,),
 }
 

@@ -126,6 +126,7 @@ def default_passes(
     *,
     keep_fp32: Any = (),
     force_low: Any = (),
+    force_fp8: Any = (),
     strict: bool = False,
     fused: bool = True,
     partial: bool = False,
@@ -136,7 +137,7 @@ def default_passes(
     Args:
       device: name of a row of devices.toml.
       source: whose operation names the graph uses: "aten" or "onnx".
-      keep_fp32, force_low: the caller's overrides (see `mpcompile.passes.classify`).
+      keep_fp32, force_low, force_fp8: the caller's overrides (see `mpcompile.passes.classify`).
       strict: an operation without a rule is an error.
       partial: the graph is one of several of the model, so an override may match in another.
       fused: the graph will be compiled, so casts inside a fused region are free.
@@ -147,8 +148,9 @@ def default_passes(
     from mpcompile.passes.normalize import Normalize
 
     refuse_both(keep_fp32, force_low)
+    refuse_both(keep_fp32, force_fp8, "fp8")
     low = policy.low
-    classify = Classify(low, source, policy.plan, tuple(keep_fp32), tuple(force_low), strict, partial)
+    classify = Classify(low, source, policy.plan, tuple(keep_fp32), tuple(force_low), strict, partial, tuple(force_fp8))
     if low == "fp32":
         from mpcompile.passes.all_fp32 import AllFp32
 
@@ -159,7 +161,10 @@ def default_passes(
     from mpcompile.passes.simplify_casts import SimplifyCasts
     from mpcompile.passes.strict import Strict
 
-    assign = Assign(low, device, policy.plan, fused, policy.output, source)
+    recipe = policy.fp8 if low == "bf16" and (policy.products == "fp8" or force_fp8) else ""
+    assign = Assign(
+        low, device, policy.plan, fused, policy.output, source, fp8=recipe, fp8_asked=policy.products != "fp8"
+    )
     # torch.autocast knows neither hazards nor origins, and plan="autocast" promises its decisions.
     hazards: list[Pass] = [] if policy.plan == "autocast" else [Hazards(low), Origins(low, policy.output)]
     if policy.plan == "strict":

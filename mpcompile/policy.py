@@ -17,7 +17,7 @@ page(
     "MP201",
     "A policy that does not parse",
     "The policy string has a field, or a value of a field, that does not exist.",
-    "Write 'fp16', 'bf16', 'fp32', 'auto', or fields as in 'low=fp16,plan=global,output=fp32,grads=low'.",
+    "Write 'fp16', 'bf16', 'fp8', 'fp32', 'auto', or fields as in 'low=fp16,plan=global,output=fp32,grads=low'.",
 )
 
 
@@ -32,6 +32,9 @@ class Policy:
       output: dtype of floating outputs: "fp32", "low", or "keep" (as the last node gives it).
       grads: precision of gradient buffers between microbatches of a training step.
       fp32_matmul: how matmuls that stay FP32 may round inside (torch.set_float32_matmul_precision's three names).
+      products: "fp8" lets BF16 products read their operands in FP8 where that is faster (`mpcompile.fp8`); the word
+        "fp8" alone is "low=bf16,products=fp8".
+      fp8: how FP8 operands are scaled: "tensorwise" (one number for all of an operand), or "rowwise".
       device: what the plan is priced for, wherever it then runs: "auto" (where the model is), the name of a row of
         devices.toml ("h100", "cpu", ...), or a FILE.toml of the user's (FILE.toml#ROW where it has several rows).
 
@@ -41,6 +44,8 @@ class Policy:
     True
     >>> str(Policy("bf16", device="h100"))
     'low=bf16,plan=global,output=fp32,grads=fp32,device=h100'
+    >>> str(Policy.parse("fp8"))
+    'low=bf16,plan=global,output=fp32,grads=fp32,products=fp8'
     """
 
     low: Literal["auto", "fp16", "bf16", "fp32"] = "auto"
@@ -48,6 +53,8 @@ class Policy:
     output: Literal["fp32", "low", "keep"] = "fp32"
     grads: Literal["fp32", "low"] = "fp32"
     fp32_matmul: Literal["highest", "high", "medium"] = "highest"
+    products: Literal["low", "fp8"] = "low"
+    fp8: Literal["tensorwise", "rowwise"] = "tensorwise"
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -58,6 +65,10 @@ class Policy:
                     f"{name}={value!r} is not a policy", f"{name} is one of {', '.join(allowed)}", value, allowed
                 )
         self._check_device()
+        if self.products == "fp8" and self.low == "fp16":
+            raise _bad("products=fp8 is no policy of low=fp16", "FP8 products give BF16", "", ())
+        if self.products == "fp8" and self.plan == "autocast":
+            raise _bad("products=fp8 is no policy of plan=autocast", "torch.autocast knows no FP8", "", ())
 
     def _check_device(self) -> None:
         """A file is looked at when a plan is made: a policy may be read where the file is not."""
@@ -68,13 +79,13 @@ class Policy:
             pinned(name)
 
     def __str__(self) -> str:
-        """The one-line form; `fp32_matmul` and `device` are printed only when they are not the default."""
+        """The one-line form; `fp32_matmul` and what follows it are printed only when they are not the default."""
         quiet = {f.name for f in fields(self)[4:] if getattr(self, f.name) == f.default}
         return ",".join(f"{f.name}={_quoted(getattr(self, f.name))}" for f in fields(self) if f.name not in quiet)
 
     @classmethod
     def parse(cls, text: str | Policy) -> Policy:
-        """Read the one-line form; missing fields take their defaults, a bare word is `low`.
+        """Read the one-line form; missing fields take their defaults, a bare word is `low` ("fp8" is BF16 with FP8 products).
 
         Raises:
           RuleError: MP201, naming the allowed words; MP206, for a device without a row.
@@ -84,10 +95,12 @@ class Policy:
         if not isinstance(text, str):
             raise _bad(f"a policy is a string or a Policy, not {type(text).__name__}", "", "", ())
         given: dict[str, str] = {}
+        low = ""  # of the bare word "fp8"
         for part in _COMMA.split(text):
             name, eq, value = (word.strip(" ") for word in part.partition("="))
             if not eq:
-                name, value = "low", name
+                name, value = ("products" if name == "fp8" else "low"), name
+                low = low or ("bf16" if name == "products" else "")
             if name not in _allowed():
                 raise _bad(
                     f"{text!r} has no policy field {name!r}",
@@ -98,7 +111,7 @@ class Policy:
             if name in given:
                 raise _bad(f"{text!r} gives {name} twice", "", "", ())
             given[name] = value[1:-1] if len(value) > 1 and value[0] == value[-1] == '"' else value
-        return cls(**given)  # type: ignore[arg-type]  # __post_init__ checks the words
+        return cls(**({"low": low} if low else {}) | given)  # type: ignore[arg-type]  # __post_init__ checks the words
 
     def with_low(self, low: str) -> Policy:
         return replace(self, low=low)  # type: ignore[arg-type]

@@ -32,18 +32,19 @@ from mpcompile.cut import INFINITE, SINK, SOURCE, CutProblem
 from mpcompile.formats import CASTABLE, ITEMSIZE, LOW
 from mpcompile.graph import CAST_OP, Node, PrecisionGraph, Value
 from mpcompile.passes.base import PassResult
+from mpcompile.passes.fp8_reads import FP8Reads
 
 
 @dataclass(frozen=True)
 class Assign:
     """Fields:
     low: the low type of the policy.
-    device: name of a row of devices.toml.
-    plan: "global", "autocast", or "strict" (the cut again, over verdicts that `strict` has raised).
+    device: name of a row of devices.toml; plan: "global", "autocast", or "strict" (verdicts raised before the cut).
     fused: the graph will be compiled, so casts inside a fused region are free.
     output: dtype of floating outputs: "fp32", "low" or "keep".
     source: whose operation names the graph uses (the passes share one signature; the costs do not differ).
     bind: a verdict "low" is kept whatever it costs: for files, whose sizes at run time nobody knows.
+    fp8: how operands in FP8 are scaled ("" for none), and `fp8_asked`: only in layers that an override names.
     """
 
     low: str
@@ -53,18 +54,20 @@ class Assign:
     output: str = "fp32"
     source: str = "aten"
     bind: bool = False
+    fp8: str = ""
+    fp8_asked: bool = False
 
     name: ClassVar[str] = "assign"
 
     def apply(self, graph: PrecisionGraph) -> PassResult:
-        before = [node.precision for node in graph]
+        before = [(node.precision, node.fp8) for node in graph]
         if self.plan == "autocast":
             _follow_autocast(graph, self.low)
         else:
-            _Plan(
-                graph, CostModel(graph, device(self.device), self.low, self.fused), self.low, self.output, self.bind
-            ).run()
-        return PassResult(before != [node.precision for node in graph])
+            cost = CostModel(graph, device(self.device), self.low, self.fused)
+            reads = FP8Reads(graph, cost, self.fp8, self.fp8_asked) if self.fp8 else None
+            _Plan(graph, cost, self.low, self.output, self.bind).run(reads)
+        return PassResult(before != [(node.precision, node.fp8) for node in graph])
 
 
 def told(node: Node) -> bool:
@@ -98,7 +101,7 @@ class _Plan:
         # A model has few reasons and many nodes: each text is made once.
         self._reasons: dict[tuple[str, bool, int], str] = {}
 
-    def run(self) -> None:
+    def run(self, reads: FP8Reads | None = None) -> None:
         self.vertices()
         self._stored()
         self._readers()
@@ -107,7 +110,12 @@ class _Plan:
             # Paid in every plan, or in none, where nobody is free.
             if (side := self.sides[name]) not in _FIXED or not _FIXED.issuperset([at for at, _ in readers]):
                 self._casts(self.graph.values[name], side, readers)
-        self.settle(self.problem.solve().tolist())
+        if reads is not None:
+            reads.add(self.problem, dict(zip(self.graph.nodes, self.places, strict=True)))
+        side = self.problem.solve().tolist()
+        self.settle(side)
+        if reads is not None:
+            reads.settle(side)
 
     def vertices(self) -> None:
         """A vertex per free node or class of nodes; fixed ones are the source or the sink itself."""
@@ -248,8 +256,7 @@ class _Plan:
             node.precision = node.out_dtype if told(node) and node.out_dtype in CASTABLE else "keep"  # type: ignore[assignment]
             return
         node.precision = self.low if low else "fp32"  # type: ignore[assignment]
-        tied = self.classes.tied_to(node.id)
-        if tied in LOW:
+        if (tied := self.classes.tied_to(node.id)) in LOW:
             node.precision, node.verdict, node.decided_by = tied, "propagate", "user-cast"  # type: ignore[assignment]
             node.reason = f"writes into storage that the program made {tied}"
             return

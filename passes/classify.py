@@ -15,16 +15,17 @@ from functools import cached_property
 from operator import attrgetter
 from typing import Any, ClassVar
 
+from mpcompile import fp8
 from mpcompile.errors import RuleError, page, suggest
 from mpcompile.formats import LOW
-from mpcompile.graph import CAST_OP, Node, PrecisionGraph
+from mpcompile.graph import CAST_OP, NOTHING, Node, PrecisionGraph
 from mpcompile.passes.base import PassResult
 from mpcompile.rules.table import Rule, Rules, rules_for
 
 page(
     "MP203",
     "An override that matches nothing",
-    "A glob of keep_fp32 or low matches no module path, no operation name and no node name of the graph, or stands in both.",
+    "A glob of keep_fp32, low or fp8 matches no module path, no operation name and no node name of the graph, or stands in both.",
     "Look the names up with `mpcompile inspect`; near names are in the message. What stands in both belongs in one of them.",
 )
 page(
@@ -53,6 +54,7 @@ class Classify:
     keep_fp32, force_low: overrides: globs on module path, operation or node name, or callables of a `Node`.
     strict: an operation without a rule is an error.
     partial: the graph is one of several of the model: a glob may match in another (see `unmatched`).
+    force_fp8: overrides too: linear layers that read FP8 whatever it costs.
     """
 
     low: str
@@ -62,26 +64,37 @@ class Classify:
     force_low: tuple[Any, ...] = ()
     strict: bool = False
     partial: bool = False
+    force_fp8: tuple[Any, ...] = ()
 
     name: ClassVar[str] = "classify"
 
     def apply(self, graph: PrecisionGraph) -> PassResult:
         rules, names = rules_for(self.source), _Names(graph)
         if not self.partial:
-            for option, globs in (("low", self.force_low), ("keep_fp32", self.keep_fp32)):
+            for option, globs in (("low", self.force_low), ("keep_fp32", self.keep_fp32), ("fp8", self.force_fp8)):
                 if globs:
                     refuse_unmatched(names.unmatched(globs), option, names.found)
         # A node without a kind gets one; where all have theirs, an earlier run may have decided the same.
         before = None if any(not node.kind for node in graph) else [*map(_DECISION, graph)]
         wide = {name for name, value in graph.values.items() if value.dtype in _WIDE}
         for node in graph:
+            node.fp8 = NOTHING
             self._decide(graph, node, rules, wide)
         # After the rules, so that a callable can ask for a node's kind and verdict.
         wanted = {id_: ("low", f"low={text!r}") for id_, text in names.matches(self.force_low).items()}
+        self._ask_fp8(graph, names)
         wanted |= {id_: ("fp32", f"keep_fp32={text!r}") for id_, text in names.matches(self.keep_fp32).items()}
         for id_, (verdict, reason) in wanted.items():
             _override(graph.nodes[id_], verdict, reason)
         return PassResult(before is None or before != [*map(_DECISION, graph)])
+
+    def _ask_fp8(self, graph: PrecisionGraph, names: _Names) -> None:
+        """Mark the linear layers that are to read FP8; such a product is low."""
+        for id_, text in names.matches(self.force_fp8).items():
+            node = graph.nodes[id_]
+            if not fp8.impossible(graph, node):
+                _override(node, "low", f"fp8={text!r}")
+                fp8.ask(node, f"fp8={text!r}")
 
     def _decide(self, graph: PrecisionGraph, node: Node, rules: Rules, wide: set[str]) -> None:
         if node.op == CAST_OP:
@@ -210,8 +223,8 @@ def unmatched(graphs: Iterable[PrecisionGraph], overrides: Iterable[Any]) -> lis
     return globs
 
 
-def refuse_both(keep_fp32: Iterable[Any], low: Iterable[Any]) -> None:
-    """Refuse an override that asks for FP32 and for the low type; a narrower one in `keep_fp32` is an exception.
+def refuse_both(keep_fp32: Iterable[Any], low: Iterable[Any], option: str = "low") -> None:
+    """Refuse an override that asks for FP32 and for the low type (or FP8); a narrower one in `keep_fp32` is an exception.
 
     Raises:
       RuleError: MP203.
@@ -219,8 +232,8 @@ def refuse_both(keep_fp32: Iterable[Any], low: Iterable[Any]) -> None:
     forced = list(low)
     for one in keep_fp32:
         if one in forced:
-            raise RuleError("MP203", f"keep_fp32 and low both name {one!r}",
-                            why="keep_fp32 would win, and low would say nothing", try_="name it in one of them")  # fmt: skip
+            raise RuleError("MP203", f"keep_fp32 and {option} both name {one!r}",
+                            why=f"keep_fp32 would win, and {option} say nothing", try_="name it in one of them")  # fmt: skip
 
 
 def refuse_unmatched(globs: Iterable[str], option: str, known: Iterable[str], modules: Iterable[str] = ()) -> None:

@@ -20,6 +20,7 @@ from torch import fx
 from mpcompile.aten.facts import TORCH_DTYPES
 from mpcompile.aten.read import FxCapture, operands
 from mpcompile.formats import LOW
+from mpcompile.fp8 import copies
 from mpcompile.graph import Node, PrecisionGraph
 from mpcompile.rules.hazards import MASK_SLOT, SELECTS, THROUGH, base
 
@@ -34,6 +35,19 @@ class Written:
     shadows: list[tuple[str, str]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class FP8Linear:
+    """What a linear layer that reads FP8 calls in the graph.
+
+    Fields:
+      quantise: (value, as it lies, transposed, recipe) -> its copies; `transposed` is made for a backward alone.
+      multiply: (input, weight, bias, the input's copies, the weight's, passes in FP8, recipe) -> the result.
+    """
+
+    quantise: Callable[..., Any]
+    multiply: Callable[..., Any]
+
+
 @dataclass
 class _Writer:
     capture: FxCapture
@@ -43,6 +57,11 @@ class _Writer:
     graph: fx.Graph = field(default_factory=fx.Graph)
     env: dict[fx.Node, fx.Node] = field(default_factory=dict)
     values: dict[str, fx.Node] = field(default_factory=dict)
+    linear: FP8Linear | None = None
+    # Copies in FP8 made so far, by the value that they are of.
+    made: dict[str, fx.Node] = field(default_factory=dict)
+    layouts: dict[str, tuple[bool, bool]] = field(default_factory=dict)
+    recipe: str = "tensorwise"
     shadows: list[tuple[str, str]] = field(default_factory=list)
     last_input: fx.Node | None = None
     # Casts that attention reads as its additive mask.
@@ -50,6 +69,7 @@ class _Writer:
 
     def run(self) -> Written:
         self.masks = _masks(self.plan)
+        self.recipe = "rowwise" if "fp8=rowwise" in self.plan.header.get("policy", "") else "tensorwise"
         casts = _casts_after(self.plan)
         inputs_done = False
         for node in self.capture.module.graph.nodes:
@@ -72,6 +92,9 @@ class _Writer:
         if node in self.env:
             return  # a get_attr that a cast fetched early
         planned = self.plan.nodes.get(node.name) if node.op == "call_function" else None
+        if planned is not None and planned.fp8 and self.linear is not None:
+            self.env[node] = self._fp8(node, planned, self.linear)
+            return
         new = self.graph.node_copy(node, self._argument_map(node, planned))
         new.meta = {k: node.meta[k] for k in _COPIED_META if k in node.meta}
         if node.op == "placeholder":
@@ -80,6 +103,31 @@ class _Writer:
             new.meta["mp_node"] = planned.id
             new = self._rounded(new, planned)
         self.env[node] = new
+
+    def _fp8(self, node: fx.Node, planned: Node, linear: FP8Linear) -> fx.Node:
+        """A linear layer that reads FP8: its operands' copies, each made once, and the products."""
+        call, given = self.graph.call_function, [self.fetch(name) for name in planned.inputs]
+        bias = given[2] if len(given) > 2 else None
+        meta = {k: node.meta[k] for k in _COPIED_META if k in node.meta}
+        quantised = []
+        for name, source in zip(planned.inputs[:2], given, strict=False):
+            if name not in self.made:
+                self.made[name] = call(linear.quantise, (source, *self._layouts()[name], self.recipe))
+                self.made[name].meta = dict(meta)
+            quantised.append(self.made[name])
+        new = call(linear.multiply, (given[0], given[1], bias, *quantised, tuple(planned.fp8), self.recipe))
+        new.meta = {**meta, "mp_node": planned.id}
+        return new
+
+    def _layouts(self) -> dict[str, tuple[bool, bool]]:
+        """Value -> which copies its readers want: as it lies, transposed."""
+        if not self.layouts:
+            wanted: dict[str, set[bool]] = {}
+            for node in self.plan:
+                for copy in [copy for step in node.fp8 for copy in copies(node)[step]]:
+                    wanted.setdefault(copy.value, set()).add(copy.transposed)
+            self.layouts = {name: (False in found, True in found) for name, found in wanted.items()}
+        return self.layouts
 
     def _argument_map(self, node: fx.Node, planned: Node | None) -> Callable[[fx.Node], fx.Node]:
         """Maps the old arguments, in the order in which `node_copy` visits them, to what the plan reads."""
@@ -180,6 +228,7 @@ def write(
     *,
     use_shadow: Callable[..., Any] | None = None,
     emulate: Iterable[str] = (),
+    linear: FP8Linear | None = None,
 ) -> Written:
     """The rewritten module.
 
@@ -189,8 +238,9 @@ def write(
       use_shadow: called as ``use_shadow(master, shadow)`` in the graph for every shadow cast of a graph input; None
         keeps shadow casts as ordinary casts.
       emulate: kinds whose low nodes compute in FP32 and round (see `mpcompile.hardware.emulated_kinds`).
+      linear: what linear layers that read FP8 call; None writes them as the low layers that they are.
     """
-    return _Writer(capture, plan, use_shadow, frozenset(emulate)).run()
+    return _Writer(capture, plan, use_shadow, frozenset(emulate), linear=linear).run()
 
 
 def read_shadows(module: fx.GraphModule, use_shadow: Callable[..., Any], names: Container[str] | None = None) -> None:

@@ -377,6 +377,8 @@ class _Named:
 def frontend_policy(policy: str | Policy) -> Policy:
     """The policy with "auto" settled: FP16, which every provider runs."""
     parsed = Policy.parse(policy)
+    if parsed.products == "fp8":
+        raise OnnxError("MP612", "ONNX models are converted without FP8 products", try_="policy='bf16' or 'fp16'")
     if parsed.device != "auto":
         pinned(parsed.device)
     return parsed.with_low("fp16") if parsed.low == "auto" else parsed

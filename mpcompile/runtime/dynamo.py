@@ -29,6 +29,7 @@ from mpcompile.passes.classify import refuse_unmatched, unmatched
 from mpcompile.runtime.buckets import Piece, bucket_bytes, split_at_buckets
 from mpcompile.runtime.compiled import CompiledGraph
 from mpcompile.runtime.coverage import warn_of_recurrent_break
+from mpcompile.runtime.fp8_linear import FP8_LINEAR
 from mpcompile.runtime.inductor import compile_inductor, run_eagerly
 from mpcompile.shadows.table import use_shadow
 from mpcompile.torch_internals import real_tensors
@@ -43,7 +44,7 @@ page(
     "MP702",
     "An option that the backend does not have",
     "torch.compile(backend='mpcompile', options={...}) was given an unknown option.",
-    "The options are policy, keep_fp32, low, strict and inner ('inductor' or 'eager').",
+    "The options are policy, keep_fp32, low, fp8, strict and inner ('inductor' or 'eager').",
 )
 
 
@@ -86,7 +87,7 @@ class Compiler:
         Raises:
           RuleError: MP203, with near names.
         """
-        for option, globs in (("low", self.settings.low), ("keep_fp32", self.settings.keep_fp32)):
+        for option, globs in self.settings.overrides().items():
             known = {
                 name for plan in self.plans for node in plan.graph for name in (node.module, node.op, node.id) if name
             }
@@ -97,7 +98,7 @@ class Compiler:
     def _emit(self, plan: Plan, fakes: list[Any]) -> Callable[..., Any]:
         compiled = self.settings.inner == "inductor"
         emulate = emulated_kinds(plan.device, plan.policy.low, compiled=compiled)
-        written = write(plan.capture, plan.graph, use_shadow=use_shadow, emulate=emulate)
+        written = write(plan.capture, plan.graph, use_shadow=use_shadow, emulate=emulate, linear=FP8_LINEAR)
         places = {name: i for i, name in enumerate(plan.capture.graph.inputs)}
         order = _argument_places(plan.capture)
         shadows = [(order[places[name]], TORCH_DTYPES[low]) for name, low in written.shadows]
@@ -197,7 +198,7 @@ def _fake_shadow(master: torch.Tensor, dtype: torch.dtype, lifted: bool) -> torc
 
 
 def backend(module: fx.GraphModule, inputs: Sequence[Any], **given: Any) -> Callable[..., Any]:
-    """The registered backend: ``options`` are `policy`, `keep_fp32`, `low`, `strict` and `inner`.
+    """The registered backend: ``options`` are `policy`, `keep_fp32`, `low`, `fp8`, `strict` and `inner`.
 
     Raises:
       RuntimeFailure: MP702, for an unknown option.
@@ -221,7 +222,7 @@ def backend(module: fx.GraphModule, inputs: Sequence[Any], **given: Any) -> Call
 
 def _warn_of_unmatched(settings: Settings, graphs: list[PrecisionGraph]) -> None:
     """A glob may match in another graph of the model, which this entrance does not know: so no error."""
-    for option, globs in (("low", settings.low), ("keep_fp32", settings.keep_fp32)):
+    for option, globs in settings.overrides().items():
         for one in unmatched(graphs, globs):
             warnings.warn(
                 f"mpcompile: {option}={one!r} matches no module, operation or node of this graph; right if the model has "

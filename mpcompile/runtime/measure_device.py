@@ -26,6 +26,7 @@ def measure_device(kind: str) -> Device:
     Args:
       kind: "cpu" (all threads that torch has now) or "cuda"; it is the row's name.
 
+    FP8 products are not measured: where there are any, their rate is the packaged row's, in proportion to BF16.
     A type that is emulated here (`emulated_kinds`) is planned as on the device that it stands in for: its rate is the
     packaged row's, in proportion to FP32.
     """
@@ -46,10 +47,17 @@ def measure_device(kind: str) -> Device:
         bandwidth=2 * BYTES[kind] / _copy(kind),
         launch=_launch(kind),
         low_call={"bf16": call} if kind == "cpu" and call > 0 else {},
+        fp8={recipe: rate * rates["bf16"] / packaged.bf16 for recipe, rate in packaged.fp8.items()}
+        if _has_fp8(kind)
+        else {},
         family=kind,
         emulated=emulated,
         source=f"measured by `mpcompile doctor --measure` with torch {torch.__version__}: {where}",
     )
+
+
+def _has_fp8(kind: str) -> bool:
+    return kind == "cuda" and torch.cuda.get_device_capability() >= (8, 9)
 
 
 _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -21,7 +21,8 @@ def filled(kind: type, containers: dict[str, Any]) -> Any:
 
 def test_a_node_s_copy_has_every_field_and_containers_of_its_own() -> None:
     containers = {
-        "inputs": ["x"], "outputs": ["y"], "slots": (3,), "attrs": {"a": 1}, "operands": {0: "any"}, "results": {1: "fp32"}
+        "inputs": ["x"], "outputs": ["y"], "slots": (3,), "attrs": {"a": 1}, "operands": {0: "any"}, "results": {1: "fp32"},
+        "fp8": {"output": "why"},
     }  # fmt: skip
     node = filled(Node, containers)
     twin = node.copy()

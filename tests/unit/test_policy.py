@@ -14,7 +14,16 @@ from mpcompile.policy import Policy
 
 DEVICES = ("auto", "cpu", "h100", "free-low", "mine.toml", "/a b/c,d=e.toml#cpu", "Geräte.toml")
 WORDS = {f.name: get_args(get_type_hints(Policy)[f.name]) or DEVICES for f in fields(Policy)}
-policies = st.builds(Policy, **{name: st.sampled_from(words) for name, words in WORDS.items()})
+
+
+def built(**words: str) -> Policy:
+    """FP8 products are no policy of FP16 nor of torch.autocast's decisions."""
+    if words["products"] == "fp8":
+        words |= {"low": words["low"].replace("fp16", "bf16"), "plan": words["plan"].replace("autocast", "strict")}
+    return Policy(**words)  # type: ignore[arg-type]
+
+
+policies = st.builds(built, **{name: st.sampled_from(words) for name, words in WORDS.items()})
 
 
 def quoted(word: str) -> str:
@@ -37,6 +46,8 @@ def test_order_and_spaces_do_not_matter(policy: Policy, random) -> None:
 @given(st.dictionaries(st.sampled_from(sorted(WORDS)), st.integers(0, 2)))
 def test_missing_fields_take_their_defaults(picks: dict[str, int]) -> None:
     given_fields = {name: WORDS[name][i % len(WORDS[name])] for name, i in picks.items()}
+    if given_fields.get("products") == "fp8":
+        given_fields = {"products": "fp8"}
     text = ",".join(f"{name}={quoted(word)}" for name, word in given_fields.items())
     if text:
         assert Policy.parse(text) == Policy(**given_fields)
@@ -46,6 +57,21 @@ def test_a_bare_word_is_the_low_type() -> None:
     assert Policy.parse("fp16") == Policy("fp16") == Policy.parse("low=fp16")
     assert Policy.parse("fp16,output=low") == Policy("fp16", output="low")
     assert Policy.parse(Policy("bf16")) == Policy("bf16")
+
+
+def test_fp8_is_bf16_with_fp8_products() -> None:
+    assert Policy.parse("fp8") == Policy("bf16", products="fp8")
+    assert Policy.parse("fp8,fp8=rowwise,device=h100") == Policy("bf16", products="fp8", fp8="rowwise", device="h100")
+    assert Policy.parse("products=fp8") == Policy("auto", products="fp8")
+    assert str(Policy.parse("fp8")) == "low=bf16,plan=global,output=fp32,grads=fp32,products=fp8"
+
+
+@pytest.mark.parametrize(
+    "text", ["low=fp16,products=fp8", "fp8,fp16", "bf16,products=fp8,plan=autocast", "fp8,products=low"]
+)
+def test_fp8_products_are_bf16_s_and_a_plan_s_of_our_own(text: str) -> None:
+    with pytest.raises(RuleError, match="MP201"):
+        Policy.parse(text)
 
 
 def test_the_default_prints_as_documented() -> None:

@@ -117,7 +117,7 @@ def where(condition: Tensor, one: Tensor, other: Tensor) -> Any:
     return aten.logical_or(aten.logical_and(condition, one), aten.logical_and(aten.logical_not(condition), other))
 
 
-REFUSED = ("aten._embedding_bag", "aten._ctc_loss", "aten.prod")
+REFUSED = ("aten._embedding_bag", "aten._ctc_loss", "aten.prod", "mpcompile.quantise")
 
 
 def forward_table() -> dict[Any, Callable[..., Any]]:

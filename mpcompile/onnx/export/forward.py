@@ -40,6 +40,12 @@ page(
     "The rewritten graph has an operation for which torch's exporter has no ONNX translation.",
     "Read torch's message; a translation can be given to export_onnx as custom_translation_table={op: function}.",
 )
+page(
+    "MP612",
+    "FP8 products in ONNX",
+    "The policy plans products whose operands are read in FP8, and none of the ONNX files written here has them.",
+    "Export or convert with policy='bf16': the weights are the same.",
+)
 
 
 @dataclass
@@ -75,7 +81,7 @@ def export_onnx(mp: Any, path: str | os.PathLike[str], *args: Any, dynamic_shape
       custom_translation_table: as in `torch.onnx.export`.
 
     Raises:
-      CaptureError: MP101. OnnxError: MP602, MP603 (nothing is written), MP607.
+      CaptureError: MP101. OnnxError: MP602, MP603 (nothing is written), MP607, MP612.
     """
     from mpcompile.compiler import decide
     from mpcompile.hardware import device_of
@@ -83,6 +89,9 @@ def export_onnx(mp: Any, path: str | os.PathLike[str], *args: Any, dynamic_shape
     module = export(mp.model, args, kwargs, dynamic_shapes).module()
     inline_regions(module)
     plan = decide(module, mp.settings, device_of(mp.parameters()))
+    if fast := next((node for node in plan.graph if node.fp8), None):
+        raise OnnxError("MP612", "a linear layer reads its operands in FP8", where=fast.module or fast.id,
+                        try_="mpcompile(model, 'bf16').export_onnx(...)")  # fmt: skip
     written = plan.capture.module if annotate_only else write(plan.capture, plan.graph).module
     _mark(written, plan.graph)
     replace_wrong(written)

@@ -26,6 +26,7 @@ from mpcompile.aten.write import read_shadows, write
 from mpcompile.compiler import Plan, Settings, decide
 from mpcompile.errors import TrainingError, page
 from mpcompile.hardware import device_of, emulated_kinds
+from mpcompile.runtime.fp8_linear import FP8_LINEAR
 from mpcompile.training.gradients import activation_checkpoints as checkpoints
 from mpcompile.training.gradients import assignments, custom_functions, gradient_hooks, traced_calls
 from mpcompile.training.gradients.batch import Batch
@@ -171,6 +172,7 @@ def capture(
         plan.graph,
         use_shadow=_shadow_alone,
         emulate=emulated_kinds(plan.device, plan.policy.low, compiled=compiled),
+        linear=FP8_LINEAR,
     )
     hooked = {name: p for name, p in named.items() if id(p) in trained and p._backward_hooks}
     _read_masters(written.module, hooked)

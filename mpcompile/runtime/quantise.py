@@ -1,0 +1,126 @@
+"""Two operations of FP8: an operand's copies with their scales, and the product of two copies.
+
+What they compute is defined here, for any device, and the kernels of a CUDA device give the same bits:
+
+* a scale's inverse is the format's largest number over the operand's largest magnitude (of all of it, or of each row),
+  in FP32; below `FLOOR` that magnitude counts as `FLOOR`.  An element is x * inverse, in FP32, rounded to nearest even.
+* a product adds up in FP32, is multiplied by both scales, and is rounded to BF16 once.
+
+An infinity or NaN makes every element that shares its scale NaN: what overflows is never hidden.  No operation waits
+for the device, so both can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpcompile.aten.facts import TORCH_DTYPES
+
+# An operand that is smaller has the scale of this one: 1 / scale stays a normal FP32 number.
+FLOOR = 2.0**-100
+
+_LIBRARY: Any = torch.library.Library("mpcompile", "FRAGMENT")  # type: ignore[no-untyped-call]
+_LIBRARY.define(
+    "quantise(Tensor x, str form, bool lies, bool transposed, bool rowwise) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_LIBRARY.define("scaled_product(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias) -> Tensor")
+
+
+def quantise(
+    x: Tensor, form: str, lies: bool, transposed: bool, rowwise: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """FP8 copies of a matrix.
+
+    Args:
+      x: [rows, columns] in BF16, FP16 or FP32.
+      form: name of the format ("float8_e4m3fn", "float8_e5m2").
+      lies, transposed: which copies are wanted; one that is not has no elements.
+      rowwise: a scale for each row of a copy instead of one for all of `x`.
+
+    Returns:
+      [rows, columns], its scale ([1, 1]; [rows, 1] by rows), [columns, rows], its scale ([1, 1]; [columns, 1] by rows).
+      A copy times its scale is the matrix.
+    """
+    return torch.ops.mpcompile.quantise.default(x, form, lies, transposed, rowwise)  # type: ignore[no-any-return]
+
+
+def scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(a * scale_a) @ (b * scale_b).T + bias in BF16: a [rows, inner], b [columns, inner], bias [columns] -> [rows, columns]."""
+    return torch.ops.mpcompile.scaled_product.default(a, b, scale_a, scale_b, bias)  # type: ignore[no-any-return]
+
+
+def inverse_scale(largest: Tensor, form: str) -> Tensor:
+    """What elements are multiplied by, from the largest magnitude (FP32)."""
+    most = torch.finfo(TORCH_DTYPES[form]).max
+    return torch.full_like(largest, most) / largest.clamp(min=FLOOR)
+
+
+def _copy(wide: Tensor, form: str, rowwise: bool) -> tuple[Tensor, Tensor]:
+    """The copy of an FP32 matrix as it lies, and its scale."""
+    largest = wide.abs().amax(1, keepdim=True) if rowwise else wide.abs().amax().reshape(1, 1)
+    inverse = inverse_scale(largest, form)
+    most = torch.finfo(TORCH_DTYPES[form]).max
+    # No finite element reaches beyond; clamp keeps NaN, and the cast alone would make NaN of 449.
+    copy = (wide * inverse).clamp(-most, most).to(TORCH_DTYPES[form])
+    return copy.contiguous(), inverse.reciprocal()
+
+
+def _plain(x: Tensor, form: str, lies: bool, transposed: bool, rowwise: bool) -> tuple[Tensor, ...]:
+    wide = x.to(torch.float32)
+    none = x.new_empty((0,), dtype=TORCH_DTYPES[form]), x.new_empty((0,), dtype=torch.float32)
+    if x.numel() == 0:
+        return _shapes(x, form, lies, transposed, rowwise)
+    first = _copy(wide, form, rowwise) if lies else none
+    second = _copy(wide.t(), form, rowwise) if transposed else tuple(one.clone() for one in none)
+    return *first, *second
+
+
+def _shapes(x: Tensor, form: str, lies: bool, transposed: bool, rowwise: bool) -> tuple[Tensor, ...]:
+    rows, columns = x.shape
+    made = []
+    for wanted, shape in ((lies, (rows, columns)), (transposed, (columns, rows))):
+        made.append(x.new_empty(shape if wanted else (0,), dtype=TORCH_DTYPES[form]))
+        scale = (shape[0], 1) if rowwise else (1, 1)
+        made.append(x.new_empty(scale if wanted else (0,), dtype=torch.float32))
+    return tuple(made)
+
+
+def _on_cuda(x: Tensor, form: str, lies: bool, transposed: bool, rowwise: bool) -> tuple[Tensor, ...]:
+    kernels = _kernels()
+    if kernels is None or rowwise or not x.is_contiguous() or x.numel() == 0 or x.dtype not in kernels.TYPES:
+        return _plain(x, form, lies, transposed, rowwise)
+    made = _shapes(x, form, lies, transposed, rowwise)
+    kernels.quantise(x, *made, form, lies, transposed)
+    return made
+
+
+@functools.cache
+def _kernels() -> Any:
+    """The Triton kernels; None where there is no Triton: torch's CUDA builds bring it."""
+    try:
+        from mpcompile.runtime.kernels import quantise_triton
+    except ImportError:
+        return None
+    return quantise_triton
+
+
+def _product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None) -> Tensor:
+    total = (a.to(torch.float32) @ b.to(torch.float32).t()) * (scale_a * scale_b.t())
+    return (total if bias is None else total + bias.to(torch.float32)).to(torch.bfloat16)
+
+
+_LIBRARY.impl("quantise", _plain, "CompositeExplicitAutograd")
+_LIBRARY.impl("quantise", _on_cuda, "CUDA")
+_LIBRARY.impl("scaled_product", _product, "CompositeExplicitAutograd")
+torch.library.register_fake("mpcompile::quantise", _shapes, lib=_LIBRARY)
+torch.library.register_fake(
+    "mpcompile::scaled_product",
+    lambda a, b, scale_a, scale_b, bias: a.new_empty((a.shape[0], b.shape[0]), dtype=torch.bfloat16),
+    lib=_LIBRARY,
+)
+
+__all__ = ["FLOOR", "inverse_scale", "quantise", "scaled_product"]
