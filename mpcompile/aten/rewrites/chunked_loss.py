@@ -13,7 +13,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -28,6 +28,31 @@ WORTH_BYTES, MOST = 16 << 20, 16
 # Rows of a chunk on a GPU are a multiple: what a tile of its products takes.
 TILE = 128
 
+# (logits, targets, unit, classes, ignore, smoothing) -> (losses of the rows, gradient of the logits), by a kernel.
+RowsKernel = Callable[[Tensor, Tensor, Tensor, int, int, float], tuple[Tensor, Tensor]]
+
+
+class Options(NamedTuple):
+    """How a loss region is taken.
+
+    Fields:
+      chunks: of the rows. extra: columns of zeros that the product gets.
+      casts: of the logits, in order. ignore, smoothing: as `torch.nn.functional.cross_entropy` has them.
+      kernel: losses and gradient of a chunk's logits; None has autograd's own.
+    """
+
+    chunks: int
+    extra: int
+    casts: tuple[torch.dtype, ...]
+    ignore: int
+    smoothing: float
+    kernel: RowsKernel | None = None
+
+    @property
+    def by_kernel(self) -> bool:
+        """A kernel computes in FP32, whatever the logits are: it serves where the program does so too."""
+        return self.kernel is not None and self.casts[-1:] == (torch.float32,) and set(self.casts) == {torch.float32}
+
 
 class ChunkedLoss(torch.autograd.Function):
     """Mean cross-entropy of a linear layer, forward and backward by chunks of rows.
@@ -37,21 +62,23 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, seed: Tensor,
-                options: tuple[Any, ...]) -> Tensor:  # fmt: skip
-        chunks, extra, casts, ignore, smoothing = options
-        wide = padded(weight, extra), closed(weight, bias, extra), bias is not None
-        count: Tensor = (target != ignore).sum().float()
+                given: tuple[Any, ...]) -> Tensor:  # fmt: skip
+        options = Options(*given)
+        classes, biased = weight.shape[0], bias is not None
+        wide = padded(weight, options.extra), _widened(weight, bias, options)
+        count: Tensor = (target != options.ignore).sum().float()
         unit = seed / count
         total: Tensor | None = None
         hiddens = list[Tensor]()
         sums: list[Any] = [None, None]
-        ends = bounds(hidden.shape[0], chunks, hidden.device.type)
+        ends = bounds(hidden.shape[0], options.chunks, hidden.device.type)
         for first, last in itertools.pairwise(ends):
-            part = _chunk(hidden[first:last], *wide, target[first:last], unit, casts, ignore, smoothing)
+            rows = hidden[first:last], *wide, biased, target[first:last], unit
+            part = _by_kernel(*rows, classes, options) if options.by_kernel else _chunk(*rows, options)
             total = part[0] if total is None else total + part[0]
             hiddens.append(part[1])
             sums = [g if s is None else (s if g is None else s + g) for s, g in zip(sums, part[2:], strict=True)]
-        sums = [None if s is None else s[: weight.shape[0]] for s in sums]
+        sums = [None if s is None else s[:classes] for s in sums]
         kept = [torch.cat(hiddens), sums[0].to(weight.dtype), None if bias is None else sums[1].to(bias.dtype)]
         ctx.save_for_backward(seed, *kept)
         assert total is not None
@@ -67,8 +94,15 @@ class ChunkedLoss(torch.autograd.Function):
         return (*grads, None, None, None)
 
 
+def _widened(weight: Tensor, bias: Tensor | None, options: Options) -> Tensor | None:
+    """The bias of the padded product: a kernel knows which columns are classes, torch's loss sees the others closed."""
+    if not options.by_kernel:
+        return closed(weight, bias, options.extra)
+    return None if bias is None else padded(bias, options.extra)
+
+
 def _chunk(hidden: Tensor, weight: Tensor, bias: Tensor | None, biased: bool, target: Tensor, unit: Tensor,
-           casts: Sequence[torch.dtype], ignore: int, smoothing: float) -> tuple[Any, ...]:  # fmt: skip
+           options: Options) -> tuple[Any, ...]:  # fmt: skip
     """(sum of losses, gradient for the rows, FP32 gradients for weight and bias) of one chunk.
 
     `biased` says whether the bias is the model's, and wants a gradient.
@@ -76,18 +110,28 @@ def _chunk(hidden: Tensor, weight: Tensor, bias: Tensor | None, biased: bool, ta
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in (hidden, weight, *((bias,) if biased else ()))]
         logits = torch.nn.functional.linear(leaves[0], leaves[1], leaves[2] if biased else bias)
-        for dtype in casts:
+        for dtype in options.casts:
             logits = logits.to(dtype)
         loss = torch.nn.functional.cross_entropy(
-            logits, target, ignore_index=ignore, reduction="sum", label_smoothing=smoothing
+            logits, target, ignore_index=options.ignore, reduction="sum", label_smoothing=options.smoothing
         )
         grads = list(torch.autograd.grad(loss, leaves, unit.to(loss.dtype)))
     return loss.detach(), grads[0], grads[1].float(), grads[2].float() if biased else None
 
 
+def _by_kernel(hidden: Tensor, weight: Tensor, bias: Tensor | None, biased: bool, target: Tensor, unit: Tensor,
+               classes: int, options: Options) -> tuple[Any, ...]:  # fmt: skip
+    """The same as `_chunk`, the loss and its gradient by `options.kernel`."""
+    assert options.kernel is not None
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    losses, grad = options.kernel(logits, target, unit, classes, options.ignore, options.smoothing)
+    of_bias = grad.sum(0, dtype=torch.float32) if biased else None
+    return losses.sum(), grad @ weight, (grad.t() @ hidden).float(), of_bias
+
+
 def chunked_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, seed: Tensor,
                  options: tuple[Any, ...]) -> Tensor:  # fmt: skip
-    """`ChunkedLoss`, as a function for graphs."""
+    """`ChunkedLoss`, as a function for graphs; `options` are those of `Options`."""
     return ChunkedLoss.apply(hidden, weight, bias, target, seed, options)  # type: ignore[no-any-return,no-untyped-call]
 
 
@@ -109,6 +153,7 @@ def rewrite(
     seed: fx.Node,
     value_of: ValueOf,
     extra_of: Callable[[fx.Node], int],
+    kernel: RowsKernel | None = None,
 ) -> None:
     """Replace each region by `chunked_loss`.
 
@@ -116,6 +161,7 @@ def rewrite(
       seed: the graph's input that holds the backward's seed.
       value_of: the fake value of a node.
       extra_of: columns of zeros that a linear's product should get (see `mpcompile.aten.rewrites.align`).
+      kernel: computes losses and gradients of rows of logits, where there is one.
     """
     for region in regions:
         hidden, weight, *rest = region.linear.args
@@ -125,11 +171,13 @@ def rewrite(
             rows = hidden
             for node in region.between:
                 rows = rows if node.target is aten.to.dtype else replay(module.graph, node, rows, width)
-            # Padding is closed by a bias, which label smoothing would count.
-            extra = 0 if region.smoothing else extra_of(region.linear)
-            options = (chunks, extra, region.casts, region.ignore, region.smoothing)
+            options = Options(chunks, extra_of(region.linear), region.casts, region.ignore, region.smoothing, kernel)
+            if region.smoothing and not options.by_kernel:
+                # Padding is closed by a bias, which label smoothing would count.
+                options = options._replace(extra=0)
             bias = rest[0] if rest else None
-            new = module.graph.call_function(chunked_loss, (rows, weight, bias, region.loss.args[1], seed, options))
+            operands: Any = (rows, weight, bias, region.loss.args[1], seed, tuple(options))
+            new = module.graph.call_function(chunked_loss, operands)
         new.meta.update({k: region.loss.meta[k] for k in region.loss.meta if k != "val"})
         region.loss.replace_all_uses_with(new)
         for node in (region.loss, *reversed(region.between), region.linear):

@@ -27,6 +27,7 @@ from mpcompile.compiler import Plan, Settings, decide
 from mpcompile.errors import TrainingError, page
 from mpcompile.hardware import device_of, emulated_kinds
 from mpcompile.runtime.fp8_linear import FP8_LINEAR
+from mpcompile.runtime.kernels import loss as loss_kernel
 from mpcompile.training.gradients import activation_checkpoints as checkpoints
 from mpcompile.training.gradients import assignments, custom_functions, gradient_hooks, traced_calls
 from mpcompile.training.gradients.batch import Batch
@@ -181,7 +182,9 @@ def capture(
     _fix_results(written.module, plan)
     written.module.graph.set_codegen(fx.graph.CodeGen())
     if chunk_loss:
-        _chunk_losses(written.module, plan)
+        _chunk_losses(
+            written.module, plan, loss_kernel.OPERATION if compiled and loss_kernel.serves(plan.device) else None
+        )
     if compiled:
         align_linears(written.module, plan.capture, plan.graph, plan.device)
     written.module.recompile()
@@ -206,7 +209,7 @@ def _fix_results(module: fx.GraphModule, plan: Plan) -> None:
             call.dtypes = [TORCH_DTYPES.get(plan.graph.values[name].dtype) for name in planned.outputs]
 
 
-def _chunk_losses(module: fx.GraphModule, plan: Plan) -> None:
+def _chunk_losses(module: fx.GraphModule, plan: Plan, kernel: loss_region.RowsKernel | None) -> None:
     value_of = values_of_written(plan.capture)
     regions = loss_region.find(module, value_of)
     if regions:
@@ -214,7 +217,12 @@ def _chunk_losses(module: fx.GraphModule, plan: Plan) -> None:
             seed = module.graph.placeholder("seed")
         seed.meta["mp_name"] = "seed"
         loss_region.rewrite(
-            module, regions, seed, value_of, lambda linear: padding(low_columns(linear, plan.graph), plan.device)
+            module,
+            regions,
+            seed,
+            value_of,
+            lambda linear: padding(low_columns(linear, plan.graph), plan.device),
+            kernel,
         )
 
 

@@ -31,6 +31,7 @@ from mpcompile.aten.recurrent import with_whole_layers
 from mpcompile.errors import MPCompileError, TrainingError, page
 from mpcompile.hardware import emulated_kinds
 from mpcompile.runtime.inductor import plain_autograd
+from mpcompile.runtime.kernels import loss as loss_kernel
 from mpcompile.training.gradients.forward import Forward
 from mpcompile.training.gradients.traced_calls import HOOKS, calls_of
 
@@ -66,6 +67,8 @@ class Joint:
 def trace(forward: Forward, decompositions: dict[Any, Callable[..., Any]] | None = None) -> Joint:
     """The joint graph of `forward`; `decompositions` are the backend's (None leaves ATen as autograd gives it)."""
     fake_mode = forward.fakes[0].fake_mode  # type: ignore[attr-defined]
+    # A graph that is read or exported has kernels of ours in ATen's operations.
+    table = {loss_kernel.OPERATION: loss_kernel.in_atens} if decompositions is None else decompositions
     # Plain ATen has recurrent layers by their time steps; a compiler is given them whole.
     module = forward.module if decompositions is None else with_whole_layers(forward.module)
     for last in (False, True):
@@ -75,9 +78,7 @@ def trace(forward: Forward, decompositions: dict[Any, Callable[..., Any]] | None
                 if decompositions is None:
                     # oneDNN's LSTM keeps a workspace that a trace has no place for.
                     stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-                made = aot_export_joint_with_descriptors(
-                    stack, module, tuple(forward.fakes), decompositions=decompositions
-                )
+                made = aot_export_joint_with_descriptors(stack, module, tuple(forward.fakes), decompositions=table)
             return _read(made.graph_module, forward)
         except MPCompileError:
             raise

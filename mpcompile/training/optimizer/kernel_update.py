@@ -20,9 +20,8 @@ from mpcompile.training.loss_scale.scale import LossScale, ScaleState
 from mpcompile.training.optimizer.binding import Binding
 from mpcompile.training.optimizer.traced_update import Spec
 
-# The devices whose updates run by our kernels; the others have ATen's. Empty until whole steps have run by them on a GPU:
-# the kernels alone have (decision 27), the step around them in Triton's interpreter only.
-DEVICES: set[str] = set()
+# The devices whose updates run by our kernels; the others have ATen's.
+DEVICES = {"cuda"}
 _ADAM = (torch.optim.Adam, torch.optim.AdamW)
 
 
