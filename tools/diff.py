@@ -18,22 +18,29 @@ page(
     "mpcompile inspect TARGET --json > report.json",
 )
 
-# What makes two decisions different; names, bytes and lines may move without one.
-_DECIDED = ("op", "verdict", "precision", "decided_by", "reason")
-
 
 def diff(
     a: Annotated[str, typer.Argument(help="A model, or a report.json")],
     b: Annotated[str, typer.Argument(help="A model, or a report.json")],
     policy: options.Policy = "auto",
     policy_b: Annotated[str, typer.Option(help="The policy of B, when it is another.")] = "",
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the difference as one offline page.")
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Compare two plans node by node. Exit code 1 when they differ."""
+    from mpcompile.report.difference import difference, write_difference
+
+    options.place(html)
     first, second = _report(a, policy), _report(b, policy_b or policy)
-    found = compare(first, second)
+    found = difference(first, second)
+    if html:
+        write_difference(first, second, html, (a, b))
     same = not (found["changed"] or found["only_a"] or found["only_b"])
     options.print_json({"same": same, **found}) if json else options.say(_text(found, same))
+    if html and not json:
+        options.say(f"written: {html}")
     if not same:
         raise typer.Exit(1)
 
@@ -48,27 +55,6 @@ def _report(what: str, policy: str) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("schema") != "mpcompile.report/1":
         raise UsageError("MP807", f"{what} is not a report of schema mpcompile.report/1")
     return data
-
-
-def compare(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
-    """Nodes that only one report has, nodes decided differently, and both counts of casts."""
-    left, right = ({node["id"]: node for node in report["nodes"]} for report in (a, b))
-    changed = [
-        {"id": name, "a": _decision(left[name]), "b": _decision(right[name])}
-        for name in left
-        if name in right and _decision(left[name]) != _decision(right[name])
-    ]
-    return {
-        "changed": changed,
-        "only_a": [name for name in left if name not in right],
-        "only_b": [name for name in right if name not in left],
-        "casts": [a["summary"]["casts"], b["summary"]["casts"]],
-        "policy": [a["policy"], b["policy"]],
-    }
-
-
-def _decision(node: dict[str, Any]) -> dict[str, str]:
-    return {key: node[key] for key in _DECIDED}
 
 
 def _text(found: dict[str, Any], same: bool) -> str:

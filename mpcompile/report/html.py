@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
-from mpcompile.report.columns import node_seconds, page_data
+from mpcompile.report.columns import node_seconds, packed, page_data
 from mpcompile.report.costs import Estimate
 from mpcompile.report.headline import headline
 from mpcompile.report.pass_texts import pass_texts
@@ -25,8 +27,46 @@ if TYPE_CHECKING:
 
 # In the order in which they are read; each of ours uses those before it alone.
 _LIBRARIES = ("vendor/tabulator.min.js", "vendor/dagre.min.js")
-_SCRIPTS = ("base", "data", "filter", "tree", "table", "neighbours", "detail", "casts", "passes", "main")
+_SCRIPTS = (
+    "base",
+    "grid",
+    "theme",
+    "data",
+    "filter",
+    "tree",
+    "table",
+    "neighbours",
+    "detail",
+    "casts",
+    "passes",
+    "main",
+)
+_PLAIN = ("base", "grid", "theme", "plain")
 _STYLES = ("vendor/tabulator_simple.min.css", "web/page.css")
+
+
+@dataclass(frozen=True)
+class PlainTable:
+    """The table of a plain page.
+
+    Fields:
+      what: what its rows are ("nodes").
+      columns: of each title, field, kind (a key of WORDS in `web/plain.js`), width in pixels, and perhaps wide (takes what is
+        left) and phone (shown there, too).
+      rows: a value for each field.
+      facet: a field with a button for each of its words.
+    """
+
+    what: str
+    columns: Sequence[dict[str, Any]]
+    rows: Sequence[dict[str, Any]]
+    facet: str = ""
+
+    def packed(self) -> dict[str, Any]:
+        """The rows as columns, words that repeat stored once."""
+        fields = [*dict.fromkeys([column["field"] for column in self.columns] + ([self.facet] if self.facet else []))]
+        lists = {name: [row[name] for row in self.rows] for name in fields}
+        return {name: packed(one) if all(isinstance(v, str) for v in one) else one for name, one in lists.items()}
 
 
 def write_html(report: Report, path: str | os.PathLike[str]) -> None:
@@ -53,10 +93,23 @@ def fragment(report: Report) -> str:
     return str(_templates().get_template("fragment.html.jinja").render(report=report))
 
 
-def assemble(template: str, facts: dict[str, Any], scripts: tuple[str, ...] = _SCRIPTS) -> str:
+def plain_page(title: str, facts: Sequence[tuple[str, str]], cards: Sequence[dict[str, Any]], table: PlainTable) -> str:
+    """A page with some cards and one table, for what is no report of one graph.
+
+    Args:
+      facts: (name, value) pairs for the top line.
+      cards: each with some of "big", "lines", "shares" (`Share`s), and "caption", "head" and "rows" of a small table.
+    """
+    data = {"columns": table.columns, "rows": table.packed(), "facet": table.facet, "what": table.what}
+    inside = {"title": title, "facts": facts, "cards": cards, "what": table.what, "data": _script_data(data)}
+    return assemble("web/plain.html.jinja", inside, _PLAIN, _LIBRARIES[:1])
+
+
+def assemble(template: str, facts: dict[str, Any], scripts: Sequence[str] = _SCRIPTS,
+             libraries: Sequence[str] = _LIBRARIES) -> str:  # fmt: skip
     """A page of `template` with the styles and scripts that it asks for, and a policy that lets nothing else in."""
     styles = [_text(name) for name in _STYLES]
-    code = [*map(_text, _LIBRARIES), "\n".join(_text(f"web/{name}.js") for name in scripts)]
+    code = [*map(_text, libraries), "\n".join(_text(f"web/{name}.js") for name in scripts)]
     rules = [
         "default-src 'none'",
         f"style-src {' '.join(map(_hash, styles))}",

@@ -10,6 +10,7 @@ import pytest
 from chromium import Chromium, program
 from synthetic_report import HOSTILE, hostile, stacked
 
+from mpcompile.report.difference import write_difference
 from mpcompile.report.model import Report
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(program() is None, reason="no Chromium here")]
@@ -263,6 +264,29 @@ def test_hostile_names_run_nothing(browser: Chromium, tmp_path: Path) -> None:
     browser.frames()
     assert browser.run("window.hit ?? 0") == 0
     assert browser.run("document.querySelectorAll('b-hostile, main img').length") == 0
+    assert browser.problems == []
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_difference_is_searched_and_filtered(browser: Chromium, tmp_path: Path, width: int) -> None:
+    write_difference(stacked(5).to_dict(), stacked(6, "fp16", keep_fp32=["h.1.*"]).to_dict(), tmp_path / "diff.html")
+    browser.size(width, 900)
+    browser.problems.clear()
+    browser.open(tmp_path / "diff.html")
+    assert browser.run("document.documentElement.scrollWidth <= innerWidth")
+    browser.run("[...at('chips').children].find(b => b.textContent === 'only in b').click()")
+    assert set(browser.run("TABLE.getData('active').map(row => row.how)")) == {"only in b"}
+    type_in(browser, "linear5")
+    assert browser.run("TABLE.getData('active').map(row => row.id)") == ["linear5"]
+    assert browser.run(CONTRAST) == []
+    assert browser.problems == []
+
+
+def test_a_difference_of_hostile_names_runs_nothing(browser: Chromium, tmp_path: Path) -> None:
+    write_difference(stacked(1).to_dict(), hostile().to_dict(), tmp_path / "diff.html", (HOSTILE, HOSTILE))
+    browser.problems.clear()
+    browser.open(tmp_path / "diff.html")
+    assert browser.run("window.hit ?? 0") == 0
     assert browser.problems == []
 
 

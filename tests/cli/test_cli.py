@@ -184,7 +184,10 @@ def test_diff(tmp_path: Path) -> None:
     found = data("diff", MODEL, MODEL, "-p", "bf16", "--policy-b", "fp32", code=1)
     assert not found["same"]
     assert {"linear"} <= {one["id"] for one in found["changed"]}
-    text = call("diff", MODEL, MODEL, "-p", "bf16", "--policy-b", "fp32", code=1).stdout
+    page = saved.with_suffix(".html")
+    text = call("diff", MODEL, MODEL, "-p", "bf16", "--policy-b", "fp32", "--html", str(page), code=1).stdout
+    assert f"written: {page}" in text
+    assert "only in b" in page.read_text(encoding="utf-8")
     assert "~ linear (aten.linear.default): bf16 → fp32" in text
 
 

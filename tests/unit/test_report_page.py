@@ -19,6 +19,7 @@ from mpcompile import mpcompile
 from mpcompile.aten.facts import code_lines
 from mpcompile.report.columns import node_seconds, page_data
 from mpcompile.report.costs import Estimate
+from mpcompile.report.difference import difference, difference_page
 from mpcompile.report.headline import headline
 from mpcompile.report.html import render
 from mpcompile.report.model import Report
@@ -219,6 +220,26 @@ def test_code_of_two_files_of_one_name_is_not_mixed_up() -> None:
         graph.placeholder(folder).meta["stack_trace"] = f'File "/{folder}/model.py", line 3, in forward\n    {code}\n'
     graph.placeholder("c").meta["stack_trace"] = 'File "/a/model.py", line 4, in forward\n    x * 2\n'
     assert code_lines(graph) == {"model.py:4": "x * 2"}
+
+
+def test_a_difference_names_every_node_that_differs() -> None:
+    one, other = stacked(3).to_dict(), stacked(4, keep_fp32=["linear1"]).to_dict()
+    found = difference(one, other)
+    data = embedded(difference_page(one, other, ("one.json", "other.json")))
+    rows = {name: field if isinstance(field, list) else [field["words"][at] for at in field["at"]]
+            for name, field in data["rows"].items()}  # fmt: skip
+    by = dict(zip(rows["id"], zip(rows["how"], rows["precision_a"], rows["precision_b"], strict=True), strict=True))
+    assert set(by) == {*(row["id"] for row in found["changed"]), *found["only_a"], *found["only_b"]}
+    assert by["linear1"] == ("other precision", "bf16", "fp32")
+    assert by["linear3"] == ("only in b", "", "bf16")
+    assert {column["field"] for column in data["columns"]} <= set(rows)
+
+
+def test_the_page_of_equal_plans_says_so() -> None:
+    same = stacked(2).to_dict()
+    page = Page(difference_page(same, same))
+    assert "The plans are the same" in page.words
+    assert [a for tag, a in page.tags if a.get("src")] == []
 
 
 def test_without_javascript_the_headline_the_costs_and_the_passes_are_there(report: Report, text: str) -> None:

@@ -62,3 +62,20 @@ function perFrame(work) {
     requestAnimationFrame(() => { waiting = false; work(); });
   };
 }
+
+// An array is a column; else it is words and the number of the word at each place.
+function plain(list) {
+  return Array.isArray(list) ? list : list.at;
+}
+
+function unpack(columns, names = Object.keys(columns)) {
+  const lists = names.map(name => [name, columns[name]]);
+  const length = lists.length ? plain(lists[0][1]).length : 0;
+  const rows = new Array(length);
+  for (let at = 0; at < length; at++) rows[at] = {at};
+  for (const [name, list] of lists) {
+    if (Array.isArray(list)) for (let at = 0; at < length; at++) rows[at][name] = list[at];
+    else for (let at = 0; at < length; at++) rows[at][name] = list.words[list.at[at]];
+  }
+  return rows;
+}

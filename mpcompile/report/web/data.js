@@ -20,23 +20,6 @@ function addressed(hash) {
 const VALUES = unpack(DATA.values, ["name", "maker", "role", "type", "bytes"]);
 const LINKS = link(DATA.values);
 
-// An array is a column; else it is words and the number of the word at each place.
-function plain(list) {
-  return Array.isArray(list) ? list : list.at;
-}
-
-function unpack(columns, names = Object.keys(columns)) {
-  const lists = names.map(name => [name, columns[name]]);
-  const length = lists.length ? plain(lists[0][1]).length : 0;
-  const rows = new Array(length);
-  for (let at = 0; at < length; at++) rows[at] = {at};
-  for (const [name, list] of lists) {
-    if (Array.isArray(list)) for (let at = 0; at < length; at++) rows[at][name] = list[at];
-    else for (let at = 0; at < length; at++) rows[at][name] = list.words[list.at[at]];
-  }
-  return rows;
-}
-
 /** reads[node] and readers[value]: lists of {node, value, cast}, cast -1 for none. */
 function link(values) {
   const reads = NODES.map(() => []), readers = VALUES.map(() => []), given = NODES.map(() => []);

@@ -1,4 +1,4 @@
-// Start: theme, tabs, the address, and then the views.
+// Start: tabs, the address, and then the views.
 
 const TABS = {nodes: () => { if (BUILT) TABLE.redraw(); }, casts: () => castTable(), passes: () => passView()};
 
@@ -24,18 +24,6 @@ function tabEvents() {
       next.click();
     });
   });
-}
-
-function themeEvents() {
-  const themes = ["auto", "light", "dark"], button = at("theme"), dark = window.matchMedia("(prefers-color-scheme: dark)");
-  let theme = "auto";
-  const apply = () => {
-    document.documentElement.dataset.theme = theme === "auto" ? (dark.matches ? "dark" : "light") : theme;
-    button.textContent = `Theme: ${theme}`;
-  };
-  button.addEventListener("click", () => { theme = themes[(themes.indexOf(theme) + 1) % themes.length]; apply(); });
-  dark.addEventListener("change", apply);
-  apply();
 }
 
 function foldEvents() {

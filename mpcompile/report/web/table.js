@@ -1,14 +1,9 @@
-// The table of nodes: Tabulator's virtual rows, all of one height; a phone gets one column whose cells say it all.
+// The table of nodes; a phone gets one column whose cells say it all.
 
 let TABLE = null;
 let BUILT = false;
 let CHOSEN = -1;
 let shownOrder = null;
-
-const cell = (text, kind) => make("span", {class: kind, title: text}, text);
-
-const number = (title, field, words) =>
-  ({title, field, width: 78, hozAlign: "right", headerSortStartingDir: "desc", formatter: one => cell(words(one.getValue()), "num")});
 
 const COLUMNS = [
   {title: "node", field: "id", width: 170, formatter: one => cell(one.getValue(), "mono")},
@@ -35,18 +30,6 @@ function card(node) {
     make("span", {}, chip(node.precision), " ", make("b", {class: "mono"}, node.id), " ", make("span", {class: "mono idle"}, shortOp(node.op))),
     make("span", {class: "two"}, node.reason));
 }
-
-/** A table of ours: text is never HTML, numbers sort as numbers, words by their letters and digits. */
-function virtualTable(place, rows, columns, more) {
-  const defaults = {headerSortTristate: true, resizable: "header", sorter: bySort};
-  return new Tabulator(place, {
-    data: rows, columns, columnDefaults: defaults, index: "at", layout: "fitColumns", height: phone.matches ? "82vh" : "100%", rowHeight: 29,
-    placeholder: "Nothing matches.", renderVerticalBuffer: 320, ...more,
-  });
-}
-
-const collator = new Intl.Collator("en", {numeric: true});
-const bySort = (a, b) => typeof a === "number" ? a - b : collator.compare(a, b);
 
 function nodeTable() {
   TABLE?.destroy();
