@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import functools
 import inspect
 import itertools
 import os
-import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
+from mpcompile.admission import check_model, check_overrides
 from mpcompile.aten.capture import export
 from mpcompile.aten.exported import inline_regions, without_dtype_checks
-from mpcompile.aten.facts import LOW_DTYPES
 from mpcompile.aten.recurrent import traced_whole
 from mpcompile.aten.write import write
 from mpcompile.compiler import Plan, Settings, decide, log_plan, settings_of
@@ -26,9 +24,7 @@ from mpcompile.errors import CaptureError, MPCompileError, RuleError, page
 from mpcompile.graph import joined
 from mpcompile.hardware import device_of, emulated_kinds
 from mpcompile.likeness import class_like
-from mpcompile.passes.classify import refuse_unmatched
 from mpcompile.policy import Policy
-from mpcompile.rules.table import rules_for
 from mpcompile.runtime.buckets import bucket_bytes
 from mpcompile.runtime.compiled import CompiledGraph
 from mpcompile.runtime.coverage import warn_of_eager_call, warn_of_gaps, warn_of_watched_call, watch, watched_method
@@ -45,30 +41,9 @@ from mpcompile.torch_internals import (
     module_replaced,
 )
 
-page(
-    "MP102",
-    "A model without floating-point parameters",
-    "There is nothing to hold a low-precision copy of, and nothing to train.",
-    "Pass the module that owns the weights.",
-)
-page(
-    "MP103",
-    "Trainable parameters already in half precision",
-    "The user's FP32 parameters are the masters; a half-precision parameter has lost the bits that updates need.",
-    "Call model.float() first, or freeze them (requires_grad_(False)): frozen half parameters are used as they are.",
-)
-page(
-    "MP104",
-    "Parameters on the meta device",
-    "A meta tensor has a shape and no data.",
-    "Give the model its weights first: model.to_empty(device=...), then load or initialise.",
-)
-page(
-    "MP105",
-    "A kind of model that mpcompile does not read",
-    "The model is neither an nn.Module, an ExportedProgram, an onnx.ModelProto, nor the path of an .onnx file.",
-    "See the README for what can be passed.",
-)
+if TYPE_CHECKING:
+    from mpcompile.report.comparison import Comparison
+
 page(
     "MP106",
     "A report of nothing",
@@ -139,10 +114,10 @@ def mpcompile(
         model = without_dtype_checks(model.module())
     if isinstance(model, MixedPrecisionModule):
         model = model.model
-    _check(model)
+    check_model(model)
     inner = "inductor" if backend == "onnxruntime" else backend
     settings = settings_of(policy, keep_fp32, low, strict, inner, fp8)
-    _check_overrides(model, settings)
+    check_overrides(model, settings)
     wrapped = _rewrapped(model, settings, dynamic, backend)
     if example_inputs is not None:
         with torch.no_grad():
@@ -152,45 +127,6 @@ def mpcompile(
 
 def _is_onnx(model: Any) -> bool:
     return isinstance(model, (str, os.PathLike)) or type(model).__module__.startswith("onnx")
-
-
-def _check(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        raise CaptureError("MP105", f"mpcompile() was given a {type(model).__name__}", try_="an nn.Module, an "
-                           "ExportedProgram, an onnx.ModelProto, or the path of an .onnx file")  # fmt: skip
-    refuse_sharded(model)
-    named = [(n, p) for n, p in model.named_parameters() if p.is_floating_point()]
-    if not named:
-        raise CaptureError("MP102", f"{type(model).__name__} has no floating-point parameters",
-                           try_="pass the module that owns the weights")  # fmt: skip
-    for name, parameter in named:
-        if parameter.is_meta:
-            raise CaptureError("MP104", "a parameter is on the meta device", where=name,
-                               try_="model.to_empty(device='cpu'), then load or initialise")  # fmt: skip
-        if parameter.requires_grad and parameter.dtype in LOW_DTYPES:
-            raise CaptureError("MP103", f"a trainable parameter is {str(parameter.dtype).removeprefix('torch.')}",
-                               where=name, why="FP32 parameters are the masters that updates are added to",
-                               try_="model.float(), or parameter.requires_grad_(False) to use it as it is")  # fmt: skip
-
-
-def _check_overrides(model: nn.Module, settings: Settings) -> None:
-    """Refuse now what can name nothing later: no module path, no operation, no node (nodes are named after operations).
-
-    Raises:
-      RuleError: MP203, with near names.
-    """
-    paths = [name for name, _ in model.named_modules() if name]
-    ops = [rule.op for rule in rules_for("aten")]
-    known = [*paths, *ops, *(f"{op}.default" for op in ops), *(op.partition(".")[2] for op in ops)]
-    for option, globs in settings.overrides().items():
-        words = [g for g in globs if not callable(g)]
-        hopeless = [g for g in words if not _may_match(g, known)]
-        refuse_unmatched(hopeless, option, known)
-
-
-def _may_match(glob: str, known: list[str]) -> bool:
-    stem = re.sub(r"(_\d+)?(\.\w+)?$", "", glob)
-    return any(fnmatch.fnmatchcase(name, g) for name in known for g in {glob, stem, f"{glob}.*"})
 
 
 class MixedPrecisionModule(nn.Module):
@@ -363,6 +299,43 @@ class MixedPrecisionModule(nn.Module):
         last = self.plans[-1]
         graph = joined({f"graph{i}": plan.graph for i, plan in enumerate(self.plans)})
         return build_report(graph, last.policy, last.row, steps=[s for plan in self.plans for s in plan.steps])
+
+    def compare(
+        self,
+        *args: Any,
+        loss_fn: Callable[..., Any] | None = None,
+        gradients: bool = True,
+        autocast: bool = False,
+        scale: float | None = None,
+        **kwargs: Any,
+    ) -> Comparison:
+        """Every value and every gradient of the plan beside FP32's, for one batch and the same random numbers.
+
+        Nothing is changed: no weight, no buffer, no random state. The graph runs op by op, three times over; memory is that
+        of a training step of each run.
+
+        Args:
+          args, kwargs: a batch, as the model (or `loss_fn`) takes it.
+          loss_fn: ``loss_fn(model, *args, **kwargs) -> scalar``. Without one the model's own loss is differentiated, or
+            where it has none, a projection of its outputs.
+          gradients: False compares the forward alone.
+          autocast: compare torch.autocast's decisions (``plan="autocast"``) too, on the same batch.
+          scale: the loss scale; by default 65536 for FP16, halved while gradients overflow, and 1 for BF16.
+
+        Raises:
+          CaptureError: MP101, when torch.export cannot read the model as one graph. TrainingError: MP561.
+        """
+        from mpcompile.training.numerics.compare import compare
+
+        return compare(
+            self.model,
+            self.settings,
+            (args, kwargs),
+            loss_fn=loss_fn,
+            gradients=gradients,
+            autocast=autocast,
+            scale=scale,
+        )
 
     def train_step(
         self,

@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from mpcompile import __version__
 from mpcompile.errors import MPCompileError, UsageError, page
-from mpcompile.tools import bench, convert, demo, diff, doctor, explain, export, inspect, options
+from mpcompile.tools import bench, compare, convert, demo, diff, doctor, explain, export, inspect, options
 
 page(
     "MP800",
@@ -101,6 +101,7 @@ for verb in (
     demo.demo,
     inspect.inspect,
     explain.explain,
+    compare.compare,
     diff.diff,
     convert.convert,
     export.export,

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -143,23 +144,80 @@ def load(target: str) -> Factory:
     Raises:
       UsageError: MP802, MP803, MP804.
     """
-    place, colon, name = target.rpartition(":")
-    if not colon or not place or not name:
-        raise UsageError(
-            "MP802", f"{target!r} does not name a model", try_="FILE.py:FACTORY, PACKAGE.MODULE:FACTORY or MODEL.onnx"
-        )
+    given = _call(target, _factory(target), 0)
+    made = _checked(target, given)
+    _try_out(target, made)
+    return made
+
+
+def _factory(target: str) -> Any:
+    """The function that `target` names.
+
+    Raises:
+      UsageError: MP802, MP803.
+    """
+    place, name = named(target)
     module = _import(place)
     factory = getattr(module, name, None)
     if not callable(factory):
         near = suggest(name, [n for n in vars(module) if callable(getattr(module, n)) and not n.startswith("_")])
         raise UsageError("MP803", f"{place} has no function {name!r}", try_=f"did you mean {near}?" if near else "")
+    return factory
+
+
+def named(target: str) -> tuple[str, str]:
+    """File or module, and function; a file must be there.
+
+    Raises:
+      UsageError: MP802.
+    """
+    place, colon, name = target.rpartition(":")
+    if not colon or not place or not name:
+        raise UsageError(
+            "MP802", f"{target!r} does not name a model", try_="FILE.py:FACTORY, PACKAGE.MODULE:FACTORY or MODEL.onnx"
+        )
+    return (existing(place) if place.endswith(".py") else place), name
+
+
+def _call(target: str, factory: Any, batch: int) -> Any:
     try:
-        given = factory()
+        return factory(batch=batch) if _takes_batch(factory) else factory()
     except Exception as error:
         raise UsageError("MP804", f"{target} failed: {type(error).__name__}: {error}", where=_place(error)) from error
-    made = _checked(target, given)
-    _try_out(target, made)
-    return made
+
+
+def _takes_batch(factory: Any) -> bool:
+    try:
+        return "batch" in inspect.signature(factory).parameters
+    except (TypeError, ValueError):
+        return False
+
+
+def more_batches(target: str, first: Factory, count: int) -> Iterator[Factory]:
+    """Batches 1, 2, … `count` - 1 of the factory: it is called with that number where it has a parameter `batch`, and
+    otherwise again, under another seed.
+
+    Raises:
+      UsageError: MP811, when the second batch is the first.
+    """
+    import torch
+
+    for number in range(1, count):
+        with torch.random.fork_rng():
+            torch.manual_seed(number)
+            made = _checked(target, _call(target, _factory(target), number))
+        if number == 1 and _same((made.args, made.kwargs), (first.args, first.kwargs)):
+            raise UsageError("MP811", f"{target} gives the same batch each time",
+                             try_="a factory with a parameter: def make(batch=0)")  # fmt: skip
+        yield made
+
+
+def _same(one: Any, other: Any) -> bool:
+    import torch
+    from torch.utils import _pytree as pytree
+
+    pairs = zip(pytree.tree_leaves(one), pytree.tree_leaves(other), strict=False)
+    return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
 
 def _try_out(target: str, made: Factory) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
 import onnx_ir as ir
@@ -35,6 +35,9 @@ from mpcompile.passes.legalize import Legalize
 from mpcompile.passes.measured_hazards import Measured, MeasuredHazards
 from mpcompile.pipeline import History, StepRecord, default_passes, run
 from mpcompile.policy import Policy
+
+if TYPE_CHECKING:
+    from mpcompile.report.comparison import Comparison
 
 page(
     "MP604",
@@ -144,6 +147,33 @@ class OnnxMixedPrecision:
         """How far each output is off on `samples`, worst first, in true low-precision numerics (simulated)."""
         feeds = calibrate_room.samples(samples)
         return calibrate_room.compare(self._stand_in(), feeds, calibrate_room.reference(self.capture.source, feeds))
+
+    def compare_nodes(self, samples: Any = None, *, autocast: bool = False) -> Comparison:
+        """Every value of the plan beside FP32's, on `samples` or generated inputs; `autocast`: its decisions beside them.
+
+        Raises:
+          OnnxError: MP606, for samples that cannot be read, or a model that does not run on generated ones.
+        """
+        from mpcompile.onnx.compare import compare
+
+        notes = list[str]()
+        if samples is not None:
+            feeds = calibrate_room.samples(samples)
+        else:
+            try:
+                said, feeds = on_generated(self.capture, lambda feeds, _: (
+                    calibrate_room.reference(self.capture.source, feeds), feeds)[1])  # fmt: skip
+            except NotRun as why:
+                raise OnnxError("MP606", f"there are no samples, and {why}", try_="samples='data.npz'") from why
+            notes.append(f"on {said}")
+        found = compare(self, feeds, notes)
+        if not autocast or self.policy.low not in LOW:
+            return found
+        plain = replace(self.options, keep_fp32=(), low=())
+        other = plan(replace(self.policy, plan="autocast"), plain, self.capture)
+        if not any(node.precision in LOW for node in other.graph):
+            return replace(found, notes=(*found.notes, "plan=autocast runs nothing low here"))
+        return replace(found, autocast=compare(other, feeds))
 
     def verify(self, samples: Any = None) -> list[OutputError]:
         """`compare` on `samples`, or on generated inputs, with what is not finite an error; empty when nothing ran.

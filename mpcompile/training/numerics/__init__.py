@@ -1,0 +1,1 @@
+"""Numbers of a run: the plan beside FP32, and the ranges of values and gradients."""

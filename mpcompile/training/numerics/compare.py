@@ -1,0 +1,166 @@
+"""`mp.compare(*batch)`: every value and every gradient of the plan beside FP32's, on one batch and one set of masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from mpcompile.aten.facts import dtype_name, op_name
+from mpcompile.compiler import Settings
+from mpcompile.errors import TrainingError, page
+from mpcompile.formats import CASTABLE, LOW
+from mpcompile.report.comparison import Comparison, ErrorRow, mark_noise
+from mpcompile.training.gradients.batch import Batch
+from mpcompile.training.numerics.lockstep import Lockstep, is_cast, is_move
+from mpcompile.training.numerics.measure import Lanes, row
+from mpcompile.training.numerics.subject import GIVEN, MODEL, PROJECTION, Differentiable, Subject, phase_of, subject
+
+page(
+    "MP561",
+    "Nothing to compare or to measure",
+    "compare, bisect and calibrate run the model on batches, and none was given.",
+    "Pass a batch: mp.compare(*batch); several: one call each, and .joined().",
+)
+
+# The loss scale that training begins with in FP16, and how often it may be halved before the plan counts as broken.
+SCALE, HALVINGS = 2.0**16, 24
+
+
+@dataclass
+class Rows:
+    """Collects the rows of one run."""
+
+    subject: Subject
+    low: str
+    found: list[ErrorRow] = field(default_factory=list)
+    counts: dict[Any, int] = field(default_factory=dict)
+    names: dict[fx.Node, str] = field(default_factory=dict)
+
+    def __call__(self, node: fx.Node, lanes: Lanes) -> None:
+        if node not in self.subject.exits or dtype_name(lanes.full.dtype) not in CASTABLE:
+            return
+        place, phase = self.subject.places[node.name], phase_of(node)
+        planned = self.subject.planned(node)
+        if planned is None and is_cast(node):
+            stem, op = f"{self._source(node)}→{dtype_name(lanes.plan.dtype)}", "cast"
+        else:
+            stem, op = (planned.id, planned.op) if planned else (node.name, op_name(node.target))
+        op = op if phase == "forward" else op_name(self.subject.exits[node].target)
+        module, source = (planned.module, planned.source) if planned else (place.module, place.source)
+        name = self._name(stem if phase == "forward" else f"{stem}'")
+        self.names[node] = name
+        self.found.append(row(name, planned.id if planned else "", op, phase, module, source, lanes, self.low))
+
+    def _source(self, cast: fx.Node) -> str:
+        """The name of what a cast reads: a row's, a node's of the plan, or the user's own name."""
+        at = cast.all_input_nodes[0]
+        while at not in self.names and (is_cast(at) or is_move(at)) and at.all_input_nodes:
+            at = at.all_input_nodes[0]
+        planned = self.subject.planned(at)
+        return self.names.get(at) or (planned.id if planned else str(at.meta.get("mp_name") or at.name))
+
+    def _name(self, stem: str) -> str:
+        """ "linear", "linear:2" for a second result; "linear'" for a gradient at it."""
+        number = self.counts[stem] = self.counts.get(stem, 0) + 1
+        return stem if number == 1 else f"{stem}:{number}"
+
+
+def compare(
+    model: Any,
+    settings: Settings,
+    given: tuple[tuple[Any, ...], dict[str, Any]],
+    *,
+    loss_fn: Callable[..., Any] | None = None,
+    gradients: bool = True,
+    autocast: bool = False,
+    scale: float | None = None,
+) -> Comparison:
+    """One batch, (args, kwargs); see `mpcompile.api.MixedPrecisionModule.compare`."""
+    if not any(given):
+        raise TrainingError("MP561", "compare() was given no batch", try_="mp.compare(x), as you would call mp(x)")
+    batch = Batch(*given)
+    loss = loss_fn or Differentiable()
+    cpu = torch.get_rng_state()
+    made = _compared(subject(model, loss, batch, settings, gradients=gradients), scale, cpu)
+    made = replace(made, loss_is=_loss_is(loss, gradients))
+    if not autocast:
+        return made
+    plain = replace(settings, policy=replace(settings.policy, plan="autocast"), keep_fp32=(), low=())
+    other = _compared(subject(model, loss, batch, plain, gradients=gradients), scale, cpu)
+    return replace(made, autocast=replace(other, loss_is=made.loss_is))
+
+
+def _loss_is(loss: Any, gradients: bool) -> str:
+    if not gradients:
+        return ""
+    if not isinstance(loss, Differentiable):
+        return GIVEN
+    return PROJECTION if loss.is_projection else MODEL
+
+
+def _compared(found: Subject, scale: float | None, state: Tensor) -> Comparison:
+    plan = found.plan
+    low = plan.policy.low
+    rows = Rows(found, low)
+    runner = Lockstep(found.module, found.group, found.rounded, rows)
+    notes = list[str]()
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.set_rng_state(state)
+        used = 1.0
+        if found.gradients:
+            used, notes = _scale(found, scale, low)
+            torch.set_rng_state(state)
+        seed = [torch.full((), used, device=_device(found))] if found.gradients else []
+        outputs = runner.compare([*found.inputs, *seed], [*found.full, *seed])
+    if low not in LOW:
+        notes.append("the policy settled on FP32 here: there is nothing to compare")
+    loss = outputs[found.loss_at]
+    values = [one for one in rows.found if one.phase == "forward"]
+    backward = mark_noise([one for one in rows.found if one.phase == "backward"], lambda one: one.node)
+    return Comparison(
+        str(plan.policy), low, plan.row, "", (float(loss.plan), float(loss.full)), used, tuple(values), backward,
+        _parameters(found, outputs, low), notes=tuple(notes),
+    )  # fmt: skip
+
+
+def _parameters(found: Subject, outputs: list[Lanes], low: str) -> tuple[ErrorRow, ...]:
+    """The gradient of each parameter: the sum of those of its copies."""
+    sums = dict[str, Lanes]()
+    for place, name in found.gradients:
+        lanes = outputs[place]
+        if name in sums:
+            mine = sums[name]
+            lanes = Lanes(*(getattr(mine, k).float() + getattr(lanes, k).float() for k in ("plan", "full", "fed")))
+        sums[name] = lanes
+    rows = [
+        row(name, "", "gradient", "backward", name.rpartition(".")[0], "", lanes, low) for name, lanes in sums.items()
+    ]
+    return mark_noise(rows, lambda one: one.module)
+
+
+def _scale(found: Subject, given: float | None, low: str) -> tuple[float, list[str]]:
+    """The loss scale, and a line when it is not the one that training begins with."""
+    if given is not None:
+        return float(given), []
+    if low != "fp16":
+        return 1.0, []
+    used, device = SCALE, _device(found)
+    for _ in range(HALVINGS):
+        outputs: Any = fx.Interpreter(found.module).run(*found.inputs, torch.full((), used, device=device))
+        if all(bool(torch.isfinite(outputs[place]).all()) for place, _ in found.gradients):
+            break
+        used /= 2
+    else:
+        return SCALE, [f"gradients are not finite at any loss scale from {SCALE:g} down: the forward overflows"]
+    return used, [] if used == SCALE else [
+        f"gradients overflow above a loss scale of {used:g}; training begins at {SCALE:g}"
+    ]
+
+
+def _device(found: Subject) -> torch.device:
+    tensors = [t for t in found.inputs if isinstance(t, Tensor)]
+    return next((t.device for t in tensors if t.device.type == "cuda"), torch.device("cpu"))
