@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 
 from mpcompile import __version__
 from mpcompile.errors import MPCompileError, UsageError, page
-from mpcompile.tools import bench, compare, convert, demo, diff, doctor, explain, export, inspect, options
+from mpcompile.tools import bench, bisect, compare, convert, demo, diff, doctor, explain, export, inspect, options
 
 page(
     "MP800",
@@ -102,6 +102,7 @@ for verb in (
     inspect.inspect,
     explain.explain,
     compare.compare,
+    bisect.bisect,
     diff.diff,
     convert.convert,
     export.export,

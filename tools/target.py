@@ -144,13 +144,13 @@ def load(target: str) -> Factory:
     Raises:
       UsageError: MP802, MP803, MP804.
     """
-    given = _call(target, _factory(target), 0)
+    given = _call(target, function(target), 0)
     made = _checked(target, given)
     _try_out(target, made)
     return made
 
 
-def _factory(target: str) -> Any:
+def function(target: str) -> Any:
     """The function that `target` names.
 
     Raises:
@@ -163,6 +163,15 @@ def _factory(target: str) -> Any:
         near = suggest(name, [n for n in vars(module) if callable(getattr(module, n)) and not n.startswith("_")])
         raise UsageError("MP803", f"{place} has no function {name!r}", try_=f"did you mean {near}?" if near else "")
     return factory
+
+
+def exists(target: str) -> None:
+    """Refuse now what names nothing, before anything slow is imported.
+
+    Raises:
+      UsageError: MP802.
+    """
+    existing(target) if is_onnx(target) else named(target)
 
 
 def named(target: str) -> tuple[str, str]:
@@ -183,7 +192,7 @@ def _call(target: str, factory: Any, batch: int) -> Any:
     try:
         return factory(batch=batch) if _takes_batch(factory) else factory()
     except Exception as error:
-        raise UsageError("MP804", f"{target} failed: {type(error).__name__}: {error}", where=_place(error)) from error
+        raise UsageError("MP804", f"{target} failed: {type(error).__name__}: {error}", where=place_of(error)) from error
 
 
 def _takes_batch(factory: Any) -> bool:
@@ -205,7 +214,7 @@ def more_batches(target: str, first: Factory, count: int) -> Iterator[Factory]:
     for number in range(1, count):
         with torch.random.fork_rng():
             torch.manual_seed(number)
-            made = _checked(target, _call(target, _factory(target), number))
+            made = _checked(target, _call(target, function(target), number))
         if number == 1 and _same((made.args, made.kwargs), (first.args, first.kwargs)):
             raise UsageError("MP811", f"{target} gives the same batch each time",
                              try_="a factory with a parameter: def make(batch=0)")  # fmt: skip
@@ -237,7 +246,7 @@ def _try_out(target: str, made: Factory) -> None:
             made.model(*args, **kwargs)
     except Exception as error:
         raise UsageError("MP810", f"the model of {target} does not take its example: {type(error).__name__}: {error}",
-                         where=_place(error), try_="call the factory and the model in a Python shell") from error  # fmt: skip
+                         where=place_of(error), try_="call the factory and the model in a Python shell") from error  # fmt: skip
     finally:
         with torch.no_grad():
             for name, buffer in made.model.named_buffers():
@@ -252,7 +261,7 @@ def _import(place: str) -> ModuleType:
         raise
     except BaseException as error:  # a script without a main guard may exit
         raise UsageError(
-            "MP803", f"{place} does not import: {type(error).__name__}: {error}", where=_place(error)
+            "MP803", f"{place} does not import: {type(error).__name__}: {error}", where=place_of(error)
         ) from error
     finally:
         importlib.invalidate_caches()
@@ -283,7 +292,7 @@ def _checked(target: str, given: Any) -> Factory:
     return Factory(model, tuple(args), kwargs)
 
 
-def _place(error: BaseException) -> str:
+def place_of(error: BaseException) -> str:
     """The last line of the user's own code in a traceback."""
     trace, place = error.__traceback__, ""
     while trace:

@@ -112,9 +112,9 @@ def _compared(found: Subject, scale: float | None, state: Tensor) -> Comparison:
         torch.set_rng_state(state)
         used = 1.0
         if found.gradients:
-            used, notes = _scale(found, scale, low)
+            used, notes = scale_of(found, scale, low)
             torch.set_rng_state(state)
-        seed = [torch.full((), used, device=_device(found))] if found.gradients else []
+        seed = [torch.full((), used, device=found.device())] if found.gradients else []
         outputs = runner.compare([*found.inputs, *seed], [*found.full, *seed])
     if low not in LOW:
         notes.append("the policy settled on FP32 here: there is nothing to compare")
@@ -142,13 +142,13 @@ def _parameters(found: Subject, outputs: list[Lanes], low: str) -> tuple[ErrorRo
     return mark_noise(rows, lambda one: one.module)
 
 
-def _scale(found: Subject, given: float | None, low: str) -> tuple[float, list[str]]:
+def scale_of(found: Subject, given: float | None, low: str) -> tuple[float, list[str]]:
     """The loss scale, and a line when it is not the one that training begins with."""
     if given is not None:
         return float(given), []
     if low != "fp16":
         return 1.0, []
-    used, device = SCALE, _device(found)
+    used, device = SCALE, found.device()
     for _ in range(HALVINGS):
         outputs: Any = fx.Interpreter(found.module).run(*found.inputs, torch.full((), used, device=device))
         if all(bool(torch.isfinite(outputs[place]).all()) for place, _ in found.gradients):
@@ -159,8 +159,3 @@ def _scale(found: Subject, given: float | None, low: str) -> tuple[float, list[s
     return used, [] if used == SCALE else [
         f"gradients overflow above a loss scale of {used:g}; training begins at {SCALE:g}"
     ]
-
-
-def _device(found: Subject) -> torch.device:
-    tensors = [t for t in found.inputs if isinstance(t, Tensor)]
-    return next((t.device for t in tensors if t.device.type == "cuda"), torch.device("cpu"))

@@ -60,6 +60,10 @@ class Subject:
         group = self.group.get(node)
         return self.plan.graph.nodes.get(group[1]) if isinstance(group, tuple) else None
 
+    def device(self) -> torch.device:
+        tensors = [t for t in self.inputs if isinstance(t, Tensor)]
+        return next((t.device for t in tensors if t.device.type == "cuda"), torch.device("cpu"))
+
 
 def subject(model: nn.Module, loss_fn: Callable[..., Any] | None, batch: Batch, settings: Settings, *,
             gradients: bool = True, named: dict[str, Tensor] | None = None) -> Subject:  # fmt: skip
