@@ -300,42 +300,18 @@ class MixedPrecisionModule(nn.Module):
         graph = joined({f"graph{i}": plan.graph for i, plan in enumerate(self.plans)})
         return build_report(graph, last.policy, last.row, steps=[s for plan in self.plans for s in plan.steps])
 
-    def compare(
-        self,
-        *args: Any,
-        loss_fn: Callable[..., Any] | None = None,
-        gradients: bool = True,
-        autocast: bool = False,
-        scale: float | None = None,
-        **kwargs: Any,
-    ) -> Comparison:
+    def compare(self, *args: Any, **kwargs: Any) -> Comparison:
         """Every value and every gradient of the plan beside FP32's, for one batch and the same random numbers.
 
-        Nothing is changed: no weight, no buffer, no random state. The graph runs op by op, three times over; memory is that
-        of a training step of each run.
-
-        Args:
-          args, kwargs: a batch, as the model (or `loss_fn`) takes it.
-          loss_fn: ``loss_fn(model, *args, **kwargs) -> scalar``. Without one the model's own loss is differentiated, or
-            where it has none, a projection of its outputs.
-          gradients: False compares the forward alone.
-          autocast: compare torch.autocast's decisions (``plan="autocast"``) too, on the same batch.
-          scale: the loss scale; by default 65536 for FP16, halved while gradients overflow, and 1 for BF16.
+        Nothing is changed. `loss_fn`, `gradients`, `autocast`, `scale` are options
+        (`mpcompile.training.numerics.compare.Options`); the other arguments are the batch.
 
         Raises:
-          CaptureError: MP101, when torch.export cannot read the model as one graph. TrainingError: MP561.
+          CaptureError: MP101. TrainingError: MP561, MP562.
         """
         from mpcompile.training.numerics.compare import compare
 
-        return compare(
-            self.model,
-            self.settings,
-            (args, kwargs),
-            loss_fn=loss_fn,
-            gradients=gradients,
-            autocast=autocast,
-            scale=scale,
-        )
+        return compare(self.model, self.settings, args, kwargs)
 
     def train_step(
         self,

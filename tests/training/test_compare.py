@@ -269,7 +269,12 @@ def test_fp32_has_nothing_to_compare() -> None:
 
 def test_no_batch_is_refused() -> None:
     with pytest.raises(MPCompileError, match="MP561"):
-        compare(Two(), settings_of(f"bf16,{FREE}"), ((), {}))
+        compare(Two(), settings_of(f"bf16,{FREE}"), (), {})
+
+
+def test_fp8_is_refused() -> None:
+    with pytest.raises(MPCompileError, match="MP562"):
+        compare(Two(), settings_of(f"fp8,{FREE}"), (torch.ones(1, 32),), {})
 
 
 def test_batches_join_to_their_worst() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -69,29 +69,50 @@ class Rows:
         return stem if number == 1 else f"{stem}:{number}"
 
 
-def compare(
-    model: Any,
-    settings: Settings,
-    given: tuple[tuple[Any, ...], dict[str, Any]],
-    *,
-    loss_fn: Callable[..., Any] | None = None,
-    gradients: bool = True,
-    autocast: bool = False,
-    scale: float | None = None,
-) -> Comparison:
-    """One batch, (args, kwargs); see `mpcompile.api.MixedPrecisionModule.compare`."""
-    if not any(given):
+@dataclass(frozen=True)
+class Options:
+    """What `mp.compare` may be asked for beside its batch.
+
+    Fields:
+      loss_fn: ``loss_fn(model, *args, **kwargs) -> scalar``. Without one the model's own loss is differentiated, or where
+        it has none, a projection of its outputs.
+      gradients: False compares the forward alone.
+      autocast: compare torch.autocast's decisions (``plan="autocast"``) too, on the same batch.
+      scale: the loss scale; by default 65536 for FP16, halved while gradients overflow, and 1 for BF16.
+    """
+
+    loss_fn: Callable[..., Any] | None = None
+    gradients: bool = True
+    autocast: bool = False
+    scale: float | None = None
+
+
+def compare(model: Any, settings: Settings, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Comparison:
+    """One batch: `kwargs` holds its keywords and the fields of `Options`.
+
+    The graph runs op by op, three times over; memory is that of a training step of each run.
+
+    Raises:
+      CaptureError: MP101. TrainingError: MP561, MP562.
+    """
+    names = [one.name for one in fields(Options)]
+    options = Options(**{name: value for name, value in kwargs.items() if name in names})
+    kwargs = {name: value for name, value in kwargs.items() if name not in names}
+    if not args and not kwargs:
         raise TrainingError("MP561", "compare() was given no batch", try_="mp.compare(x), as you would call mp(x)")
-    batch = Batch(*given)
-    loss = loss_fn or Differentiable()
+    batch = Batch(args, kwargs)
+    loss = options.loss_fn or Differentiable()
     cpu = torch.get_rng_state()
-    made = _compared(subject(model, loss, batch, settings, gradients=gradients), scale, cpu)
-    made = replace(made, loss_is=_loss_is(loss, gradients))
-    if not autocast:
+
+    def run(settings: Settings) -> Comparison:
+        found = subject(model, loss, batch, settings, gradients=options.gradients)
+        return replace(_compared(found, options.scale, cpu), loss_is=_loss_is(loss, options.gradients))
+
+    made = run(settings)
+    if not options.autocast:
         return made
     plain = replace(settings, policy=replace(settings.policy, plan="autocast"), keep_fp32=(), low=())
-    other = _compared(subject(model, loss, batch, plain, gradients=gradients), scale, cpu)
-    return replace(made, autocast=replace(other, loss_is=made.loss_is))
+    return replace(made, autocast=run(plain))
 
 
 def _loss_is(loss: Any, gradients: bool) -> str:

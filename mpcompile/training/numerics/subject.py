@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from mpcompile.aten.facts import LOW_DTYPES
 from mpcompile.compiler import Plan, Settings
-from mpcompile.errors import MPCompileError
+from mpcompile.errors import MPCompileError, TrainingError, page
 from mpcompile.formats import LOW
 from mpcompile.graph import Node
 from mpcompile.hardware import device_of
@@ -25,6 +25,14 @@ from mpcompile.training.gradients.forward import Forward, capture, loss_in, owne
 from mpcompile.training.gradients.joint import trace
 from mpcompile.training.gradients.specialization import compiling
 from mpcompile.training.numerics.lockstep import is_cast, is_move, raised
+
+page(
+    "MP562",
+    "A plan in FP8 beside FP32",
+    "compare, bisect and calibrate run one graph twice, once with every low type raised to FP32. FP8 products quantise with "
+    "scales of their own, so their graph is another.",
+    "Ask of the same policy without FP8.",
+)
 
 MODEL, GIVEN, PROJECTION = "the model's loss", "loss_fn", "a projection of the outputs"
 
@@ -72,8 +80,15 @@ def subject(model: nn.Module, loss_fn: Callable[..., Any] | None, batch: Batch, 
     The graph ends without the seed's value: callers append it to `inputs` and `full`.
 
     Raises:
-      CaptureError: MP101. TrainingError: MP5xx.
+      CaptureError: MP101. TrainingError: MP562, and what the capture of a step may raise.
     """
+    if settings.policy.products == "fp8":
+        raise TrainingError(
+            "MP562",
+            "compare, bisect and calibrate do not run FP8 plans",
+            why="FP8 quantises with scales of its own: its graph is not FP32's with casts",
+            try_='the same policy without FP8: mpcompile(model, "bf16").compare(...)',
+        )
     with compiling(), _plain_attention(device_of(model.parameters())):
         named = named or owned(model, loss_fn)[0]
         trained = trained_ones(named) if gradients else set()
