@@ -10,35 +10,10 @@ from torch import nn
 
 from mpcompile.aten.facts import LOW_DTYPES
 from mpcompile.compiler import Settings
-from mpcompile.errors import CaptureError, page
+from mpcompile.errors import CaptureError
 from mpcompile.passes.classify import refuse_unmatched
 from mpcompile.rules.table import rules_for
 from mpcompile.runtime.sharded import refuse_sharded
-
-page(
-    "MP102",
-    "A model without floating-point parameters",
-    "There is nothing to hold a low-precision copy of, and nothing to train.",
-    "Pass the module that owns the weights.",
-)
-page(
-    "MP103",
-    "Trainable parameters already in half precision",
-    "The user's FP32 parameters are the masters; a half-precision parameter has lost the bits that updates need.",
-    "Call model.float() first, or freeze them (requires_grad_(False)): frozen half parameters are used as they are.",
-)
-page(
-    "MP104",
-    "Parameters on the meta device",
-    "A meta tensor has a shape and no data.",
-    "Give the model its weights first: model.to_empty(device=...), then load or initialise.",
-)
-page(
-    "MP105",
-    "A kind of model that mpcompile does not read",
-    "The model is neither an nn.Module, an ExportedProgram, an onnx.ModelProto, nor the path of an .onnx file.",
-    "See the README for what can be passed.",
-)
 
 
 def check_model(model: Any) -> None:

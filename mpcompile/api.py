@@ -20,7 +20,7 @@ from mpcompile.aten.exported import inline_regions, without_dtype_checks
 from mpcompile.aten.recurrent import traced_whole
 from mpcompile.aten.write import write
 from mpcompile.compiler import Plan, Settings, decide, log_plan, settings_of
-from mpcompile.errors import CaptureError, MPCompileError, RuleError, page
+from mpcompile.errors import CaptureError, MPCompileError, RuleError
 from mpcompile.graph import joined
 from mpcompile.hardware import device_of, emulated_kinds
 from mpcompile.likeness import class_like
@@ -44,18 +44,6 @@ from mpcompile.torch_internals import (
 if TYPE_CHECKING:
     from mpcompile.report.comparison import Comparison
 
-page(
-    "MP106",
-    "A report of nothing",
-    "report() was called without example arguments on a module that has not compiled a graph yet.",
-    "Pass example arguments, or call the module once first.",
-)
-page(
-    "MP204",
-    "A backend that does not exist",
-    "The backend argument has an unknown name.",
-    "'inductor', 'eager' or 'onnxruntime'.",
-)
 
 _ENTRIES = itertools.count()
 # The very tables of the model: what is registered, replaced or renamed on one is so on the other.

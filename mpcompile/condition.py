@@ -8,14 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mpcompile.errors import UsageError, page, suggest
-
-page(
-    "MP812",
-    "A check that cannot be read",
-    "A check compares measured numbers with numbers, or names a function.",
-    "For example --check 'loss < 0.01', 'gradient < 0.05 and finite', or --check checks.py:trains.",
-)
+from mpcompile.errors import UsageError, suggest
 
 _COMPARES: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,

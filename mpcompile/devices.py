@@ -16,14 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from mpcompile.errors import RuleError, page, suggest
-
-page(
-    "MP206",
-    "A device that has no row",
-    "The policy's `device` names neither a row of devices.toml nor a readable TOML file with a row of numbers.",
-    "device=auto, the name of a row (`mpcompile doctor` lists them), or a file that `mpcompile doctor --measure` wrote.",
-)
+from mpcompile.errors import RuleError, suggest
 
 # Where `mpcompile doctor --measure` writes and everybody looks; an empty value looks nowhere.
 PLACE = "MPCOMPILE_DEVICES"

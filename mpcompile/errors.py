@@ -1,15 +1,18 @@
 """One family of errors, with a code by room.
 
-A message says what happened, where, why, and what to try.  The long form of each code is a page that
-``mpcompile explain CODE`` prints and the reference is generated from (`PAGES`).
+A message says what happened, where, why, and what to try.  The long form of each code is a page of `errors.toml`, which
+``mpcompile explain CODE`` prints and the reference is generated from.
 """
 
 from __future__ import annotations
 
 import difflib
+import functools
 import re
+import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from importlib import resources
 
 # Control characters, those of C1 and the marks that turn the order of text: a terminal obeys them.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -85,6 +88,13 @@ class Page:
     title: str
     cause: str
     remedy: str
+
+
+@functools.cache
+def pages() -> dict[str, Page]:
+    """Code -> page, sorted: read from `errors.toml` when somebody asks."""
+    rows = tomllib.loads(resources.files("mpcompile").joinpath("errors.toml").read_text(encoding="utf-8"))
+    return {code: Page(code, **row) for code, row in sorted(rows.items())}
 
 
 PAGES: dict[str, Page] = {}

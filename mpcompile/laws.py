@@ -13,49 +13,11 @@ from dataclasses import dataclass
 from operator import attrgetter
 
 from mpcompile.behaviours import MOVERS, Behaviours, rounds
-from mpcompile.errors import LawError, page
+from mpcompile.errors import LawError
 from mpcompile.formats import CASTABLE, LOW
 from mpcompile.fp8 import impossible, uncast
 from mpcompile.graph import CAST_OP, Node, PrecisionGraph
 from mpcompile.text import print_node
-
-for _code, _title, _cause, _remedy in (
-    ("MP401", "A value is read or given in the wrong precision",
-     "Law 1: an fp32 node reads and gives fp32, a low node the low type, unless its rule names the operand.",
-     "A pass forgot a cast, or changed a precision after they were inserted: `pipeline.verify_each` finds which."),
-    ("MP402", "A cast on something that is never cast",
-     "Law 2: integers, bools, fp64, complex and random-generator state keep their type.",
-     "Mark the operand 'any' in the operation's rule."),
-    ("MP403", "A cast that does nothing, or stands twice",
-     "Law 3: there is at most one cast of a value to a target, and all its readers share it.",
-     "Run simplify-casts after the pass that added the cast."),
-    ("MP404", "A cast of a cast, or a cast of yours that is gone",
-     "Law 4: the compiler never casts what it has just cast, and it keeps each cast that the model's author wrote.",
-     "Run simplify-casts; a pass must not remove a node of kind 'cast' that it did not insert."),
-    ("MP405", "Graph inputs or outputs changed",
-     "Law 5: inputs and outputs keep their names, their order and the dtype of the policy.",
-     "Cast an output with a cast node instead of replacing it."),
-    ("MP406", "Arithmetic that must be FP32 is not",
-     "Law 6: the optimizer's arithmetic, unscaling, clipping, the finite check and the loss are FP32.",
-     "Give the operation the verdict fp32."),
-    ("MP407", "A stale cast",
-     "Law 3: storage was written after it was cast, and a reader still reads the old numbers.",
-     "Cast between the last write and the reader."),
-    ("MP408", "A pass failed",
-     "Law 8: the pass raised an error; the graph it was given is untouched.",
-     "Read the error above it; report it with the text of the graph before the pass (`mpcompile inspect --after`)."),
-    ("MP409", "Digits that are still there are rounded away",
-     "Law 10: what is held in FP32 (inputs, buffers, tensors that the program makes, results of FP32 nodes) is read or "
-     "stored low only by products, convolutions and attention, which round what they read in every mixed-precision scheme.",
-     "Give the node the verdict fp32; `mpcompile explain TARGET NODE` says which values it reads and where they come from."),
-    ("MP410", "The graph is not well formed",
-     "A value is read before it is made, a name is missing, or a value does not know who makes it.",
-     "This is a bug of the pass or front end that ran last."),
-    ("MP411", "Values that share storage differ in precision",
-     "Values of one alias group, and nodes of one group, must end in one precision.",
-     "Give the group's members one verdict; fp32 wins."),
-):  # fmt: skip
-    page(_code, _title, _cause, _remedy)
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,16 +7,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from mpcompile.errors import LawError, page
+from mpcompile.errors import LawError
 from mpcompile.graph import Node, PrecisionGraph, Value
 from mpcompile.text import WORD, Opaque, usual_fields
-
-page(
-    "MP412",
-    "Text that is no graph",
-    "A line of the text form of a precision graph does not parse.",
-    "See the line and column in the message; `print_graph` writes the form that is read.",
-)
 
 _WORD = re.compile(WORD)
 _QUOTED = re.compile(r"""'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*\"""")

@@ -7,18 +7,11 @@ from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args, get_type_hints
 
 from mpcompile.devices import is_file, pinned
-from mpcompile.errors import RuleError, page, suggest
+from mpcompile.errors import RuleError, suggest
 
 # A comma or blank between quotes belongs to a file's name.
 _COMMA = re.compile(r',(?=(?:[^"]*"[^"]*")*[^"]*$)')
 _PLAIN = re.compile(r"[^\s,\"]+")
-
-page(
-    "MP201",
-    "A policy that does not parse",
-    "The policy string has a field, or a value of a field, that does not exist.",
-    "Write 'fp16', 'bf16', 'fp8', 'fp32', 'auto', or fields as in 'low=fp16,plan=global,output=fp32,grads=low'.",
-)
 
 
 @dataclass(frozen=True)

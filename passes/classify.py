@@ -16,24 +16,11 @@ from operator import attrgetter
 from typing import Any, ClassVar
 
 from mpcompile import fp8
-from mpcompile.errors import RuleError, page, suggest
+from mpcompile.errors import RuleError, suggest
 from mpcompile.formats import LOW
 from mpcompile.graph import CAST_OP, NOTHING, Node, PrecisionGraph
 from mpcompile.passes.base import PassResult
 from mpcompile.rules.table import Rule, Rules, rules_for
-
-page(
-    "MP203",
-    "An override that matches nothing",
-    "A glob of keep_fp32, low or fp8 matches no module path, no operation name and no node name of the graph, or stands in both.",
-    "Look the names up with `mpcompile inspect`; near names are in the message. What stands in both belongs in one of them.",
-)
-page(
-    "MP205",
-    "An operation without a rule, under strict=True",
-    "strict=True makes an unknown operation an error instead of FP32.",
-    "Register it: mpcompile.rules.register('lib::op', 'matmul'), or verdict='fp32' with a reason.",
-)
 
 # torch's lists; "set_dtype" computes and gives FP32, and what is on no list or on "promote" takes its widest operand.
 _AUTOCAST: dict[str, tuple[str, str]] = {

@@ -8,18 +8,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpcompile.errors import UsageError, page, suggest
+from mpcompile.errors import UsageError, suggest
 from mpcompile.tools import options
 
 if TYPE_CHECKING:
     from mpcompile.tools.bench_run import Result
 
-page(
-    "MP820",
-    "A benchmark that does not exist",
-    "bench was given a model, candidate, size, regime or device that it does not have.",
-    "mpcompile bench --help lists them; gpt2, bert, vit, resnet and llama need transformers.",
-)
 
 MODELS = (
     *("gpt2", "bert", "vit", "resnet", "llama", "mlp"),

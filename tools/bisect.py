@@ -12,7 +12,7 @@ import typer
 
 from mpcompile.bisection import Search, Trial
 from mpcompile.condition import Condition
-from mpcompile.errors import UsageError, page
+from mpcompile.errors import UsageError
 from mpcompile.tools import options, target
 
 if TYPE_CHECKING:
@@ -22,13 +22,6 @@ SCHEMA = "mpcompile.bisect/1"
 CHECK = (
     "'loss < 0.01', 'gradient < 0.05 and finite', or FILE.py:FUNCTION, which gets the compiled model and returns true when "
     "all is well."
-)
-
-page(
-    "MP813",
-    "A log of another search",
-    "The file given with --log holds trials of another model, policy or check: they say nothing about this one.",
-    "Give another file, or delete it.",
 )
 
 

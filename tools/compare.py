@@ -7,18 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpcompile.errors import UsageError, page
+from mpcompile.errors import UsageError
 from mpcompile.tools import options, target
 
 if TYPE_CHECKING:
     from mpcompile.report.comparison import Comparison
-
-page(
-    "MP811",
-    "Batches that cannot be made",
-    "--batches asks for a number below one, or the factory gives the same batch each time it is called.",
-    "Give the factory a parameter `batch`: it is called with 0, 1, 2, ... and returns another batch for each.",
-)
 
 
 def compare(

@@ -8,15 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mpcompile.errors import UsageError, page
+from mpcompile.errors import UsageError
 from mpcompile.tools import options, target
-
-page(
-    "MP807",
-    "A file that is not a report",
-    "`mpcompile diff` reads models, and reports as `inspect --json` writes them.",
-    "mpcompile inspect TARGET --json > report.json",
-)
 
 
 def diff(

@@ -8,20 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpcompile.errors import Page, UsageError, page, suggest
+from mpcompile.errors import Page, UsageError, suggest
 from mpcompile.tools import options, target
 from mpcompile.tools.pages import error_pages
 
 if TYPE_CHECKING:
     from mpcompile.graph import Node
     from mpcompile.report.model import Report
-
-page(
-    "MP806",
-    "Nothing of that name to explain",
-    "`mpcompile explain` was given a node or an error code that does not exist.",
-    "`mpcompile inspect TARGET` lists the nodes; docs/reference/errors.md lists the codes.",
-)
 
 
 def explain(

@@ -11,21 +11,8 @@ import typer
 from typer.core import TyperGroup
 
 from mpcompile import __version__
-from mpcompile.errors import MPCompileError, UsageError, page
+from mpcompile.errors import MPCompileError, UsageError
 from mpcompile.tools import bench, bisect, compare, convert, demo, diff, doctor, explain, export, inspect, options
-
-page(
-    "MP800",
-    "A command line that is not understood",
-    "An option or a verb does not exist, or its value is of another type.",
-    "mpcompile --help, or mpcompile VERB --help.",
-)
-page(
-    "MP809",
-    "A fault that no check has foreseen",
-    "Something raised an error that mpcompile does not know: most likely a bug of mpcompile.",
-    "Run again with MPCOMPILE_TRACEBACK=1 in the environment, and report the traceback.",
-)
 
 # What was asked about is not so: the input is good, and an output is off by more than --max-error.
 FAILED_CHECKS = ("MP605",)

@@ -9,16 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mpcompile.errors import UsageError, page, printable
+from mpcompile.errors import UsageError, printable
 from mpcompile.places import unwritable
-
-page(
-    "MP808",
-    "A file that cannot be read or written",
-    "A folder on the path is not there (none is made in silence), something other than a file has that name, rights "
-    "are lacking, or the disk is full.",
-    "Make the folder first, or give another path.",
-)
 
 Target = Annotated[
     str, typer.Argument(help="FILE.py:FACTORY, PACKAGE.MODULE:FACTORY or MODEL.onnx", show_default=False)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from importlib import resources
 from importlib.resources.abc import Traversable
 
-from mpcompile.errors import PAGES, Page
+from mpcompile.errors import PAGES, Page, pages
 
 
 def error_pages(code: str = "") -> dict[str, Page]:
@@ -16,11 +16,13 @@ def error_pages(code: str = "") -> dict[str, Page]:
 
     Modules of an extra that is not installed are left out.
     """
+    if code and code in pages():
+        return pages()
     for name, text in _sources(resources.files("mpcompile"), "mpcompile"):
         if "page(" in text and code in text:
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
-    return dict(sorted(PAGES.items()))
+    return dict(sorted({**pages(), **PAGES}.items()))
 
 
 def _sources(folder: Traversable, package: str) -> Iterator[tuple[str, str]]:

@@ -14,42 +14,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from mpcompile.errors import MPCompileError, UsageError, page, suggest
+from mpcompile.errors import MPCompileError, UsageError, suggest
 
 if TYPE_CHECKING:
     from mpcompile.graph import PrecisionGraph
     from mpcompile.report.model import Report
-
-page(
-    "MP802",
-    "A model that is not named as the command line names models",
-    "The argument is neither FILE.py:FACTORY, PACKAGE.MODULE:FACTORY nor MODEL.onnx, or the file is not there.",
-    "For example: mpcompile inspect model.py:make",
-)
-page(
-    "MP803",
-    "A factory that cannot be imported",
-    "The file or module could not be imported, or has no function of that name.",
-    "Import it in a Python shell; run from the directory that its imports need.",
-)
-page(
-    "MP804",
-    "A factory that failed, or returned something else",
-    "The factory must return (model, args) or (model, args, kwargs): an nn.Module and its example arguments.",
-    "def make(): return MyModel(), (torch.randn(8, 16),)",
-)
-page(
-    "MP810",
-    "A model that refuses its own example inputs",
-    "The factory's model was called with the factory's arguments, as it would be without mpcompile, and failed.",
-    "Mend the factory: sizes, element types, indices beyond a table, keywords that forward does not have.",
-)
-page(
-    "MP805",
-    "A pass that is not in the pipeline",
-    "--after names a pass that this policy's pipeline does not have.",
-    "The passes are listed in docs/reference/passes.md.",
-)
 
 
 @dataclass(frozen=True)

@@ -34,14 +34,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 from mpcompile.aten.facts import DTYPES
 from mpcompile.aten.recurrent import traced_whole
 from mpcompile.aten.transforms import transformed, with_transforms_apart
-from mpcompile.errors import CaptureError, MPCompileError, page
-
-page(
-    "MP101",
-    "A model that torch.export cannot read as one graph",
-    "Whole-graph work (report, graph, export) goes through torch.export, which refused the model.",
-    "Read torch's own message below; calling `mp(...)` itself allows graph breaks and may still work.",
-)
+from mpcompile.errors import CaptureError, MPCompileError
 
 _ENTER = torch.amp.autocast_mode._enter_autocast
 _EXIT = torch.amp.autocast_mode._exit_autocast

@@ -20,15 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mpcompile.errors import RuntimeFailure, page
-
-page(
-    "MP704",
-    "A recurrent layer that cannot be run backwards",
-    "What the compiled forward kept for an LSTM, GRU or RNN with dropout is gone: something, such as a hook that moves "
-    "saved tensors, replaced the tensor it hung on; and running it again would draw another dropout mask.",
-    "backend='eager' for such a model, or dropout as a layer of its own.",
-)
+from mpcompile.errors import RuntimeFailure
 
 aten = torch.ops.aten
 # Which: ATen's operation; the tail of each operation's arguments, from `has_biases` on, is the same but for batch_first.

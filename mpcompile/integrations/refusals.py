@@ -2,16 +2,7 @@
 
 from __future__ import annotations
 
-from mpcompile.errors import TrainingError, page
-
-page(
-    "MP551",
-    "A host that asks for what the training step cannot give",
-    "Inside a host's loop the training step is one call that does forward, backward, clipping and update. What the host "
-    "would do between them (look at gradients, clip them by value, log from inside a traced loss) has no place there.",
-    "Do it before or after the step (see the page of the host), or take the drop-in way: the host's own loop on "
-    "`mpcompile(model)`.",
-)
+from mpcompile.errors import TrainingError
 
 
 def refused(what: str, *, why: str = "", try_: str = "") -> TrainingError:

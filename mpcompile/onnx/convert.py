@@ -15,7 +15,7 @@ import onnx
 import onnx_ir as ir
 
 from mpcompile.devices import pinned
-from mpcompile.errors import OnnxError, page
+from mpcompile.errors import OnnxError
 from mpcompile.formats import LOW
 from mpcompile.garbage import no_garbage_collection
 from mpcompile.graph import Node, PrecisionGraph
@@ -39,20 +39,6 @@ from mpcompile.policy import Policy
 if TYPE_CHECKING:
     from mpcompile.report.comparison import Comparison
 
-page(
-    "MP604",
-    "A model too large for one protobuf message",
-    "With its weights the model is larger than 2 GB, which a ModelProto in memory cannot hold.",
-    "Use .save(path): weights go to a data file beside the model, one tensor at a time.",
-)
-
-
-page(
-    "MP605",
-    "Outputs that are too far off",
-    "On the sample inputs an output differs from the FP32 model's by more than max_error.",
-    "Keep the nodes that the message names FP32, let auto=True find a small set, or allow a larger error.",
-)
 
 # ONNX Runtime's CPU provider puts casts around FP16 nodes and looks through all nodes for the name of each: the time to
 # load goes with the square of their number (0.6 s at 1,000, 6 s at 4,000, some minutes at 20,000).

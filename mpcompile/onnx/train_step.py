@@ -20,7 +20,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
-from mpcompile.errors import RuntimeFailure, page
+from mpcompile.errors import RuntimeFailure
 from mpcompile.formats import FORMATS, LOW
 from mpcompile.onnx.export.step import OnnxStep, step_to_onnx
 from mpcompile.onnx.export.whole_step import emit_step, write_step
@@ -31,13 +31,6 @@ from mpcompile.onnx.write.simulate import simulate
 from mpcompile.training.gradients.batch import Batch
 from mpcompile.training.result import StepResult
 from mpcompile.training.step import TrainStep
-
-page(
-    "MP711",
-    "An option that the ONNX Runtime step does not have",
-    "backend='onnxruntime' runs whole steps of one batch: no accumulation, no split masters, no CUDA graph of ours.",
-    "Leave the option out, or use backend='inductor'.",
-)
 
 ONNX_TYPES = {
     **{getattr(torch, one.torch): onnx.TensorProto.DataType.Value(one.onnx) for one in FORMATS if one.storable},

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from mpcompile.errors import UsageError, page, suggest
+from mpcompile.errors import UsageError, suggest
 from mpcompile.formats import FORMATS
 from mpcompile.graph import CAST_OP, Node, PrecisionGraph
 from mpcompile.pipeline import History, StepRecord
@@ -21,13 +21,6 @@ if TYPE_CHECKING:
 
 SCHEMA = "mpcompile.report/1"
 VERDICTS = ("low", "fp32", "propagate")
-
-page(
-    "MP801",
-    "A filter or an order that a report does not have",
-    "report.filter(only=...) and `inspect --only` take a verdict, a precision, or who decided; sort takes a column.",
-    "For example --only fp32, --only bf16, --only hazard; sort='bytes'.",
-)
 
 
 @dataclass(frozen=True, slots=True)

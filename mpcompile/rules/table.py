@@ -13,15 +13,8 @@ from functools import cache
 from importlib import resources
 from typing import Any, Literal
 
-from mpcompile.errors import RuleError, page, suggest
+from mpcompile.errors import RuleError, suggest
 from mpcompile.graph import Verdict
-
-page(
-    "MP202",
-    "A rule that is not well formed",
-    "A row of the rules, or a call of `mpcompile.rules.register`, names an unknown kind or verdict.",
-    "Give a kind of kinds.toml, or a verdict ('low', 'fp32', 'propagate') with a reason.",
-)
 
 VERDICTS = ("low", "fp32", "propagate")
 # What an operation does with the origins of what it reads: `mpcompile.origins` says how.

@@ -8,15 +8,8 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from mpcompile.errors import RuntimeFailure, page
+from mpcompile.errors import RuntimeFailure
 from mpcompile.shadows.table import SHADOWS, ShadowGroup, use_shadows
-
-page(
-    "MP701",
-    "A derivative of a derivative through a compiled graph",
-    "AOTAutograd, which compiles the backward, has no double backward; a gradient penalty needs one.",
-    "Use backend='eager' for the part of the model whose gradient you differentiate.",
-)
 
 
 class CompiledGraph:

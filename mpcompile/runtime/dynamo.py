@@ -22,7 +22,7 @@ from mpcompile.aten.read import FxCapture
 from mpcompile.aten.rewrites.align import align_linears
 from mpcompile.aten.write import has_user_low_cast, read_shadows, write
 from mpcompile.compiler import Plan, Settings, decide, log_plan, settings_of
-from mpcompile.errors import RuntimeFailure, page, suggest
+from mpcompile.errors import RuntimeFailure, suggest
 from mpcompile.graph import PrecisionGraph
 from mpcompile.hardware import device_of, emulated_kinds
 from mpcompile.passes.classify import refuse_unmatched, unmatched
@@ -38,14 +38,6 @@ from mpcompile.torch_internals import real_tensors
 LARGE = 1 << 18
 # Elements that are cast together. On a CPU one by one: a gradient that is added to its sum at once stays in the cache.
 TOGETHER = {"cpu": 1, "cuda": 1 << 22}
-
-
-page(
-    "MP702",
-    "An option that the backend does not have",
-    "torch.compile(backend='mpcompile', options={...}) was given an unknown option.",
-    "The options are policy, keep_fp32, low, fp8, strict and inner ('inductor' or 'eager').",
-)
 
 
 class Compiler:

@@ -5,15 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from mpcompile.errors import CaptureError, page
-
-page(
-    "MP107",
-    "A model whose parameters are sharded",
-    "FSDP (fully_shard, FullyShardedDataParallel) and tensor parallelism hold a part of each parameter, and fill the whole one "
-    "anew at each forward without a version that rises: shadows would go stale, and products run FP32.",
-    "DistributedDataParallel works: DDP(mpcompile(model)). Under FSDP use its own MixedPrecisionPolicy, without mpcompile.",
-)
+from mpcompile.errors import CaptureError
 
 
 def refuse_sharded(model: nn.Module) -> None:

@@ -26,17 +26,8 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from mpcompile.errors import RuntimeFailure, page
+from mpcompile.errors import RuntimeFailure
 from mpcompile.shadows.comparison import Comparison
-
-page(
-    "MP721",
-    "A weight beyond the range of FP16",
-    "FP16 ends at 65,504: the low copy of a larger weight is infinite, and so is what reads it. The plan was made for "
-    "weights that were smaller (a checkpoint was loaded since, or the weight was edited).",
-    "Wrap the model anew, so that the plan sees the weights as they are: mpcompile(model, ...). Or keep_fp32=[...] for "
-    "what reads it, or policy='bf16'.",
-)
 
 _VERSION, _GRAD = operator.attrgetter("_version"), operator.attrgetter("grad")
 

@@ -26,35 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
-from mpcompile.errors import TrainingError, page
-
-page(
-    "MP511",
-    "A checkpoint that cannot be read",
-    "The file is missing, cut short, altered after it was written, or not a checkpoint of mpcompile.",
-    "Load an older checkpoint. `save_checkpoint` replaces a file only when the new one is whole on the disk.",
-)
-page(
-    "MP512",
-    "A state that cannot be saved",
-    "Checkpoints hold dense tensors, numbers, strings, None, lists, tuples and dicts; the state holds something else "
-    "(an object, a sparse tensor, a tensor that is spread over several devices).",
-    "Give `extra` plain values, for example `scheduler.state_dict()` and not the scheduler.",
-)
-
-page(
-    "MP513",
-    "A checkpoint that could not be written",
-    "The disk is full, the directory does not exist, or it may not be written to. The file that was there before is "
-    "still there, whole.",
-    "Make room or name another directory, and save again.",
-)
-page(
-    "MP514",
-    "A checkpoint of something else",
-    "The file is sound, and what it holds does not fit the model, the optimizer or the step that it was loaded into.",
-    "Build model, optimizer and step as they were when it was saved. Nothing was loaded.",
-)
+from mpcompile.errors import TrainingError
 
 FORMAT = "mpcompile.checkpoint/1"
 _PLAIN = (str, int, float, bool, type(None))

@@ -17,19 +17,11 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from mpcompile.errors import TrainingError, page
+from mpcompile.errors import TrainingError
 
 log = logging.getLogger("mpcompile")
 
 WARM = 3
-
-page(
-    "MP543",
-    "A step that cannot be captured in a CUDA graph",
-    "cuda_graph=True was asked for, and the step runs on another device, or does something that a CUDA graph cannot hold "
-    "(a host copy, a kernel on another stream).",
-    "cuda_graph='auto' captures where it can; torch's own message says what stood in the way.",
-)
 
 
 class Recording(Protocol):

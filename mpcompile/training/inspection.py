@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from mpcompile.errors import TrainingError, page
+from mpcompile.errors import TrainingError
 from mpcompile.training.accumulation import Layout
 from mpcompile.training.emitted.weave import Emitted, emit, origins, precision_graph
 from mpcompile.training.gradients.batch import Batch
@@ -17,13 +17,6 @@ from mpcompile.training.gradients.specialization import Artefact, Artefacts, com
 from mpcompile.training.loss_scale.overflow import Overflow, explain
 from mpcompile.training.loss_scale.scale import LossScale
 from mpcompile.training.optimizer.build import Plan, Update
-
-page(
-    "MP542",
-    "A step that has not run yet",
-    "The emitted graph, its report and its exports are those of a batch; none has been seen.",
-    "Call the step once.",
-)
 
 Like = Callable[[], Sequence[Tensor]]
 

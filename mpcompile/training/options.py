@@ -8,16 +8,7 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-from mpcompile.errors import TrainingError, page, suggest
-
-page(
-    "MP541",
-    "A training step option that does not exist",
-    "An argument of `train_step` has a name it does not know, or a value that it cannot take.",
-    "accumulate is a whole number, 1 or more; max_grad_norm a number above 0, or None; masters 'full' or 'split'; "
-    "backend 'inductor', 'eager' or 'onnxruntime'; cuda_graph and remake 'auto' or a bool; chunk_loss a bool; loss_fn "
-    "something to call, or None.",
-)
+from mpcompile.errors import TrainingError, suggest
 
 _POSSIBLE: dict[str, tuple[Any, ...]] = {
     "backend": ("inductor", "eager"),

@@ -16,16 +16,8 @@ import torch
 from torch import Tensor
 from torch._decomp import get_decompositions
 
-from mpcompile.errors import page
 from mpcompile.onnx.export import pooling as onnx_pool
 from mpcompile.onnx.export.dropout import Counter
-
-page(
-    "MP608",
-    "A training operation without an ONNX form",
-    "The backward of this operation has neither an ONNX operator nor a decomposition here.",
-    "Use another formulation in the model, or train with backend='inductor'.",
-)
 
 aten = torch.ops.aten
 Shape = Sequence[int]

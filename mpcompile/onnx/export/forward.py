@@ -24,7 +24,7 @@ from torch import fx
 from mpcompile.aten.capture import export
 from mpcompile.aten.exported import inline_regions
 from mpcompile.aten.write import write
-from mpcompile.errors import OnnxError, page
+from mpcompile.errors import OnnxError
 from mpcompile.graph import PrecisionGraph
 from mpcompile.onnx.export.decompositions import forward_table
 from mpcompile.onnx.export.replacements import replace_wrong
@@ -33,19 +33,6 @@ from mpcompile.onnx.read.prepare import OPSETS
 from mpcompile.onnx.write import check as onnx_check
 from mpcompile.onnx.write.edits import annotate
 from mpcompile.onnx.write.simulate import simulate
-
-page(
-    "MP607",
-    "A model that torch.onnx.export refuses",
-    "The rewritten graph has an operation for which torch's exporter has no ONNX translation.",
-    "Read torch's message; a translation can be given to export_onnx as custom_translation_table={op: function}.",
-)
-page(
-    "MP612",
-    "FP8 products in ONNX",
-    "The policy plans products whose operands are read in FP8, and none of the ONNX files written here has them.",
-    "Export or convert with policy='bf16': the weights are the same.",
-)
 
 
 @dataclass

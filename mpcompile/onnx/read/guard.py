@@ -17,16 +17,8 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
-from mpcompile.errors import OnnxError, page
+from mpcompile.errors import OnnxError
 from mpcompile.onnx.schema import plain_domain
-
-page(
-    "MP609",
-    "An ONNX model that claims what it does not hold",
-    "A tensor's dimensions and its bytes differ, a data file lies outside of the model's folder, is no file or is the "
-    "model itself, or functions and bodies are nested beyond all bounds. Nothing was read from elsewhere, or written.",
-    "Get the model from its source again. Data files belong beside the model, named by a plain relative path.",
-)
 
 # Protobuf reads messages nested 100 deep, and a body is three deep.
 DEPTH = 33

@@ -20,16 +20,9 @@ import onnx
 import onnx_ir as ir
 from onnx import numpy_helper
 
-from mpcompile.errors import OnnxError, page
+from mpcompile.errors import OnnxError
 from mpcompile.onnx.read.guard import guard, readable
 from mpcompile.onnx.tensors import as_object
-
-page(
-    "MP601",
-    "An ONNX model that cannot be read",
-    "The file is missing, is not an ONNX model, or its external data is not where it says.",
-    "Check it with `python -c \"import onnx; onnx.checker.check_model('model.onnx')\"`; keep the data file beside it.",
-)
 
 # Bytes from which an initializer is kept out of the message (shape inference reads shapes, all small).
 WEIGHT = 4096

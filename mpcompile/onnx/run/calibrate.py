@@ -13,20 +13,13 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from mpcompile.errors import MPCompileError, OnnxError, page
+from mpcompile.errors import MPCompileError, OnnxError
 from mpcompile.formats import ITEMSIZE, ROUNDS_TO_ZERO
 from mpcompile.onnx.capture import OnnxCapture
 from mpcompile.onnx.run import session as ort
 from mpcompile.onnx.run.calibrate_bodies import record_bodies
 from mpcompile.onnx.run.generate import Bounds
 from mpcompile.passes.measured_hazards import Measured
-
-page(
-    "MP606",
-    "Sample inputs that cannot be read",
-    "The samples are no mapping from input names to arrays, no .npz file, and give none when called or iterated.",
-    "calibrate='data.npz' (saved with np.savez(path, input_name=array)), a dict, a list of dicts, or a function.",
-)
 
 Feeds = Mapping[str, Any]
 # Bytes of intermediate values that one run may return.

@@ -15,22 +15,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 
-from mpcompile.errors import OnnxError, RuntimeFailure, page, suggest
-
-page(
-    "MP703",
-    "Inputs that the ONNX model does not take",
-    "A name is missing or unknown, or an array has another element type than the model's input.",
-    "Give a mapping from the model's input names to arrays; the message lists them.",
-)
-
-
-page(
-    "MP611",
-    "A provider that ONNX Runtime does not have",
-    "Models are converted for a provider's kernels, and run on installed ones; there is none of that name.",
-    "For example provider='cuda', 'cpu' or 'tensorrt'; '' for the operators' schemas alone.",
-)
+from mpcompile.errors import OnnxError, RuntimeFailure, suggest
 
 # What is used where nothing is asked for, in this order, of what is installed; TensorRT on request alone.
 DEFAULT = ("CUDAExecutionProvider", "CPUExecutionProvider")

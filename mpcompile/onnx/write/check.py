@@ -17,28 +17,9 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 
-from mpcompile.errors import OnnxError, page
+from mpcompile.errors import OnnxError
 from mpcompile.onnx.run.session import on_disk, session
 from mpcompile.places import unwritable
-
-page(
-    "MP602",
-    "A converted model that fails onnx.checker",
-    "The converted model breaks a rule of ONNX that the model given kept. Nothing was written.",
-    "This is a bug of mpcompile: report the operator that the message names; keep_fp32 on it goes around it.",
-)
-page(
-    "MP603",
-    "A converted model that ONNX Runtime does not load",
-    "The model given loads, the converted one does not: a provider lacks a kernel. Nothing was written.",
-    "Give the provider that will run it (provider='cpu' or 'cuda'), or keep_fp32 on the node that the message names.",
-)
-page(
-    "MP610",
-    "A place where no model can be written",
-    "The folder is not there or may not be written to, or something other than a file has that name.",
-    "Make the folder first, or give another path. Nothing was written.",
-)
 
 # Protobuf holds 2 GB; above this many bytes of weights they go to a data file.
 EXTERNAL_FROM = 1_800_000_000

@@ -6,16 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mpcompile.errors import TrainingError, page
-
-page(
-    "MP537",
-    "A forward that puts a tensor in the place of another",
-    "The forward assigns a module's tensor anew (`self.state = …`). Of a registered buffer the step writes the new value "
-    "into the old one; this is no buffer, or its size or type is another, so that the next step would read the old one.",
-    'Register it with `self.register_buffer("state", …)` and keep its size and type, or pass the state as an argument '
-    "and return it beside the loss.",
-)
+from mpcompile.errors import TrainingError
 
 Held = list[tuple[nn.Module, str, Tensor, bool]]
 

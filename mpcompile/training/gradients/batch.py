@@ -11,16 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mpcompile.errors import TrainingError, page
-
-page(
-    "MP532",
-    "An argument that hides its tensors",
-    "Tensors, numbers, words, and lists, tuples and dicts of them are the arguments of a step. An object of another "
-    "class cannot be looked into: its tensors would be frozen into the graph.",
-    "Pass the tensors: step(**batch), step(batch.x, batch.y), dict(batch); or teach torch the class with "
-    "torch.utils._pytree.register_pytree_node.",
-)
+from mpcompile.errors import TrainingError
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 

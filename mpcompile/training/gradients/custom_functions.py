@@ -18,18 +18,9 @@ from torch.fx.experimental import proxy_tensor
 from torch.utils import _pytree as pytree
 
 from mpcompile.aten.facts import dtype_name
-from mpcompile.errors import TrainingError, page
+from mpcompile.errors import TrainingError
 from mpcompile.torch_internals import replaced
 from mpcompile.training.gradients.traced_calls import Call, is_recording, record
-
-page(
-    "MP534",
-    "An autograd function that the training step cannot keep",
-    "The model uses a `torch.autograd.Function` that writes to its inputs, gives no tensor, or can be called neither in "
-    "a trace nor on tensors of its inputs' sizes.",
-    "Use the drop-in way, which runs it as it is: `loss = mp(x); loss.backward(); optimizer.step()`; or write the "
-    "function as a custom operator with `torch.library.register_autograd`.",
-)
 
 # Torch's own, whose operation is in the trace already; ours, for shapes alone.
 _IN_THE_TRACE = ("torch._library.", "mpcompile.")

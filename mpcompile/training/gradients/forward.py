@@ -24,21 +24,13 @@ from mpcompile.aten.rewrites.align import align_linears, low_columns, padding
 from mpcompile.aten.rewrites.logits import values_of_written
 from mpcompile.aten.write import read_shadows, write
 from mpcompile.compiler import Plan, Settings, decide
-from mpcompile.errors import TrainingError, page
+from mpcompile.errors import TrainingError
 from mpcompile.hardware import device_of, emulated_kinds
 from mpcompile.runtime.fp8_linear import FP8_LINEAR
 from mpcompile.runtime.kernels import loss as loss_kernel
 from mpcompile.training.gradients import activation_checkpoints as checkpoints
 from mpcompile.training.gradients import assignments, custom_functions, gradient_hooks, traced_calls
 from mpcompile.training.gradients.batch import Batch
-
-page(
-    "MP531",
-    "A training step without a loss",
-    "The model's output (or what `loss_fn` returned) is not a scalar floating-point loss, and has none under `.loss`, "
-    'under ["loss"], or as the first of a tuple.',
-    "Pass `loss_fn(model, *args, **kwargs)` that returns the scalar loss, or let the model return it.",
-)
 
 
 @dataclass(frozen=True)

@@ -17,19 +17,9 @@ from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import hooks as torch_hooks
 
-from mpcompile.errors import TrainingError, page
+from mpcompile.errors import TrainingError
 from mpcompile.torch_internals import replaced
 from mpcompile.training.gradients.traced_calls import Call, insert, is_recording, record
-
-page(
-    "MP523",
-    "A hook that the emitted step would not run",
-    "The backward is one compiled graph. A hook on a tensor, a parameter or a module is traced into it when its result "
-    "is a function of the gradient. This one gives nothing back, keeps or writes something outside, asks for values, "
-    "or hangs where a trace cannot see it (a legacy module hook, a post-accumulate hook, one on saved tensors).",
-    "Put the arithmetic into the loss or the optimizer (max_grad_norm clips), remove the hook, or use the drop-in way: "
-    "`loss = mp(x); loss.backward(); optimizer.step()`.",
-)
 
 _WRITES = frozenset({"STORE_GLOBAL", "STORE_ATTR", "STORE_SUBSCR", "DELETE_GLOBAL", "DELETE_ATTR", "DELETE_SUBSCR"})
 # Methods by which a program keeps or shows something; on a tensor they have no meaning in a trace either.

@@ -28,20 +28,12 @@ from torch._guards import TracingContext, tracing
 from mpcompile.aten.facts import LOW_DTYPES, source_line
 from mpcompile.aten.graphs import inputs_of, outputs_of, values_of
 from mpcompile.aten.recurrent import with_whole_layers
-from mpcompile.errors import MPCompileError, TrainingError, page
+from mpcompile.errors import MPCompileError, TrainingError
 from mpcompile.hardware import emulated_kinds
 from mpcompile.runtime.inductor import plain_autograd
 from mpcompile.runtime.kernels import loss as loss_kernel
 from mpcompile.training.gradients.forward import Forward
 from mpcompile.training.gradients.traced_calls import HOOKS, calls_of
-
-page(
-    "MP538",
-    "An effect in the step that no trace can place",
-    "The forward or the backward calls an operation with an effect outside of its results (a print, a call into an "
-    "object). A compiled step may run it at another time, or not at all.",
-    "Take it out of the model for training, or use the drop-in way.",
-)
 
 
 @dataclass

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mpcompile.aten.graphs import outputs_of, values_of
 from mpcompile.aten.write import has_user_low_cast
-from mpcompile.errors import MPCompileError, TrainingError, page
+from mpcompile.errors import MPCompileError, TrainingError
 from mpcompile.runtime.inductor import roundings_kept
 from mpcompile.runtime.sharded import refuse_sharded
 from mpcompile.shadows.step_shadows import ShadowSet
@@ -36,30 +36,6 @@ _REQUIRES_GRAD = operator.attrgetter("requires_grad")
 
 # So many values of the arguments that are no tensors are compiled before a word is said.
 MANY_VALUES = 8
-
-page(
-    "MP535",
-    "A training step among several processes",
-    "The model is wrapped in DistributedDataParallel, its parameters are sharded, or the process group has several "
-    "ranks. The training step works on one process and one device: it would not reduce the gradients, and the ranks' "
-    "weights would drift apart.",
-    "The drop-in way works under DDP: `DDP(mpcompile(model))`, then `loss.backward(); optimizer.step()`, without "
-    "`train_step`.",
-)
-page(
-    "MP536",
-    "A batch that asks for a gradient",
-    "A tensor of the batch requires a gradient. The step's backward ends at its batch: what stands before it (another "
-    "model, a parameter passed as an argument) would not be trained.",
-    "Pass `x.detach()` where no gradient is meant; make the other model a part of the loss (`loss_fn` may call it, and "
-    "the optimizer may hold its parameters); or use the drop-in way.",
-)
-page(
-    "MP533",
-    "A step that is compiled again and again",
-    "Arguments that are not tensors are constants of the graph, and one of them has another value at nearly every call.",
-    "Pass the number that moves as a tensor: step(x, torch.tensor(weight)).",
-)
 
 
 @contextlib.contextmanager

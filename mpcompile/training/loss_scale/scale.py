@@ -16,22 +16,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mpcompile.errors import TrainingError, page
+from mpcompile.errors import TrainingError
 from mpcompile.training.options import real, whole
-
-page(
-    "MP501",
-    "A loss scale that cannot be",
-    "A number given to `LossScale` is out of its range, or `scale=` is neither 'auto', a number nor a `LossScale`.",
-    "growth > 1, 0 < backoff < 1, interval >= 1, hysteresis >= 1, 0 <= floor <= init <= cap.",
-)
-page(
-    "MP502",
-    "The loss scale stays at its floor and steps still overflow",
-    "Gradients are not finite although the loss scale is as low as it may go: the loss itself is not finite, or an "
-    "operation overflows in FP16 whatever the scale.",
-    "Ask `step.explain_overflow(*batch)` for the first node that is not finite, keep it FP32, or lower the floor.",
-)
 
 
 @dataclass(frozen=True)

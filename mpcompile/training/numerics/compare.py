@@ -11,20 +11,13 @@ from torch import Tensor, fx
 
 from mpcompile.aten.facts import dtype_name, op_name
 from mpcompile.compiler import Settings
-from mpcompile.errors import TrainingError, page
+from mpcompile.errors import TrainingError
 from mpcompile.formats import CASTABLE, LOW
 from mpcompile.report.comparison import Comparison, ErrorRow, mark_noise
 from mpcompile.training.gradients.batch import Batch
 from mpcompile.training.numerics.lockstep import Lockstep, is_cast, is_move
 from mpcompile.training.numerics.measure import Lanes, row
 from mpcompile.training.numerics.subject import GIVEN, MODEL, PROJECTION, Differentiable, Subject, phase_of, subject
-
-page(
-    "MP561",
-    "Nothing to compare or to measure",
-    "compare, bisect and calibrate run the model on batches, and none was given.",
-    "Pass a batch: mp.compare(*batch); several: one call each, and .joined().",
-)
 
 # The loss scale that training begins with in FP16, and how often it may be halved before the plan counts as broken.
 SCALE, HALVINGS = 2.0**16, 24

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from mpcompile.aten.facts import LOW_DTYPES
 from mpcompile.compiler import Plan, Settings
-from mpcompile.errors import MPCompileError, TrainingError, page
+from mpcompile.errors import MPCompileError, TrainingError
 from mpcompile.formats import LOW
 from mpcompile.graph import Node
 from mpcompile.hardware import device_of
@@ -25,14 +25,6 @@ from mpcompile.training.gradients.forward import Forward, capture, loss_in, owne
 from mpcompile.training.gradients.joint import trace
 from mpcompile.training.gradients.specialization import compiling
 from mpcompile.training.numerics.lockstep import is_cast, is_move, raised
-
-page(
-    "MP562",
-    "A plan in FP8 beside FP32",
-    "compare, bisect and calibrate run one graph twice, once with every low type raised to FP32. FP8 products quantise with "
-    "scales of their own, so their graph is another.",
-    "Ask of the same policy without FP8.",
-)
 
 MODEL, GIVEN, PROJECTION = "the model's loss", "loss_fn", "a projection of the outputs"
 

@@ -19,24 +19,10 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from mpcompile.errors import TrainingError, page
+from mpcompile.errors import TrainingError
 from mpcompile.training.optimizer.hosts import Optimizers
 from mpcompile.training.optimizer.step_counters import STARTED, Shared, counters_of, resync
 from mpcompile.training.optimizer.tensor_numbers import NumbersAsTensors, Test, tensor_builtins
-
-page(
-    "MP521",
-    "An optimizer whose update cannot be emitted",
-    "The training step traces the optimizer's own update into its graph. This one reads values of tensors to decide "
-    "what to do (LBFGS), works on sparse gradients (SparseAdam), or is not built like torch.optim's.",
-    "Use the drop-in way: `loss = mp(x); loss.backward(); optimizer.step()` works with every optimizer.",
-)
-page(
-    "MP522",
-    "An optimizer that does not fit the model",
-    "None of the optimizer's parameters is a parameter of the model that gets a gradient, or one of them is not FP32.",
-    "Build the optimizer from `model.parameters()`, with the FP32 parameters that are to be trained.",
-)
 
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
 # Muon's iteration count and polynomial are part of its code: nothing schedules them.

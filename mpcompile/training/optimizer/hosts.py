@@ -10,17 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpcompile.errors import TrainingError, page
-
-page(
-    "MP525",
-    "An optimizer whose step is not the one that is traced",
-    "The training step traces the `step` of the optimizer's class as torch.optim has it. This class overrides a `step` "
-    "that works (it clips, steps twice, steps another optimizer), or the object has a `step` of its own: what that "
-    "does would not be done.",
-    "Give the optimizer inside; put clipping and skipping into the step (max_grad_norm); or use the drop-in way: "
-    "`loss = mp(x); loss.backward(); optimizer.step()`.",
-)
+from mpcompile.errors import TrainingError
 
 # Hosts' wrappers that only hold an optimizer and say when it steps: module, class -> where the optimizer is.
 _WRAPPERS = {

@@ -15,17 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpcompile.errors import TrainingError, page
+from mpcompile.errors import TrainingError
 from mpcompile.training.optimizer.hosts import Optimizers
 from mpcompile.training.optimizer.monitor import OptimizerWatch
-
-page(
-    "MP524",
-    "A step of the optimizer's own on split masters",
-    "With masters='split' the parameters hold the BF16 half of the weights; the update belongs to the training step.",
-    "step(...) updates. To train in another way for a while: `with step.full_masters(): ...`; for good: "
-    "step.join_masters().",
-)
 
 
 def join(high: Tensor, low: Tensor) -> Tensor:
