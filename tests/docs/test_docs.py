@@ -15,7 +15,7 @@ from mpcompile.tools.main import app
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
 TAUGHT = ["README.md", "docs/tutorial.md", "docs/how-to.md", "docs/how-to-onnx.md", "docs/explanation/training-step.md"]
-HOSTS = ["docs/hosts/accelerate.md", "docs/hosts/transformers.md"]
+HOSTS = [f"docs/hosts/{name}.md" for name in ("accelerate", "lightning", "transformers")]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
