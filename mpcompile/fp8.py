@@ -93,7 +93,7 @@ def impossible(graph: PrecisionGraph, node: Node, step: str = "output") -> str:
         return f"its weight is {_times(weight)}: FP8 kernels need multiples of {UNIT}"
     if given.alias or weight.alias:
         return "what it reads shares storage that someone writes"
-    if given.origin == "full":
+    if given.origin in ("full", "row"):
         return "its input holds digits that no rounding has touched yet"
     rows = given.shape[:-1]
     if step == "grad_weight" and (any(not isinstance(size, int) for size in rows) or _product(rows) % UNIT):
