@@ -16,6 +16,7 @@ from torch import nn
 from mpcompile.training.identity import ModelIdentity
 from mpcompile.training.optimizer.hosts import Optimizers
 from mpcompile.training.optimizer.monitor import OptimizerWatch
+from mpcompile.training.plain_values import PlainValues
 
 
 def least(call: Callable[[], Any], runs: int = 30, each: int = 10) -> float:
@@ -42,11 +43,17 @@ def main() -> None:
     optimizer.step()
     optimizers = Optimizers(optimizer)
     identity, watch = ModelIdentity([model], optimizers.params), OptimizerWatch(optimizers)
+    values = PlainValues(None)
+    with values.capturing():
+        layers_in_turn = torch.zeros(1, 2, 16, device=given.device)
+        for layer in layers:
+            layers_in_turn = layer(layers_in_turn)
     calls: dict[str, Callable[[], Any]] = {
         "modules, parameters, buffers": identity._same_tree,
         "hooks on modules": identity._same_hooks,
         "layouts, hooks on gradients": identity._same_layout,
         "modes": identity.modes,
+        "Python values": values.number,
         "groups": watch.look,
         "state": watch.look_at_state,
     }

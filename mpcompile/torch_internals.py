@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C._dynamo import guards as _guards
 from torch._dynamo import config as _dynamo_config
 from torch._subclasses.fake_tensor import FakeTensor
@@ -145,6 +145,42 @@ def real_tensors(fakes: Sequence[Any]) -> list[Tensor | None]:
     return [known.get(id(fake)) if isinstance(fake, FakeTensor) else None for fake in fakes]
 
 
+# A value that a module has none of.
+ABSENT = object()
+
+
+Accesses = dict[Any, tuple[nn.Module, str, Any]]
+
+
+@contextlib.contextmanager
+def module_reads() -> Iterator[tuple[Accesses, Accesses]]:
+    """What is read of modules inside, with the first values, and what is assigned after it was read. Hold `COMPILING`."""
+    found: Accesses = {}
+    written: Accesses = {}
+    assign = nn.Module.__setattr__
+
+    def read(self: nn.Module, name: str) -> Any:
+        try:
+            value = object.__getattribute__(self, name)
+        except AttributeError:
+            found.setdefault((id(self), name), (self, name, ABSENT))
+            raise
+        found.setdefault((id(self), name), (self, name, value))
+        return value
+
+    def write(self: nn.Module, name: str, value: Any) -> None:
+        if (id(self), name) in found:
+            written[id(self), name] = self, name, value
+        assign(self, name, value)
+
+    nn.Module.__getattribute__ = read  # type: ignore[method-assign,assignment]
+    try:
+        with replaced(nn.Module, __setattr__=write):
+            yield found, written
+    finally:
+        del nn.Module.__getattribute__
+
+
 class TensorGuards:
     """Whether tensors are of the sizes, strides, dtype, device and `requires_grad` that they were, in one call of C++.
 
@@ -160,6 +196,7 @@ class TensorGuards:
 
 
 __all__ = [
+    "ABSENT",
     "COMPILING",
     "GLOBAL_HOOKS",
     "MODULE_HOOKS",
@@ -172,6 +209,7 @@ __all__ = [
     "graphs_whole",
     "hooks_guarded",
     "is_watched",
+    "module_reads",
     "module_replaced",
     "real_tensors",
     "replaced",

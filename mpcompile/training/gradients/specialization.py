@@ -31,6 +31,7 @@ from mpcompile.training.gradients.forward import Forward, Input, capture, owned
 from mpcompile.training.gradients.gradient_hooks import refuse_unseen
 from mpcompile.training.gradients.joint import Joint, trace
 from mpcompile.training.identity import ModelIdentity
+from mpcompile.training.plain_values import PlainValues
 
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
 
@@ -172,6 +173,7 @@ class Artefacts:
     _seen: dict[Any, list[tuple[torch.Size, ...]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.values = PlainValues(self.loss_fn)
         self.named = {**owned(self.model, self.loss_fn)[0], **self.outside()}
 
     def clear(self) -> None:
@@ -194,7 +196,7 @@ class Artefacts:
         """
         if any(map(_REQUIRES_GRAD, batch.given)):
             _refuse_gradient(batch)
-        modes = self.identity.modes(), torch.get_default_dtype()
+        modes = self.identity.modes(), torch.get_default_dtype(), self.values.number()
         kind, shapes = (batch.kind(), modes), batch.shapes()
         try:
             found = self._exact.get((kind, shapes))
@@ -252,17 +254,18 @@ class Artefacts:
 
     def _capture(self, batch: Batch, moving: list[tuple[int, int]]) -> Forward:
         compiled = self.backend != "eager"
-        return capture(
-            self.model,
-            self.loss_fn,
-            batch,
-            self.settings,
-            self.trained(),
-            self.named,
-            moving,
-            chunk_loss=self.chunk_loss,
-            compiled=compiled,
-        )
+        with self.values.capturing():
+            return capture(
+                self.model,
+                self.loss_fn,
+                batch,
+                self.settings,
+                self.trained(),
+                self.named,
+                moving,
+                chunk_loss=self.chunk_loss,
+                compiled=compiled,
+            )
 
     def _compiled(self, forward: Forward) -> Artefact:
         joint = trace(forward, decompositions(self.backend))
