@@ -70,7 +70,7 @@ class Walk:
             self.tables.append(table)
             self.keys.append(key)
             self.names.append(name)
-        return self.of(table.get(key, _MISSING), name, above, **how)
+        return self.of(dict.get(table, key, _MISSING), name, above, **how)
 
     def of_attribute(self, owner: Any, key: str, name: str, above: tuple[int, ...], **how: Any) -> Any:
         if (id(owner), key) not in self._places:
@@ -97,7 +97,7 @@ class Walk:
         if isinstance(value, _SEQUENCES):
             return self._sequence(value, name, inside, only)
         if isinstance(value, dict):
-            return self._table(value, list(value), f"{name}[{{!r}}]", inside, only)
+            return self._table(value, list(dict.keys(value)), f"{name}[{{!r}}]", inside, only)
         if isinstance(value, (types.FunctionType, types.MethodType, functools.partial)):
             return self.of_callable(value, name, inside)
         if is_stranger(value) or not isinstance(getattr(value, "__dict__", None), dict):
