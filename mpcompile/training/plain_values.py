@@ -24,18 +24,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from mpcompile.errors import TrainingError, page
+from mpcompile.errors import TrainingError
 from mpcompile.torch_internals import ABSENT, module_reads
-
-page(
-    "MP539",
-    "A forward that counts in Python",
-    "The forward reads a Python number of a module or of the loss function and puts another in its place "
-    "(`self.calls += 1`). A step runs Python once for each graph: the number stands still in between, and what is "
-    "computed from it is a constant.",
-    'Register it as a buffer (`self.register_buffer("calls", torch.zeros(()))`) and count in place, or pass it as a '
-    "tensor argument. If nothing is computed from it, the warning may be ignored.",
-)
 
 # So many states of the values are compiled for before a word is said.
 MANY_STATES = 8
