@@ -69,6 +69,12 @@ class Plan:
     row: str = "cpu"
     passes: Sequence[Pass] = field(default=(), repr=False)
 
+    def _repr_html_(self) -> str:
+        """For notebooks: the report."""
+        from mpcompile.report.model import build_report
+
+        return build_report(self.graph, self.policy, self.row, before=self.capture.graph)._repr_html_()
+
     @property
     def history(self) -> History:
         """The graph as it was read, and the passes that decided on it."""

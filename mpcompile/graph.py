@@ -13,6 +13,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from html import escape
+from itertools import islice
 from typing import Any, Literal, NoReturn
 
 import networkx as nx
@@ -189,6 +191,23 @@ class PrecisionGraph:
     inputs: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
     header: dict[str, str] = field(default_factory=dict)
+
+    def _repr_html_(self) -> str:
+        """For notebooks: one line a node, the first thousand."""
+        cells = [
+            (node.id, node.op, ", ".join(node.inputs), ", ".join(self._typed(name) for name in node.outputs),
+             node.precision or node.verdict, node.module)
+            for node in islice(self, 1000)
+        ]  # fmt: skip
+        head = "".join(f"<th>{name}</th>" for name in ("node", "op", "reads", "gives", "precision", "module"))
+        rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in cells)
+        said = f"{len(self)} nodes, {len(self.inputs)} inputs, {len(self.outputs)} outputs"
+        return f"<p>{said}</p><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+
+    def _typed(self, name: str) -> str:
+        """ "x: fp32[8, 16]"; a half-built graph may lack the value."""
+        value = self.values.get(name)
+        return f"{name}: {value.dtype}[{', '.join(map(str, value.shape))}]" if value else f"{name}: ?"
 
     def __iter__(self) -> Iterator[Node]:
         return iter(self.nodes.values())

@@ -198,6 +198,12 @@ class OnnxMixedPrecision:
         return build_report(self.graph, self.policy, _device(self.policy, self.options), steps=self.steps,
                             before=self.capture.graph, history=self.history)  # fmt: skip
 
+    def _repr_html_(self) -> str:
+        """For notebooks: the report, and the notes."""
+        from mpcompile.report.html import fragment
+
+        return fragment(self.report(), self.notes)
+
     @property
     def history(self) -> History:
         """The graph as it was read, and the passes that decided on it."""

@@ -57,6 +57,8 @@ def page_data(report: Report, seconds: Sequence[float]) -> dict[str, Any]:
         "seconds": [rounded(one) for one in seconds],
     }
     return {
+        "fp8": {at: report.graph.nodes[row.id].fp8 for at, row in enumerate(report.nodes)
+                if row.id in report.graph.nodes and report.graph.nodes[row.id].fp8},
         "policy": report.policy, "code": [report.code.get(place, "") for place in nodes["source"]["words"]],
         "nodes": nodes, "casts": _casts(report.casts), "values": _links(report),
         "tree": module_tree(report.nodes, seconds, nodes["module"]["words"]),

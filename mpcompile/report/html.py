@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -21,6 +22,7 @@ from mpcompile.report.columns import node_seconds, packed, page_data
 from mpcompile.report.costs import Estimate
 from mpcompile.report.headline import headline
 from mpcompile.report.pass_texts import pass_texts
+from mpcompile.report.table import sections
 
 if TYPE_CHECKING:
     from mpcompile.report.model import Report
@@ -42,6 +44,8 @@ _SCRIPTS = (
     "main",
 )
 _PLAIN = ("base", "grid", "theme", "plain")
+# A notebook's cell shows so many groups of modules, and so many rows of each.
+_SECTIONS, _ROWS = 60, 100
 _STYLES = ("vendor/tabulator_simple.min.css", "web/page.css")
 
 
@@ -81,16 +85,21 @@ def render(report: Report) -> str:
         "report": report,
         "head": headline(report, seconds),
         "costs": Estimate.of(report).breakdown() if report.graph.nodes else {},
-        "what": "forward" if all(row.phase == "forward" for row in report.nodes) else "step",
+        "what": _what(report),
         "data": _script_data(page_data(report, seconds)),
         "texts": _packed(pass_texts(report)),
     }
     return assemble("web/page.html.jinja", facts)
 
 
-def fragment(report: Report) -> str:
-    """The counts and the table, for a notebook."""
-    return str(_templates().get_template("fragment.html.jinja").render(report=report))
+def fragment(report: Report, notes: Sequence[str] = ()) -> str:
+    """The headline, and the nodes folded by module, for a notebook: no script, at most `_SECTIONS` groups of modules."""
+    found = sections(report.nodes)
+    shown = [{"title": one.title, "modules": one.modules, "rows": one.rows[:_ROWS],
+              "counts": Counter(row.precision for row in one.rows).most_common()} for one in found[:_SECTIONS]]  # fmt: skip
+    facts = {"report": report, "head": headline(report, node_seconds(report)), "what": _what(report), "notes": notes,
+             "sections": shown, "left": len(found) - len(shown), "style": Markup(_text("web/fragment.css"))}  # fmt: skip
+    return str(_templates().get_template("fragment.html.jinja").render(facts))
 
 
 def plain_page(title: str, facts: Sequence[tuple[str, str]], cards: Sequence[dict[str, Any]], table: PlainTable) -> str:
@@ -120,6 +129,11 @@ def assemble(template: str, facts: dict[str, Any], scripts: Sequence[str] = _SCR
     ]
     inside = {"styles": list(map(Markup, styles)), "scripts": list(map(Markup, code)), "csp": "; ".join(rules)}
     return str(_templates().get_template(template).render(**facts, **inside))
+
+
+def _what(report: Report) -> str:
+    """What the estimates are of."""
+    return "forward" if all(row.phase == "forward" for row in report.nodes) else "step"
 
 
 def _templates() -> Environment:

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mpcompile.errors import UsageError, suggest
@@ -120,6 +121,16 @@ class Report:
         from mpcompile.report.dot import dot
 
         return dot(self.graph)
+
+    def to_model_explorer(self, path: str | os.PathLike[str], graph: str = "graph") -> None:
+        """Write each node's precision as node data for Google's Model Explorer.
+
+        Args:
+          graph: id of the graph that it shows: "graph" for an exported program, the model's own name for ONNX.
+        """
+        from mpcompile.report.model_explorer import node_data
+
+        Path(path).write_text(json.dumps(node_data(self, graph)), encoding="utf-8")
 
     def filter(self, only: str | Iterable[str] = (), where: Callable[[NodeRow], bool] | None = None) -> Report:
         """The report with fewer rows; the summary stays that of the whole graph.

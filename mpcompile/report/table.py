@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 COLOURS = {**{one.name: one.colour for one in FORMATS}, "keep": "dim"}
 _NUMBER = re.compile(r"(?<![^.])\d+(?![^.])")
+_DIGITS = re.compile(r"\d[\d,]*")
 WIDTH = 160
 COLUMNS = ("node", "op", "was → now", "verdict", "why", "where")
 # The widest that each column gets; "why" takes what is left.
@@ -51,6 +52,11 @@ class Section:
         return _NUMBER.sub(lambda _: next(ranges), self.modules[0])
 
 
+def unnumbered(reason: str) -> str:
+    """A reason without the numbers of names and sizes, which differ between blocks that are decided alike."""
+    return _DIGITS.sub("#", reason)
+
+
 def number_range(numbers: Sequence[str]) -> str:
     distinct = sorted({int(n) for n in numbers})
     if len(distinct) == 1:
@@ -66,9 +72,7 @@ def sections(rows: Iterable[NodeRow]) -> list[Section]:
         by_module.setdefault((row.phase, row.module), []).append(row)
     folded: dict[tuple[object, ...], Section] = {}
     for (phase, module), members in by_module.items():
-        decided = tuple(
-            (r.op, r.was, r.precision, r.verdict, r.decided_by, _NUMBER.sub("*", r.reason)) for r in members
-        )
+        decided = tuple((r.op, r.was, r.precision, r.verdict, r.decided_by, unnumbered(r.reason)) for r in members)
         key = (phase, _NUMBER.sub("*", module), decided)
         if key in folded:
             folded[key].modules.append(module)

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from mpcompile.report.table import number_range
+from mpcompile.report.table import number_range, unnumbered
 
 if TYPE_CHECKING:
     from mpcompile.report.model import NodeRow
 
-# Names and sizes in reasons differ between blocks that are decided alike.
-_DIGITS = re.compile(r"\d[\d,]*")
 # Of each precision: nodes, bytes of results, FLOPs, seconds.
 Sums = dict[str, list[float]]
 
@@ -72,9 +69,7 @@ def _fold(branch: Branch, shapes: dict[tuple[object, ...], int]) -> int:
         groups.setdefault(("#" if one.name.isdigit() else one.name, _fold(one, shapes)), []).append(one)
     folded = [_joined(alike) for alike in groups.values()]
     branch.below = {one.name: one for one in folded}
-    own = tuple(
-        (r.phase, r.op, r.was, r.precision, r.verdict, r.decided_by, _DIGITS.sub("#", r.reason)) for r in branch.rows
-    )
+    own = tuple((r.phase, r.op, r.was, r.precision, r.verdict, r.decided_by, unnumbered(r.reason)) for r in branch.rows)
     key = (own, tuple((name, shape, len(alike)) for (name, shape), alike in groups.items()))
     return shapes.setdefault(key, len(shapes))
 

@@ -174,6 +174,18 @@ def test_a_screen_reader_hears_names_and_roles(page: Chromium) -> None:
     assert any(role == "image" and name.startswith("cast of h.3.w from fp32 to bf16") for role, name in said)
 
 
+def test_products_that_read_fp8_have_a_mark_and_a_reason(browser: Chromium, tmp_path: Path) -> None:
+    made = stacked(2)
+    made.graph.nodes["linear1"].fp8 = {"output": "1.4 times as fast"}
+    made.to_html(tmp_path / "fp8.html")
+    browser.size(1400, 900)
+    browser.open(tmp_path / "fp8.html", "#node=linear1")
+    assert "its product output reads FP8: 1.4 times as fast" in text(browser, "#detail .say")
+    type_in(browser, "fp8")
+    assert browser.run("TABLE.getData('active').map(node => node.id)") == ["linear1"]
+    assert "fp8" in text(browser, "#nodes .tabulator-row")
+
+
 def test_the_casts_have_a_table(page: Chromium, report: Report) -> None:
     page.click("#casts-tab")
     assert page.run("CAST_TABLE.getData().length") == len(report.casts)

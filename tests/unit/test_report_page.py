@@ -242,6 +242,13 @@ def test_the_page_of_equal_plans_says_so() -> None:
     assert [a for tag, a in page.tags if a.get("src")] == []
 
 
+def test_products_that_read_fp8_are_told() -> None:
+    made = stacked(2)
+    made.graph.nodes["linear1"].fp8 = {"output": "1.4 times as fast"}
+    at = [row.id for row in made.nodes].index("linear1")
+    assert embedded(render(made))["fp8"] == {str(at): {"output": "1.4 times as fast"}}
+
+
 def test_without_javascript_the_headline_the_costs_and_the_passes_are_there(report: Report, text: str) -> None:
     words = Page(text).words
     assert "need JavaScript" in words

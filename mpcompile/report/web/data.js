@@ -40,4 +40,4 @@ function link(values) {
 
 /** All that is searched in a node, in lower case. */
 const haystack = node =>
-  `${node.id}\n${node.op}\n${node.kind}\n${node.precision}\n${node.verdict}\n${node.decided_by}\n${node.reason}\n${node.module}\n${node.source}\n${node.phase}`.toLowerCase();
+  `${node.id}\n${node.op}\n${node.kind}\n${node.precision}\n${node.verdict}\n${node.decided_by}\n${node.reason}\n${node.module}\n${node.source}\n${node.phase}${DATA.fp8[node.at] ? "\nfp8" : ""}`.toLowerCase();

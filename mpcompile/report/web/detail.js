@@ -45,6 +45,7 @@ function said(node) {
     ["source", node.source ? sourceLine(node) : "not known"],
     ["results", [size(node.bytes), node.flops ? `${flops(node.flops)} FLOP` : "", node.seconds ? `about ${seconds(node.seconds)}` : ""].filter(Boolean).join(", ")],
   ];
+  for (const [product, why] of Object.entries(DATA.fp8[node.at] ?? {})) facts.push([chip("fp8"), `its product ${product} reads FP8: ${why}`]);
   if (node.phase !== "forward") facts.push(["phase", node.phase]);
   return make("div", {class: "say"},
     make("div", {class: "top"}, make("h2", {tabindex: -1}, node.id, " ", chip(node.precision)),

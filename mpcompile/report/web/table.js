@@ -20,7 +20,7 @@ const PHONE = [{title: "nodes", field: "id", widthGrow: 1, formatter: one => car
 
 function precision(node) {
   if (node.precision === "keep") return chip("keep");
-  return make("span", {}, make("span", {class: "idle"}, `${node.was || "–"} → `), chip(node.precision));
+  return make("span", {}, make("span", {class: "idle"}, `${node.was || "–"} → `), chip(node.precision), DATA.fp8[node.at] ? chip("fp8") : null);
 }
 
 const verdict = node => cell(node.decided_by === "rule" ? node.verdict : `${node.verdict}, ${node.decided_by}`, "");
