@@ -24,6 +24,7 @@ class Policy:
         "strict" is the cost-based plan with nothing stored below what autocast stores.
       output: dtype of floating outputs: "fp32", "low", or "keep" (as the last node gives it).
       grads: precision of gradient buffers between microbatches of a training step.
+      reduce: what gradients are carried in between the ranks of a step: FP32, or "low" where they are low.
       fp32_matmul: how matmuls that stay FP32 may round inside (torch.set_float32_matmul_precision's three names).
       products: "fp8" lets BF16 products read their operands in FP8 where that is faster (`mpcompile.fp8`); the word
         "fp8" alone is "low=bf16,products=fp8".
@@ -45,6 +46,7 @@ class Policy:
     plan: Literal["global", "autocast", "strict"] = "global"
     output: Literal["fp32", "low", "keep"] = "fp32"
     grads: Literal["fp32", "low"] = "fp32"
+    reduce: Literal["fp32", "low"] = "fp32"
     fp32_matmul: Literal["highest", "high", "medium"] = "highest"
     products: Literal["low", "fp8"] = "low"
     fp8: Literal["tensorwise", "rowwise"] = "tensorwise"
@@ -72,7 +74,7 @@ class Policy:
             pinned(name)
 
     def __str__(self) -> str:
-        """The one-line form; `fp32_matmul` and what follows it are printed only when they are not the default."""
+        """The one-line form; what comes after `grads` is printed only where it is not the default."""
         quiet = {f.name for f in fields(self)[4:] if getattr(self, f.name) == f.default}
         return ",".join(f"{f.name}={_quoted(getattr(self, f.name))}" for f in fields(self) if f.name not in quiet)
 

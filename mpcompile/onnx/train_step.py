@@ -80,6 +80,9 @@ class OrtTrainStep:
             raise RuntimeFailure("MP711", "backend='onnxruntime' has accumulate=1 and masters='full' only")
         options.pop("backend", None)
         self.torch_step = TrainStep(owner, optimizer, loss_fn, backend="eager", **{**options, "chunk_loss": False})
+        if self.torch_step.ranks is not None:
+            raise RuntimeFailure("MP711", "backend='onnxruntime' trains in one process", why="ONNX has no collectives",
+                                 try_="backend='inductor'")  # fmt: skip
         self._device = "cuda" if has_provider("cuda") and self.torch_step.device.type == "cuda" else "cpu"
         self.low, self.optimizer, self.providers = self.torch_step.policy.low, optimizer, providers
         # Counts the steps for dropout: part of the state, so that a step that is run again drops the same.

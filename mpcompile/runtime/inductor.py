@@ -47,6 +47,19 @@ def roundings_kept(wanted: bool) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def overlapped(wanted: bool) -> Iterator[None]:
+    """Inductor starts collectives as early, and waits for them as late, as what they read and give allows."""
+    from torch._inductor import config
+
+    options = {
+        "reorder_for_compute_comm_overlap": True,
+        "reorder_for_compute_comm_overlap_passes": ["raise_comms", "sink_waits"],
+    }
+    with config.patch(options) if wanted else contextlib.nullcontext():
+        yield
+
+
 def compile_inductor(
     module: fx.GraphModule, inputs: Sequence[Any], *, keep_rounding: bool, fp32_matmul: str = "highest"
 ) -> Runnable:

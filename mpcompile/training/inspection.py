@@ -10,6 +10,9 @@ from torch import Tensor, fx
 
 from mpcompile.errors import TrainingError
 from mpcompile.training.accumulation import Layout
+from mpcompile.training.distributed.overflows import first_of
+from mpcompile.training.distributed.ranks import Ranks
+from mpcompile.training.distributed.reduce import Reducer
 from mpcompile.training.emitted.weave import Emitted, emit, origins, precision_graph
 from mpcompile.training.gradients.batch import Batch
 from mpcompile.training.gradients.joint import Joint
@@ -29,6 +32,8 @@ class Inspection:
     rule: LossScale
     _last: tuple[Artefact, Layout, Like] | None
     _emitted: dict[Any, tuple[Emitted, Joint]]
+    ranks: Ranks | None
+    sums_reducer: Reducer | None
 
     def _updater(self, layout: Layout, strides: Any, like: Like) -> Update:
         raise NotImplementedError
@@ -52,7 +57,7 @@ class Inspection:
         if key not in self._emitted:
             window = dict(zip((n for n, _ in layout), like(), strict=True)) if self.plan.accumulate > 1 else None
             with compiling():
-                self._emitted = {key: emit(artefact, updater, window)}
+                self._emitted = {key: emit(artefact, updater, window, self.sums_reducer)}
         return self._emitted[key]
 
     @property
@@ -79,6 +84,9 @@ class Inspection:
         """
         from mpcompile.onnx.export.whole_step import export_step
 
+        if self.ranks is not None:
+            raise TrainingError("MP535", "the step of several ranks has no ONNX form", why="ONNX has no collectives",
+                                try_="export a step of one process, without process_group= and DDP")  # fmt: skip
         whole: Any = self
         return export_step(whole, self._latest()[0], path)
 
@@ -97,7 +105,12 @@ class Inspection:
 
         The run is made with the loss scale before the last back-off, then with the present one. Nothing is changed:
         no weight, no state, no random number. Dropout draws anew, so name the batch of the step that was skipped.
+        With several ranks all must call it, each with its batch; all are told of the first rank that overflows.
         """
+        found = self._own_overflow(args, kwargs)
+        return found if self.ranks is None else first_of(self.ranks, found)
+
+    def _own_overflow(self, args: Any, kwargs: Any) -> Overflow | None:
         batch = Batch(args, kwargs)
         artefact = self.artefacts.find(batch)
         with compiling():

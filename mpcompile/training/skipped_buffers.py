@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from mpcompile.training.distributed.ranks import Ranks
 
 
 class _Group:
@@ -29,16 +32,23 @@ class _Group:
     def remember(self) -> None:
         torch._foreach_copy_(self.olds, self.held)
 
-    def settle(self, finite: Tensor) -> None:
+    def settle(self, finite: Tensor, ranks: Ranks | None) -> None:
         torch._foreach_copy_(self.news, self.held)
         torch.where(finite.to(self.new.device), self.new, self.old, out=self.new)
+        if ranks is not None:
+            dist.broadcast(self.new, ranks.first(), group=ranks.group)
         torch._foreach_copy_(self.held, self.news)
 
 
 class SkippedBuffers:
-    """Remembers, at the start of each window of microbatches, what its forwards write."""
+    """Remembers, at the start of each window of microbatches, what its forwards write.
 
-    def __init__(self) -> None:
+    Among several `ranks` each has statistics of its own batches: after an update all have the first rank's, which is what
+    DistributedDataParallel makes of them before a forward.
+    """
+
+    def __init__(self, ranks: Ranks | None = None) -> None:
+        self._ranks = ranks
         self.clear()
 
     def clear(self) -> None:
@@ -73,7 +83,7 @@ class SkippedBuffers:
     def settle(self, finite: Tensor) -> None:
         """At the end of a window: all as it was, unless the update was finite."""
         for group in self._groups:
-            group.settle(finite)
+            group.settle(finite, self._ranks)
 
 
 __all__ = ["SkippedBuffers"]

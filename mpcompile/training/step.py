@@ -8,7 +8,6 @@ fixed number of calls, however many parameters there are.
 from __future__ import annotations
 
 import contextlib
-import copy
 import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -23,26 +22,29 @@ from mpcompile.hardware import settle_policy
 from mpcompile.shadows.step_shadows import ShadowSet
 from mpcompile.training.accumulation import Layout, Window
 from mpcompile.training.cuda_graph import Replays, Run
+from mpcompile.training.distributed.ranks import find_ranks, plain
+from mpcompile.training.distributed.team import Team, facts_of
 from mpcompile.training.emitted.weave import Emitted
 from mpcompile.training.gradients.batch import Batch
 from mpcompile.training.gradients.forward import OUTSIDE
 from mpcompile.training.gradients.joint import Joint
-from mpcompile.training.gradients.specialization import Artefact, Artefacts, compiling, refuse_ranks
+from mpcompile.training.gradients.specialization import Artefact, Artefacts, compiling
 from mpcompile.training.identity import ModelIdentity
 from mpcompile.training.inspection import Inspection, Like
 from mpcompile.training.loss_scale.floor_monitor import FloorWatch
-from mpcompile.training.loss_scale.scale import LossScale, from_dict, to_dict
+from mpcompile.training.loss_scale.scale import LossScale
 from mpcompile.training.optimizer.build import Plan, Update
 from mpcompile.training.optimizer.hosts import Optimizers
 from mpcompile.training.optimizer.monitor import OptimizerWatch, Seen
 from mpcompile.training.optimizer.split import SplitMasters
 from mpcompile.training.options import check_options
 from mpcompile.training.result import StepResult
+from mpcompile.training.saved_step import SavedStep
 from mpcompile.training.skipped_buffers import SkippedBuffers
 from mpcompile.training.windows import Windows
 
 
-class TrainStep(Windows, Inspection):
+class TrainStep(SavedStep, Windows, Inspection):
     """`mp.train_step(optimizer, …)`: one call is one (micro)batch.
 
     Args:
@@ -60,6 +62,8 @@ class TrainStep(Windows, Inspection):
       chunk_loss: take the loss of a large vocabulary in chunks of rows, so that its logits are never held whole.
       remake: make cheap chains (an activation, a normalization's output) again in the backward instead of keeping them:
         less memory, and on CUDA a longer step. "auto" does so on a CPU alone, where it costs nothing (decision 0014).
+      process_group, mesh: the ranks that train together, each with a share of the batch: a process group, or a mesh of one
+        dimension. A DistributedDataParallel inside of the wrapper is known by itself.
 
     Raises:
       TrainingError: MP5xx.
@@ -79,6 +83,8 @@ class TrainStep(Windows, Inspection):
         cuda_graph: Literal["auto"] | bool = "auto",
         chunk_loss: bool = True,
         remake: Literal["auto"] | bool = "auto",
+        process_group: Any = None,
+        mesh: Any = None,
     ) -> None:
         given: dict[str, Any] = {
             "scale": scale,
@@ -89,22 +95,27 @@ class TrainStep(Windows, Inspection):
             "cuda_graph": cuda_graph,
             "chunk_loss": chunk_loss,
             "remake": remake,
+            "process_group": process_group,
+            "mesh": mesh,
         }
         self._made_of = owner, optimizer, loss_fn, given
-        self.model, self.optimizer, self.backend = owner.model, optimizer, backend or owner.backend
+        self.model, self.optimizer, self.backend = plain(owner.model), optimizer, backend or owner.backend
         self.optimizers = Optimizers(optimizer)
         self.optimizers.refuse_untrained(self.model.parameters() if loss_fn is None else None)
         self.device = self._where()
         self.policy = settle_policy(owner.settings.policy, self.device.type)
         check_options(self.policy.low, **{**given, "backend": self.backend}, loss_fn=loss_fn)
-        refuse_ranks()
         accumulate = int(accumulate)
+        self.ranks = find_ranks(owner.model, process_group, mesh, self.device)
+        self.team = Team(self.ranks, self.policy.reduce == "low", accumulate)
+        self.team.check()
+        self.sums_reducer, added = self.team.of_sums, accumulate * self.team.size
         self.identity = ModelIdentity([self.model, loss_fn], self.optimizers.params)
         self.rule = LossScale.of(scale, self.policy.low)
         self.state = self.rule.initial(self.device)
         self.watch = OptimizerWatch(self.optimizers)
         self._window = Window(accumulate, self.policy.grads == "low")
-        seed, shadows = self.state.scale * (1.0 / accumulate), ShadowSet()
+        seed, shadows = self.state.scale * (1.0 / added), ShadowSet()
         self.plan = Plan(
             optimizers=self.optimizers,
             named=lambda: self.artefacts.named,
@@ -115,6 +126,7 @@ class TrainStep(Windows, Inspection):
             backend=self.backend,
             max_grad_norm=max_grad_norm,
             accumulate=accumulate,
+            added=added,
             split=SplitMasters(self.model, self.optimizers, self.watch) if masters == "split" else None,
         )
         self.artefacts = Artefacts(
@@ -132,10 +144,11 @@ class TrainStep(Windows, Inspection):
             on_new=self._on_new,
             outside=self._outside,
             around=self.plan.split.joined if self.plan.split is not None else contextlib.nullcontext,
+            reducer=self.team.in_graph,
         )
         self._replays = Replays(False if self.backend == "eager" else cuda_graph, self.device)
         self._updaters: dict[Any, Update] = {}
-        self._buffers = SkippedBuffers()
+        self._buffers = SkippedBuffers(self.ranks)
         self._floor = FloorWatch(self.rule, self.state)
         self._last: tuple[Artefact, Layout, Like] | None = None
         self._emitted: dict[Any, tuple[Emitted, Joint]] = {}
@@ -157,6 +170,7 @@ class TrainStep(Windows, Inspection):
         self.follow()
         batch = Batch(args, kwargs)
         artefact = self.artefacts.find(batch)
+        self.team.agree(artefact.layout, lambda: facts_of(self))
         self.plan.shadows.bring_up_to_date()
         self._buffers.remember(artefact, artefact.written(), first=self._window.count == 0)
         if self.plan.accumulate == 1:
@@ -174,7 +188,7 @@ class TrainStep(Windows, Inspection):
         Raises:
           TrainingError: MP525, MP535, MP522 (the model is on another device).
         """
-        refuse_ranks()
+        self.team.check()
         self.optimizers.refuse()
         seen = self.watch.look()
         self._moves += Seen.NUMBERS in seen
@@ -311,37 +325,6 @@ class TrainStep(Windows, Inspection):
         self._floor.look()
         return StepResult(loss, finite, finite, scale, norm)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Loss scale (every field, and GradScaler's five keys) and the open window. Reads the device."""
-        return {**to_dict(self.rule, self.state), "window": self._window.state()}
-
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Put back what `state_dict` gave, or what a `torch.amp.GradScaler` did.
-
-        Raises:
-          TrainingError: MP501, when GradScaler's five keys are not all there.
-        """
-        rule, state = from_dict(saved, self.rule)
-        window, order = saved.get("window", {"count": 0, "sums": {}}), list(map(id, self.optimizers.params()))
-        self._window.load(window, self.artefacts.named, order)
-        for mine, value in zip(self.state, state, strict=True):
-            mine.fill_(value)
-        self.plan.seed.copy_(self.state.scale * (1.0 / self.plan.accumulate))
-        self._forget_updates()
-        self.rule = self.plan.rule = rule
-        self._floor = FloorWatch(rule, self.state)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> TrainStep:
-        """A step of the same state on copies of model and optimizer; what is compiled is made again."""
-        with self.full_masters():
-            owner, optimizer, loss_fn, given = copy.deepcopy(self._made_of, memo)
-        return _remade(owner, optimizer, loss_fn, given, copy.deepcopy(self.state_dict(), memo))
-
-    def __reduce__(self) -> Any:
-        """Pickles hold model, optimizer, loss and state; what is compiled is made again. Split masters are joined."""
-        self.join_masters()
-        return _remade, (*self._made_of, self.state_dict())
-
     @contextlib.contextmanager
     def full_masters(self) -> Iterator[None]:
         """With ``masters="split"``: the model's parameters are FP32 inside, for use apart from the step."""
@@ -384,9 +367,3 @@ class TrainStep(Windows, Inspection):
         groups = enumerate(self.optimizers.groups)
         pairs = ((f"{OUTSIDE}{g}.{i}", p) for g, group in groups for i, p in enumerate(group["params"]))
         return {name: p for name, p in pairs if id(p) not in owned}
-
-
-def _remade(owner: Any, optimizer: Any, loss_fn: Any, given: dict[str, Any], state: dict[str, Any]) -> TrainStep:
-    made = TrainStep(owner, optimizer, loss_fn, **given)
-    made.load_state_dict(state)
-    return made

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mpcompile.training.accumulation import Layout, Window
 from mpcompile.training.cuda_graph import Replays
+from mpcompile.training.distributed.team import Team
 from mpcompile.training.gradients.specialization import Artefact
 from mpcompile.training.inspection import Like
 from mpcompile.training.loss_scale.scale import ScaleState
@@ -20,6 +21,7 @@ class Windows:
     """The part of a training step that ends its windows."""
 
     state: ScaleState
+    team: Team
     _window: Window
     _replays: Replays
     _recent: Artefact | None = None
@@ -63,9 +65,12 @@ class Windows:
         if self._recent is not None:
             self._last = self._recent, layout, lambda: self._window.held(layout)
         updater = self._updater(layout, None, lambda: held)
-        update = self._replays.find(
-            (id(updater),), lambda _: tuple(updater(held)), [], lambda: [*self._written(updater), *held]
-        )
+
+        def end(_: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            self.team.average(layout, held)
+            return tuple(updater(held))
+
+        update = self._replays.find((id(updater),), end, [], lambda: [*self._written(updater), *held])
         return self._updated(updater, lambda: (loss, *update([])))
 
 

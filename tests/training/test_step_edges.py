@@ -485,10 +485,12 @@ def test_a_loss_module_s_mode_is_part_of_the_signature():
     assert len(step.artefacts) == 2
 
 
-def test_a_model_of_several_processes_is_refused(tmp_path):
+def test_a_ddp_of_one_process_trains_and_one_inside_of_the_model_is_refused(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
         _, _, _, step = make(model=nn.parallel.DistributedDataParallel(net()))
+        assert bool(step(*batches(1)[0]).stepped)
+        _, _, _, step = make(model=nn.Sequential(nn.parallel.DistributedDataParallel(net())))
         with pytest.raises(TrainingError, match="MP535"):
             step(*batches(1)[0])
     finally:

@@ -22,6 +22,7 @@ from mpcompile.formats import LOW
 from mpcompile.graph import CAST_OP, CastOrigin, Node, Phase, PrecisionGraph
 from mpcompile.hardware import emulated_kinds
 from mpcompile.rules.table import rules_for
+from mpcompile.training.distributed.reduce import Reducer
 from mpcompile.training.gradients.forward import Forward
 from mpcompile.training.gradients.joint import Joint
 from mpcompile.training.gradients.specialization import Artefact
@@ -111,13 +112,16 @@ class Weaver:
         return new
 
 
-def emit(artefact: Artefact, update: Update, window: dict[str, Tensor] | None = None) -> tuple[Emitted, Joint]:
+def emit(
+    artefact: Artefact, update: Update, window: dict[str, Tensor] | None = None, reducer: Reducer | None = None
+) -> tuple[Emitted, Joint]:
     """Weave forward, backward and update into one graph.
 
     Args:
       window: the sums of an accumulation window, by parameter; the emitted step is then the window's last call.
+      reducer: averages these sums over the ranks.
     """
-    joint, weaver = artefact.plain_joint(), Weaver()
+    joint, weaver = artefact.emitted_joint(), Weaver()
     inputs, seed = inputs_of(joint.module), len(artefact.fixed)
     module, needs = update.emit()
     given = []
@@ -133,6 +137,7 @@ def emit(artefact: Artefact, update: Update, window: dict[str, Tensor] | None = 
     loss, grads = results[count], results[count + 1 :]
     if window is not None:
         grads = _summed(weaver, artefact, window, grads)
+        grads = reducer.in_graph(weaver.graph, grads) if reducer is not None else grads
     names = _names(joint, artefact, update)
     operands = []
     for node, need in zip(inputs_of(module), needs, strict=True):

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from mpcompile.aten.facts import hint
 from mpcompile.aten.graphs import inputs_of, outputs_of, values_of
+from mpcompile.runtime.inductor import overlapped
 from mpcompile.training.gradients.joint import Joint, fresh_tracing
 from mpcompile.training.optimizer.traced_update import InPlace
 
@@ -33,18 +34,19 @@ def decompositions(backend: str) -> dict[Any, Callable[..., Any]] | None:
     return select_decomp_table()
 
 
-def run_joint(joint: Joint, backend: str, *, remake: bool) -> tuple[Run, list[Tensor]]:
+def run_joint(joint: Joint, backend: str, *, remake: bool, sends: bool = False) -> tuple[Run, list[Tensor]]:
     """A function of (*inputs, seed) that gives (*mutated, loss, *grads), and fakes of what it keeps for the backward.
 
     Run op by op, a joint graph keeps what its next nodes read: no list of it exists.
 
     Args:
       remake: keep no pointwise chain (a GELU, a normalization's output) that a matmul of the backward reads.
+      sends: gradients are sent to other ranks, as early as they are there, and awaited as late as they can be.
     """
     if backend == "eager":
         _view_as_it_lies(joint.module)
         return _eager(joint.module), []
-    return _in_two(joint, remake)
+    return _in_two(joint, remake, sends)
 
 
 def _view_as_it_lies(module: fx.GraphModule) -> None:
@@ -70,7 +72,7 @@ def _eager(module: fx.GraphModule) -> Run:
     return run
 
 
-def _in_two(joint: Joint, remake: bool) -> tuple[Run, list[Tensor]]:
+def _in_two(joint: Joint, remake: bool, sends: bool) -> tuple[Run, list[Tensor]]:
     from torch._inductor.compile_fx import compile_fx_inner, partition_fn
     from torch._inductor.virtualized import V
 
@@ -86,7 +88,8 @@ def _in_two(joint: Joint, remake: bool) -> tuple[Run, list[Tensor]]:
             forward: Any = compile_fx_inner(first, values_of(inputs_of(first)), static_input_idxs=fixed)
         _lay_out_saved(dict(zip(names, strides or [], strict=False)), second)
         order = _order_saved(names[kept:], second)
-        backward: Any = compile_fx_inner(second, values_of(inputs_of(second)), is_backward=True)
+        with overlapped(sends):
+            backward: Any = compile_fx_inner(second, values_of(inputs_of(second)), is_backward=True)
 
     def run(inputs: list[Any]) -> Sequence[Any]:
         seed = inputs.pop()

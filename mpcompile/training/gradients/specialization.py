@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from mpcompile.aten.graphs import outputs_of, values_of
@@ -25,6 +24,7 @@ from mpcompile.runtime.sharded import refuse_sharded
 from mpcompile.shadows.step_shadows import ShadowSet
 from mpcompile.torch_internals import COMPILING
 from mpcompile.training.accumulation import Layout
+from mpcompile.training.distributed.reduce import Reducer
 from mpcompile.training.gradients.batch import Batch, Hole
 from mpcompile.training.gradients.compile import Run, decompositions, run_joint
 from mpcompile.training.gradients.forward import Forward, Input, capture, owned
@@ -71,6 +71,7 @@ class Artefact:
     saved: list[Tensor]
     guard: str | None = None
     strides: tuple[tuple[int, ...], ...] | None = None
+    reducer: Reducer | None = None
 
     def __post_init__(self) -> None:
         self._from, self._held = [i for i, _ in self.buffers], [held for _, held in self.buffers]
@@ -79,6 +80,13 @@ class Artefact:
     def plain_joint(self) -> Joint:
         """Forward and backward as ATen has them, without the backend's decompositions."""
         return trace(self.joint.forward)
+
+    def emitted_joint(self) -> Joint:
+        """`plain_joint`, with what its ranks send."""
+        joint = self.plain_joint()
+        if self.reducer is not None:
+            reduce_joint(joint, self.reducer)
+        return joint
 
     def __call__(self, tensors: Sequence[Tensor], seed: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """(loss, gradients) of a batch, times the seed; buffers are brought up to date."""
@@ -168,6 +176,8 @@ class Artefacts:
     on_new: Callable[[Artefact], None]
     outside: Callable[[], dict[str, Tensor]] = dict
     around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+    # Averages the gradients in the graph itself; None for one process, and where a window's sums are averaged.
+    reducer: Reducer | None = None
     _exact: dict[Any, Artefact] = field(default_factory=dict)
     _alike: dict[Any, list[Artefact]] = field(default_factory=dict)
     _seen: dict[Any, list[tuple[torch.Size, ...]]] = field(default_factory=dict)
@@ -272,14 +282,17 @@ class Artefacts:
         tensors = {**forward.constants, **owned(self.model, self.loss_fn)[1], **self.named}
         fixed = [self._fixed(one, tensors) for one in forward.inputs]
         places = [(i, one.index) for i, one in enumerate(forward.inputs) if one.kind == "arg"]
-        layout = tuple((forward.inputs[i].name, forward.inputs[i].dtype) for i in joint.grads)
         numbers = dict(places)
         buffers_ = [(k, fixed[i]) for k, i in enumerate(joint.mutated) if i not in numbers]
         writes = [(k, numbers[i]) for k, i in enumerate(joint.mutated) if i in numbers]
         _refuse_no_gradient(joint, forward)
+        if self.reducer is not None:
+            reduce_joint(joint, self.reducer)
+        values = values_of(outputs_of(joint.module)[len(joint.mutated) + 1 :])
+        layout = tuple((forward.inputs[i].name, value.dtype) for i, value in zip(joint.grads, values, strict=True))
         with roundings_kept(has_user_low_cast(forward.plan.graph)):
-            run, saved = run_joint(joint, self.backend, remake=self.remake)
-        return Artefact(joint, run, fixed, places, layout, buffers_, writes, self.named, saved)
+            run, saved = run_joint(joint, self.backend, remake=self.remake, sends=self.reducer is not None)
+        return Artefact(joint, run, fixed, places, layout, buffers_, writes, self.named, saved, reducer=self.reducer)
 
     def _fixed(self, one: Input, tensors: dict[str, Tensor]) -> Any:
         if one.kind in ("arg", "seed"):
@@ -287,19 +300,13 @@ class Artefacts:
         return self.shadows.get(tensors[one.name], one.dtype) if one.kind == "shadow" else tensors[one.name]
 
 
-def refuse_ranks() -> None:
-    """Refuse to train one of several ranks: nothing here reduces their gradients.
-
-    Raises:
-      TrainingError: MP535.
-    """
-    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-        raise TrainingError(
-            "MP535",
-            f"the training step was called in a process group of {dist.get_world_size()} ranks",
-            why="it does not reduce the gradients: the ranks' weights would drift apart",
-            try_="the drop-in way: DDP(mpcompile(model)); loss.backward(); optimizer.step()",
-        )
+def reduce_joint(joint: Joint, reducer: Reducer) -> None:
+    """Let a joint graph give the ranks' average, one gradient for each parameter."""
+    parts: dict[str, list[int]] = {}
+    for position, place in enumerate(joint.grads):
+        parts.setdefault(joint.forward.inputs[place].name, []).append(position)
+    reducer.reduce(joint.module, list(parts.values()), len(joint.mutated) + 1)
+    joint.grads = [joint.grads[part[0]] for part in parts.values()]
 
 
 def _refuse_gradient(batch: Batch) -> None:
@@ -320,10 +327,11 @@ def _refuse_hooks(model: nn.Module, named: dict[str, Tensor]) -> None:
       CaptureError: MP107.
     """
     refuse_sharded(model)
-    spread = any(isinstance(m, nn.parallel.DistributedDataParallel) for m in model.modules())
-    if spread or any(type(p).__name__ == "DTensor" for p in named.values()):
-        raise TrainingError("MP535", f"the training step was given a {type(model).__name__} of several processes",
-                            try_="the drop-in way: DDP(mpcompile(model)); loss.backward(); optimizer.step()")  # fmt: skip
+    inside = [name for name, m in model.named_modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
+    if inside:
+        raise TrainingError("MP535", "a part of the step's model is a DistributedDataParallel", where=inside[0],
+                            why="its reducer would never see a gradient",
+                            try_="mpcompile(DDP(model)).train_step(...), with all of the model inside")  # fmt: skip
     refuse_unseen(named.items(), model.named_modules())
 
 

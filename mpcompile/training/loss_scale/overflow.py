@@ -36,6 +36,7 @@ class Overflow:
       scale: the loss scale of the run.
       override: the argument of `mpcompile()` that would keep the node, and who reads it, FP32; "" where that would
         not help.
+      rank: whose batch it was, where several ranks train together.
     """
 
     node: str
@@ -48,10 +49,14 @@ class Overflow:
     inputs: tuple[tuple[str, str, float, float], ...]
     scale: float
     override: str
+    rank: int | None = None
 
     def __str__(self) -> str:
         where = ", ".join(part for part in (self.module and f"module {self.module}", self.source) if part)
-        lines = [f"{self.made} in the {self.phase}: {self.node} ({self.op}, {self.dtype}) {where and f'at {where}'}"]
+        whose = "" if self.rank is None else f"rank {self.rank}: "
+        lines = [
+            f"{whose}{self.made} in the {self.phase}: {self.node} ({self.op}, {self.dtype}) {where and f'at {where}'}"
+        ]
         lines += [f"  reads {what} ({dtype}) in [{low:.4g}, {high:.4g}]" for what, dtype, low, high in self.inputs]
         lines.append(f"  loss scale {self.scale:g}")
         if self.override:

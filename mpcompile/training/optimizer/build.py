@@ -81,6 +81,8 @@ class Plan:
     backend: str
     max_grad_norm: float | None
     accumulate: int
+    # How many gradients are added up: of the microbatches of a window, times the ranks.
+    added: int
     split: SplitMasters | None = None
     # Parameters that a graph reads in FP32: these are never split.
     whole: set[int] = field(default_factory=set)
@@ -111,7 +113,7 @@ class Plan:
             tuple(tuple(parts[id(p)]) for p in binding.params),
             tuple((i, s.dtype) for i, s in held),
             self.max_grad_norm,
-            self.accumulate,
+            self.added,
             tuple(halves),
         )
         shadows = [shadow for _, shadow in held]

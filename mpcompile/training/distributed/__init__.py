@@ -1,0 +1,1 @@
+"""The training step on several ranks: who they are, what they send, and what they agree on."""

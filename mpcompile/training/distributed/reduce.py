@@ -1,0 +1,191 @@
+"""Gradient collectives as nodes of a graph: a bucket is sent as soon as its last gradient is there, and awaited at the end.
+
+The seed of the backward is divided by the number of ranks, so that the sum over them is the average: nothing is multiplied
+for it, and FP16 does not overflow in the sum.  What is not finite on one rank is so in the sum, and so on all: the finite
+check, the norm, the clip and the loss scale, which all read the sum, are one decision of all ranks without another word
+between them (docs/decisions/0032-ranks-of-a-step.md).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+
+from mpcompile.aten.graphs import outputs_of
+from mpcompile.training.distributed.ranks import Ranks
+
+# Bytes that are sent at once; the first one early, as in DistributedDataParallel.
+FIRST, BUCKET = 1 << 20, 25 << 20
+# Gradients of fewer bytes travel in one tensor of their bucket.
+SMALL = 1 << 18
+_C10D = torch.ops._c10d_functional
+_ATEN = torch.ops.aten
+
+
+@dataclass
+class Reducer:
+    """How gradients are averaged over the ranks.
+
+    Fields:
+      ranks: whose.
+      low: gradients that are low travel so; else all do in FP32.
+    """
+
+    ranks: Ranks
+    low: bool
+
+    def reduce(self, module: fx.GraphModule, grads: Sequence[Sequence[int]], first: int) -> None:
+        """Let a graph give the average over the ranks of each gradient, one for each parameter.
+
+        Args:
+          grads: per parameter, the positions of its gradients among those that the graph gives.
+          first: how many outputs stand before the gradients.
+        """
+        outputs = outputs_of(module)
+        given = [[outputs[first + i] for i in part] for part in grads]
+        _Inserter(module.graph, self).insert(given, outputs[:first])
+        module.recompile()
+
+    def in_graph(self, graph: fx.Graph, sums: Sequence[fx.Node]) -> list[fx.Node]:
+        """At the end of a graph without an output: the averages of `sums`, in their own dtypes."""
+        inserter = _Inserter(graph, self)
+        found = inserter.averages([[one] for one in sums])
+        return [inserter.cast(new, _dtype(old)) for new, old in zip(found, sums, strict=True)]
+
+    def of_sums(self, sums: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], None]:
+        """What averages the sums of a window in place, one after the other's bytes as in a graph of them."""
+        graph = fx.Graph()
+        nodes = []
+        for number, tensor in enumerate(sums):
+            node = graph.placeholder(f"sum_{number}")
+            node.meta["val"] = torch.empty_like(tensor, device="meta")
+            nodes.append(node)
+        graph.output(tuple(self.in_graph(graph, nodes)))
+        module = fx.GraphModule({}, graph)
+
+        @torch.no_grad()
+        def run(held: Sequence[Tensor]) -> None:
+            torch._foreach_copy_(list(held), list(module(*held)))
+
+        return run
+
+
+@dataclass
+class _Inserter:
+    graph: fx.Graph
+    reducer: Reducer
+    order: dict[fx.Node, int] = field(default_factory=dict)
+
+    def insert(self, parts: Sequence[Sequence[fx.Node]], before: Sequence[Any]) -> None:
+        output = self.graph.output_node()
+        self.order = {node: i for i, node in enumerate(self.graph.nodes)}
+        with self.graph.inserting_before(output):
+            averages = self.averages(parts)
+        output.args = ((*before, *averages),)
+        # The descriptions of the outputs were read before; they would be one per gradient.
+        output.meta.pop("desc", None)
+
+    def averages(self, parts: Sequence[Sequence[fx.Node]]) -> list[fx.Node]:
+        """The average of each parameter's gradients, in the dtype that it travels in."""
+        when = [max(self.order.get(node, 0) for node in part) for part in parts]
+        sent = list[tuple[list[int], fx.Node]]()
+        for members in self._buckets(sorted(range(len(parts)), key=when.__getitem__), parts):
+            last = max((node for i in members for node in parts[i]), key=lambda node: self.order.get(node, 0))
+            # What is made inside goes one after the other behind `last`; without an order, to the graph's end.
+            with self.graph.inserting_before(last.next) if self.order else contextlib.nullcontext():
+                sent += self._send({i: self._whole(parts[i]) for i in members})
+        found = dict[int, fx.Node]()
+        for members, node in sent:
+            arrived = self.call(_C10D.wait_tensor.default, node)
+            found.update(zip(members, self._apart(arrived, [parts[i][0] for i in members]), strict=True))
+        return [found[i] for i in range(len(parts))]
+
+    def _buckets(self, ready: Sequence[int], parts: Sequence[Sequence[fx.Node]]) -> Iterator[list[int]]:
+        members, room = list[int](), FIRST
+        for i in ready:
+            members.append(i)
+            room -= _value(parts[i][0]).numel() * self._travels(parts[i]).itemsize
+            if room <= 0:
+                yield members
+                members, room = [], BUCKET
+        if members:
+            yield members
+
+    def _travels(self, part: Sequence[fx.Node]) -> torch.dtype:
+        dtypes = {_dtype(node) for node in part}
+        return dtypes.pop() if self.reducer.low and len(dtypes) == 1 else torch.float32
+
+    def _whole(self, part: Sequence[fx.Node]) -> fx.Node:
+        """A parameter's gradient: several (of a tied weight) are added in FP32, and rounded once where they travel low."""
+        if len(part) == 1:
+            return self.cast(part[0], self._travels(part))
+        total, *rest = (self.cast(node, torch.float32) for node in part)
+        for node in rest:
+            total = self.call(_ATEN.add.Tensor, total, node)
+        return self.cast(total, self._travels(part))
+
+    def _send(self, grads: dict[int, fx.Node]) -> list[tuple[list[int], fx.Node]]:
+        """Start the sum of a bucket over the ranks; gives, per tensor that travels, whose gradients are in it."""
+        alike, sent = dict[torch.dtype, list[int]](), list[tuple[list[int], fx.Node]]()
+        for i, node in grads.items():
+            alike.setdefault(_dtype(node), []).append(i)
+        for numbers in alike.values():
+            small = [i for i in numbers if _value(grads[i]).numel() * _dtype(grads[i]).itemsize < SMALL]
+            small = small if len(small) > 1 else []
+            packed = [([i], grads[i]) for i in numbers if i not in small]
+            if small:
+                rows = [self.call(_ATEN.reshape.default, grads[i], [-1]) for i in small]
+                packed.append((small, self.call(_ATEN.cat.default, rows)))
+            summed = self.call(
+                _C10D.all_reduce_coalesced.default, [n for _, n in packed], "sum", self.reducer.ranks.name
+            )
+            sent += [(whose, self.call(operator.getitem, summed, k)) for k, (whose, _) in enumerate(packed)]
+        return sent
+
+    def _apart(self, arrived: fx.Node, like: Sequence[fx.Node]) -> list[fx.Node]:
+        if len(like) == 1:
+            return [arrived]
+        found, start = list[fx.Node](), 0
+        for node in like:
+            shape = list(_value(node).shape)
+            end = start + math.prod(shape)
+            piece = self.call(_ATEN.slice.Tensor, arrived, 0, start, end)
+            found.append(self.call(_ATEN.view.default, piece, shape))
+            start = end
+        return found
+
+    def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        if _dtype(node) == dtype:
+            return node
+        return self.call(torch.ops.prims.convert_element_type.default, node, dtype)
+
+    def call(self, target: Any, *args: Any) -> fx.Node:
+        """A node of the backward, with its fake result."""
+        node = self.graph.call_function(target, args)
+        values: Any = fx.map_arg(args, _value)
+        mode = next((t.fake_mode for t in pytree.tree_leaves(values) if isinstance(t, FakeTensor)), None)
+        with mode or contextlib.nullcontext(), torch.no_grad():
+            node.meta["val"] = target(*values)
+        node.meta.update(partitioner_tag="is_backward", mp_phase="backward")
+        return node
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta["val"]
+
+
+def _dtype(node: fx.Node) -> torch.dtype:
+    found: torch.dtype = node.meta["val"].dtype
+    return found
+
+
+__all__ = ["Reducer"]

@@ -1,0 +1,109 @@
+"""What a step among several ranks does besides: how it averages, and what it compares once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpcompile.errors import TrainingError
+from mpcompile.training.distributed.agreement import Facts, agree, tensors_as_facts
+from mpcompile.training.distributed.ranks import Ranks, refuse_alone
+from mpcompile.training.distributed.reduce import Reducer
+
+# (parameter's name, dtype) of each gradient, in order.
+Sent = tuple[tuple[str, torch.dtype], ...]
+
+
+class Team:
+    """The ranks of one step; of a process alone there are none, and nothing here does anything.
+
+    Args:
+      ranks: who they are.
+      low: gradients that are low travel so.
+      accumulate: microbatches of a window; in one of several the sums are averaged, at its end.
+
+    Fields:
+      in_graph, of_sums: what averages the gradients of a batch, and the sums of a window; one of the two at most.
+    """
+
+    def __init__(self, ranks: Ranks | None, low: bool, accumulate: int) -> None:
+        self.ranks, self.size = ranks, ranks.size if ranks is not None else 1
+        reducer = Reducer(ranks, low) if ranks is not None else None
+        self.in_graph = reducer if accumulate == 1 else None
+        self.of_sums = reducer if accumulate > 1 else None
+        self._agreed: Sent | None = None
+        self._averages: tuple[Sent, Callable[[Sequence[Tensor]], None]] | None = None
+
+    def check(self) -> None:
+        """Refuse to train one of several ranks apart from the others.
+
+        Raises:
+          TrainingError: MP535.
+        """
+        refuse_alone(self.ranks)
+
+    def agree(self, sent: Sent, facts: Callable[[], tuple[Facts, dict[str, Tensor]]]) -> None:
+        """Before gradients are sent: the first time compare all, later that they are the same ones.
+
+        Args:
+          facts: gives what is to be alike: words and numbers, and tensors by name.
+
+        Raises:
+          TrainingError: MP546.
+        """
+        if self.ranks is None or sent == self._agreed:
+            return
+        if self._agreed is not None:
+            gone = dict(self._agreed).items() ^ dict(sent).items()
+            raise TrainingError("MP546", "this batch has gradients of other parameters than the batches before it",
+                                where=sorted(name for name, _ in gone)[0],
+                                why="the other ranks may not have them, and would wait for others",
+                                try_="let every batch reach the same parameters")  # fmt: skip
+        words, tensors = facts()
+        gradients = [(f"gradient of {name}", str(dtype)) for name, dtype in sent]
+        agree(self.ranks, [*words, *gradients, *tensors_as_facts(tensors.items())])
+        self._agreed = sent
+
+    def average(self, layout: Sent, sums: Sequence[Tensor]) -> None:
+        """Average the sums of a window over the ranks, in place."""
+        if self.of_sums is None:
+            return
+        if self._averages is None or self._averages[0] != layout:
+            self._averages = layout, self.of_sums.of_sums(sums)
+        self._averages[1](sums)
+
+
+def facts_of(step: Any) -> tuple[Facts, dict[str, Tensor]]:
+    """What the ranks of a `TrainStep` must have alike."""
+    plan, artefacts = step.plan, step.artefacts
+    words: Facts = [
+        ("torch", torch.__version__),
+        ("policy", str(step.policy)),
+        ("accumulate", plan.accumulate),
+        ("max_grad_norm", plan.max_grad_norm),
+        ("loss scale", repr(plan.rule)),
+        ("optimizer", plan.optimizers.name),
+    ]
+    for number, group in enumerate(plan.optimizers.groups):
+        words += [(f"{key} of group {number}", repr(v)) for key, v in group.items() if _is_plain(v)]
+    for artefact in artefacts:
+        words += [(f"precision of {node.id}", node.precision) for node in artefact.joint.forward.plan.graph]
+    tensors = {f"loss scale's {name}": value for name, value in plan.state._asdict().items()}
+    tensors |= {name: held for name, held in artefacts.named.items() if isinstance(held, Tensor)}
+    names = {id(held): name for name, held in artefacts.named.items()}
+    for optimizer in plan.optimizers:
+        for held, state in optimizer.state.items():
+            mine = {k: v for k, v in state.items() if isinstance(v, Tensor)}
+            tensors |= {f"{names.get(id(held), 'parameter')}.{k}": v for k, v in mine.items()}
+    return words, tensors
+
+
+def _is_plain(value: Any) -> bool:
+    several = value if isinstance(value, (tuple, list)) else (value,)
+    return all(isinstance(one, (int, float, str, bool, type(None))) for one in several)
+
+
+__all__ = ["Team", "facts_of"]

@@ -1,0 +1,80 @@
+"""A step as state: what a checkpoint holds of it, its copies and its pickles."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from typing import Any
+
+from mpcompile.errors import TrainingError
+from mpcompile.training.accumulation import Window
+from mpcompile.training.gradients.specialization import Artefacts
+from mpcompile.training.loss_scale.floor_monitor import FloorWatch
+from mpcompile.training.loss_scale.scale import LossScale, ScaleState, from_dict, to_dict
+from mpcompile.training.optimizer.build import Plan
+from mpcompile.training.optimizer.hosts import Optimizers
+
+
+class SavedStep:
+    """State, copies and pickles of a `TrainStep`."""
+
+    artefacts: Artefacts
+    optimizers: Optimizers
+    plan: Plan
+    rule: LossScale
+    state: ScaleState
+    _window: Window
+    _floor: FloorWatch
+    _made_of: tuple[Any, Any, Any, dict[str, Any]]
+
+    def full_masters(self) -> contextlib.AbstractContextManager[None]:
+        raise NotImplementedError
+
+    def join_masters(self) -> None:
+        raise NotImplementedError
+
+    def _forget_updates(self) -> None:
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """Loss scale (every field, and GradScaler's five keys) and the open window. Reads the device."""
+        return {**to_dict(self.rule, self.state), "window": self._window.state()}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Put back what `state_dict` gave, or what a `torch.amp.GradScaler` did.
+
+        Raises:
+          TrainingError: MP501, when GradScaler's five keys are not all there.
+        """
+        rule, state = from_dict(saved, self.rule)
+        window, order = saved.get("window", {"count": 0, "sums": {}}), list(map(id, self.optimizers.params()))
+        self._window.load(window, self.artefacts.named, order)
+        for mine, value in zip(self.state, state, strict=True):
+            mine.fill_(value)
+        self.plan.seed.copy_(self.state.scale * (1.0 / self.plan.added))
+        self._forget_updates()
+        self.rule = self.plan.rule = rule
+        self._floor = FloorWatch(rule, self.state)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A step of the same state on copies of model and optimizer; what is compiled is made again."""
+        # A process group is what it is: the copy trains with the same ranks.
+        memo.update((id(given[name]), given[name]) for given in self._made_of[3:] for name in ("process_group", "mesh"))
+        with self.full_masters():
+            owner, optimizer, loss_fn, given = copy.deepcopy(self._made_of, memo)
+        return _remade(type(self), owner, optimizer, loss_fn, given, copy.deepcopy(self.state_dict(), memo))
+
+    def __reduce__(self) -> Any:
+        """Pickles hold model, optimizer, loss and state; what is compiled is made again. Split masters are joined."""
+        self.join_masters()
+        if any(self._made_of[3][name] is not None for name in ("process_group", "mesh")):
+            raise TrainingError("MP512", "a step that was given a process group cannot be pickled",
+                                why="the group is of this process",
+                                try_="save_checkpoint, and train_step(..., process_group=...) anew")  # fmt: skip
+        return _remade, (type(self), *self._made_of, self.state_dict())
+
+
+def _remade(kind: Any, owner: Any, optimizer: Any, loss_fn: Any, given: dict[str, Any], state: dict[str, Any]) -> Any:
+    made = kind(owner, optimizer, loss_fn, **given)
+    made.load_state_dict(state)
+    return made

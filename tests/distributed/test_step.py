@@ -1,0 +1,290 @@
+"""The training step on two ranks: what one process makes of the whole batch, one decision, and ranks equal bit for bit."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from ranks import own_part, same_everywhere, together
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mpcompile import LossScale, mpcompile
+from mpcompile.errors import TrainingError
+from mpcompile.training.distributed import reduce
+
+WORDS, WIDTH, STEPS = 32, 16, 4
+
+
+class Net(nn.Module):
+    """A table that is the output's weight too, and a frozen bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(WORDS, WIDTH)
+        self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
+        self.head = nn.Linear(WIDTH, WORDS, bias=False)
+        self.head.weight = self.table.weight
+        self.up.bias.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        x = self.table(x) * factor
+        return self.head(x + self.down(torch.relu(self.up(x))))
+
+
+def loss_of(model: Any, x: torch.Tensor, y: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(x, factor).flatten(0, 1), y.flatten())
+
+
+def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    torch.manual_seed(1)
+    return [(torch.randint(0, WORDS, (8, 8)), torch.randint(0, WORDS, (8, 8))) for _ in range(STEPS)]
+
+
+ONE = torch.ones(())
+
+
+def made(policy: str, how: str, backend: str = "eager", **options: Any) -> tuple[nn.Module, Any, Any, Any]:
+    """(model, its optimizer, the step of all ranks, the wrapper); `how` the ranks are named."""
+    torch.manual_seed(0)
+    model = Net()
+    given: Any = DistributedDataParallel(model) if how == "ddp" else model
+    mesh = distributed.init_device_mesh("cpu", (2,)) if how == "mesh" else None
+    low = ["*"] if "fp32" not in policy.split(",")[0] else ()
+    mp = mpcompile(given, policy, low=low, backend=backend)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    group = distributed.group.WORLD if how == "group" else None
+    return model, optimizer, mp.train_step(optimizer, loss_of, process_group=group, mesh=mesh, **options), mp
+
+
+def alone(model: nn.Module, microbatches: int, clip: float | None) -> tuple[nn.Module, Any, list[float]]:
+    """What torch alone makes of the whole batches in FP32: (model, optimizer, norms)."""
+    plain = copy.deepcopy(model)
+    optimizer, norms = torch.optim.AdamW(plain.parameters(), lr=0.01), []
+    for x, y in batches():
+        loss_of(plain, x, y, ONE).backward()
+        norms.append(float(nn.utils.clip_grad_norm_(plain.parameters(), clip or 1e9)))
+        optimizer.step()
+        optimizer.zero_grad()
+    return plain, optimizer, norms
+
+
+def run(step: Any, rank: int, microbatches: int) -> list[float]:
+    norms = []
+    for x, y in batches():
+        parts = zip(own_part(x, rank).chunk(microbatches), own_part(y, rank).chunk(microbatches), strict=True)
+        results = [step(a, b, ONE) for a, b in parts]
+        assert [bool(r.stepped) for r in results] == [False] * (microbatches - 1) + [True]
+        norms.append(float(results[-1].grad_norm))
+    return norms
+
+
+def equal_everywhere(model: nn.Module, optimizer: Any) -> bool:
+    states = [t for state in optimizer.state.values() for t in state.values()]
+    return all(map(same_everywhere, [*model.state_dict().values(), *states]))
+
+
+def trains_as_one(rank: int, policy: str, how: str, microbatches: int, clip: float | None, **options: Any) -> Any:
+    model, optimizer, step, _ = made(policy, how, accumulate=microbatches, max_grad_norm=clip, **options)
+    plain, other, wanted = alone(model, microbatches, clip)
+    norms = run(step, rank, microbatches)
+    exact = policy == "fp32"
+    start = made(policy, "group")[0]
+    torch.testing.assert_close(torch.tensor(norms), torch.tensor(wanted), rtol=1e-4 if exact else 0.03, atol=0)
+    pairs = list(zip(model.parameters(), plain.parameters(), strict=True))
+    far, moved = (
+        float(sum((p - q).square().sum() for p, q in zip(one.parameters(), plain.parameters(), strict=True))) ** 0.5
+        for one in (model, start)
+    )
+    assert far <= (1e-4 if exact else 0.15) * moved
+    for p, q in pairs if exact else ():
+        if q.requires_grad:
+            for key in ("exp_avg", "exp_avg_sq"):
+                torch.testing.assert_close(optimizer.state[p][key], other.state[q][key], rtol=1e-4, atol=1e-7)
+    assert equal_everywhere(model, optimizer)
+    return step
+
+
+def sent(step: Any) -> list[tuple[str, list[torch.dtype], str]]:
+    """(operation, dtypes, phase) of each collective of the emitted graph."""
+    return [
+        (str(node.target), [n.meta["val"].dtype for n in node.args[0]], node.meta["mp_phase"])
+        for node in step.graph.graph.nodes
+        if "all_reduce" in str(node.target)
+    ]
+
+
+def all_ways(rank: int) -> None:
+    reduce.FIRST, reduce.BUCKET, reduce.SMALL = 1 << 10, 1 << 12, 1 << 9
+    step = trains_as_one(rank, "fp32", "ddp", 1, None)
+    assert len(sent(step)) >= 2
+    assert {phase for *_, phase in sent(step)} == {"backward"}
+    # Sent before the backward ends: gradients are made behind the first collective.
+    order = [str(n.target) for n in step.graph.graph.nodes if n.meta.get("mp_phase") == "backward"]
+    assert "aten.mm.default" in order[next(i for i, t in enumerate(order) if "all_reduce" in t) :]
+    low = trains_as_one(rank, "bf16,reduce=low", "ddp", 2, None)
+    assert "bf16" in {node["precision"] for node in low.report().to_dict()["nodes"] if node["kind"] == "matmul"}
+    assert any("all_reduce" in node["op"] for node in low.report().to_dict()["nodes"])
+
+
+def test_two_ranks_train_as_one() -> None:
+    together(all_ways)
+
+
+def other_ways(rank: int) -> None:
+    reduce.FIRST, reduce.BUCKET, reduce.SMALL = 1 << 10, 1 << 12, 1 << 9
+    trains_as_one(rank, "fp32", "group", 4, 0.1)
+    step = trains_as_one(rank, "bf16", "mesh", 1, 0.1)
+    assert {d for _, dtypes, _ in sent(step) for d in dtypes} == {torch.float32}
+    low = trains_as_one(rank, "bf16,reduce=low", "group", 1, None)
+    assert torch.bfloat16 in {d for _, dtypes, _ in sent(low) for d in dtypes}
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one_in_windows_and_over_a_mesh() -> None:
+    together(other_ways)
+
+
+def one_decision(rank: int) -> None:
+    for bad, microbatches in ((float("inf"), 1), (float("nan"), 2)):
+        model, optimizer, step, _ = made(
+            "fp16", "group", accumulate=microbatches, scale=LossScale.dynamic(init=2.0**10)
+        )
+        x, y = (own_part(t, rank) for t in batches()[0])
+        for _ in range(microbatches):
+            step(x, y, ONE)
+        before, scale = copy.deepcopy(model.state_dict()), float(step.state.scale)
+        moments = copy.deepcopy(optimizer.state_dict()["state"])
+        for number in range(microbatches):
+            factor = torch.tensor(bad if rank == 1 and number == 0 else 1.0)
+            result = step(x, y, factor)
+        assert not bool(result.stepped)
+        assert float(result.scale) == scale / 2
+        assert all(torch.equal(t, before[k]) for k, t in model.state_dict().items())
+        now = optimizer.state_dict()["state"]
+        assert all(torch.equal(t, now[i][k]) for i, s in moments.items() for k, t in s.items())
+        for _ in range(microbatches):
+            assert bool(step(x, y, ONE).finite)
+        assert equal_everywhere(model, optimizer)
+    found = step.explain_overflow(x, y, torch.tensor(float("inf") if rank == 1 else 1.0))
+    assert found is not None
+    assert found.rank == 1
+    assert str(found).startswith("rank 1: ")
+    assert step.explain_overflow(x, y, ONE) is None
+
+
+def test_an_overflow_on_one_rank_skips_the_step_on_all() -> None:
+    together(one_decision)
+
+
+def statistics_and_copies(rank: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.BatchNorm1d(WIDTH))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step = mpcompile(model, "bf16", low=["*"], backend="eager").train_step(
+        optimizer, lambda m, x: (m(x) - x).square().mean(), process_group=distributed.group.WORLD
+    )
+    torch.manual_seed(rank)
+    for _ in range(2):
+        result = step(torch.randn(8, WIDTH))
+    assert not same_everywhere(result.loss)
+    assert equal_everywhere(model, optimizer)
+    assert not torch.equal(model[1].running_mean, torch.zeros(WIDTH))
+    twin = copy.deepcopy(step)
+    assert bool(twin(torch.randn(8, WIDTH)).stepped)
+    assert same_everywhere(twin.model[0].weight)
+    with pytest.raises(TrainingError, match="MP512"):
+        step.__reduce__()
+    with pytest.raises(TrainingError, match="MP535"):
+        step.export_onnx("nowhere.onnx")
+
+
+def refusals(rank: int) -> None:
+    statistics_and_copies(rank)
+    x, y = (own_part(t, rank) for t in batches()[0])
+    # Another weight on one rank.
+    model, _, step, _ = made("fp32", "group")
+    with torch.no_grad():
+        model.up.weight[0, 0] += float(rank)
+    with pytest.raises(TrainingError, match=r"MP546(.|\n)*up\.weight"):
+        step(x, y, ONE)
+    # Another learning rate.
+    _, optimizer, step, _ = made("fp32", "group")
+    optimizer.param_groups[0]["lr"] = 0.01 * (1 + rank)
+    with pytest.raises(TrainingError, match=r"MP546(.|\n)*lr of group 0"):
+        step(x, y, ONE)
+    # Another moment.
+    model, optimizer, step, _ = made("fp32", "group")
+    made_state = torch.optim.AdamW(model.parameters(), lr=0.01)
+    loss_of(model, *batches()[0], ONE).backward()
+    made_state.step()
+    made_state.zero_grad()
+    saved = made_state.state_dict()
+    if rank == 1:
+        saved["state"][0]["exp_avg"][0, 0] += 1
+    optimizer.load_state_dict(saved)
+    with pytest.raises(TrainingError, match=r"MP546(.|\n)*exp_avg"):
+        step(x, y, ONE)
+    # A batch that reaches other parameters.
+    heads = nn.ModuleList([nn.Linear(WIDTH, 1) for _ in range(2)])
+    for head in heads:
+        distributed.broadcast(head.weight.data, 0)
+        distributed.broadcast(head.bias.data, 0)
+    step = mpcompile(heads, "fp32", backend="eager").train_step(
+        torch.optim.SGD(heads.parameters(), lr=0.1),
+        lambda m, x, task: m[task](x).mean(),
+        process_group=distributed.group.WORLD,
+    )
+    step(torch.ones(4, WIDTH), 0)
+    with pytest.raises(TrainingError, match=r"MP546(.|\n)*\.bias"):
+        step(torch.ones(4, WIDTH), 1)
+    # Nobody said with whom.
+    with pytest.raises(TrainingError, match="MP535"):
+        made("fp32", "alone")
+    with pytest.raises(TrainingError, match="MP541"):
+        mpcompile(Net(), "fp32").train_step(
+            torch.optim.SGD(Net().parameters(), lr=0.1), loss_of, process_group=distributed.group.WORLD,
+            mesh=distributed.init_device_mesh("cpu", (2,)),
+        )  # fmt: skip
+    model = Net()
+    with pytest.raises(TrainingError, match=r"MP547(.|\n)*2 dimensions"):
+        mpcompile(model, "fp32").train_step(
+            torch.optim.SGD(model.parameters(), lr=0.1), loss_of, mesh=distributed.init_device_mesh("cpu", (1, 2))
+        )
+    part = nn.Sequential(DistributedDataParallel(nn.Linear(4, 4)), nn.Linear(4, 1))
+    step = mpcompile(part, "fp32", backend="eager").train_step(
+        torch.optim.SGD(part.parameters(), lr=0.1), lambda m, x: m(x).mean(), process_group=distributed.group.WORLD
+    )
+    with pytest.raises(TrainingError, match=r"MP535(.|\n)*reducer"):
+        step(torch.ones(2, 4))
+    own = distributed.new_group([0])
+    if rank == 1:
+        with pytest.raises(TrainingError, match="MP547"):
+            mpcompile(model, "fp32").train_step(torch.optim.SGD(model.parameters(), lr=0.1), loss_of, process_group=own)
+
+
+def test_what_cannot_be_is_refused_by_name() -> None:
+    together(refusals)
+
+
+def compiled(rank: int) -> None:
+    reduce.FIRST, reduce.BUCKET, reduce.SMALL = 1 << 10, 1 << 12, 1 << 9
+    trains_as_one(rank, "fp32", "ddp", 1, 0.1, backend="inductor")
+    trains_as_one(rank, "bf16,reduce=low", "group", 2, None, backend="inductor")
+    trains_as_one(rank, "bf16", "group", 1, None, backend="inductor")
+
+
+@pytest.mark.slow
+def test_two_compiled_ranks_train_as_one() -> None:
+    together(compiled)
+
+
+def four(rank: int) -> None:
+    trains_as_one(rank, "fp32", "group", 1, 0.1)
+
+
+@pytest.mark.slow
+def test_four_ranks_train_as_one() -> None:
+    together(four, size=4)
