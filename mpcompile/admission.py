@@ -44,8 +44,10 @@ def check_overrides(model: nn.Module, settings: Settings) -> None:
     """Refuse now what can name nothing later: no module path, no operation, no node (nodes are named after operations).
 
     Raises:
-      RuleError: MP203, with near names.
+      RuleError: MP203, with near names; MP207, for ranges of another model.
     """
+    if settings.ranges is not None:
+        settings.ranges.check({name: p.shape for name, p in model.named_parameters()})
     paths = [name for name, _ in model.named_modules() if name]
     ops = [rule.op for rule in rules_for("aten")]
     known = [*paths, *ops, *(f"{op}.default" for op in ops), *(op.partition(".")[2] for op in ops)]

@@ -7,7 +7,7 @@ import functools
 import inspect
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +42,7 @@ from mpcompile.torch_internals import (
 )
 
 if TYPE_CHECKING:
+    from mpcompile.ranges import Ranges
     from mpcompile.report.comparison import Comparison
 
 
@@ -60,6 +61,7 @@ def mpcompile(
     keep_fp32: Any = (),
     low: Any = (),
     fp8: Any = (),
+    ranges: Any = None,
     backend: str = "inductor",
     dynamic: bool | None = None,
     strict: bool = False,
@@ -77,6 +79,7 @@ def mpcompile(
       policy: "auto", "bf16", "fp16", "fp8", "fp32", fields such as "low=fp16,output=low", or a `Policy`.
       keep_fp32, low: globs on module path, op name or node name, or callables of a `Node`; one or several.
       fp8: the same, for linear layers that read their operands in FP8 whatever it costs (see `mpcompile.fp8`).
+      ranges: what `calibrate` measured (a `Ranges`, or its file): what FP16 cannot hold stays FP32.
       backend: "inductor" (compiled), "eager" (the rewritten graph op by op), or "onnxruntime" (training step, inference).
       dynamic: as in `torch.compile`.
       strict: an op without a rule is an error instead of FP32.
@@ -91,6 +94,7 @@ def mpcompile(
     if _is_onnx(model):
         if fp8:
             raise TypeError("mpcompile() got fp8=, which ONNX models do not take")
+        onnx_options |= {} if ranges is None else {"ranges": ranges}
         from mpcompile.onnx.convert import convert
 
         return convert(model, policy, keep_fp32=keep_fp32, low=low, strict=strict, **onnx_options)
@@ -104,7 +108,7 @@ def mpcompile(
         model = model.model
     check_model(model)
     inner = "inductor" if backend == "onnxruntime" else backend
-    settings = settings_of(policy, keep_fp32, low, strict, inner, fp8)
+    settings = settings_of(policy, keep_fp32, low, strict, inner, fp8, ranges)
     check_overrides(model, settings)
     wrapped = _rewrapped(model, settings, dynamic, backend)
     if example_inputs is not None:
@@ -300,6 +304,18 @@ class MixedPrecisionModule(nn.Module):
         from mpcompile.training.numerics.compare import compare
 
         return compare(self.model, self.settings, args, kwargs)
+
+    def calibrate(self, batches: Iterable[Any], loss_fn: Callable[..., Any] | None = None) -> Ranges:
+        """Ranges of the model's values and gradients on `batches` (each a tensor, a tuple, or a dict of keywords), in FP32.
+
+        Save them, and give them to ``mpcompile(model, "fp16", ranges=...)``. `loss_fn` as in `compare`.
+
+        Raises:
+          CaptureError: MP101. TrainingError: MP561.
+        """
+        from mpcompile.training.numerics.calibrate import calibrate
+
+        return calibrate(self.model, self.settings, batches, loss_fn)
 
     def train_step(
         self,

@@ -21,8 +21,10 @@ from mpcompile.graph import PrecisionGraph
 from mpcompile.hardware import row_name, settle_policy
 from mpcompile.passes.base import Pass
 from mpcompile.passes.classify import refuse_both
+from mpcompile.passes.measured_hazards import MeasuredHazards
 from mpcompile.pipeline import History, Observer, StepRecord, default_passes, run
 from mpcompile.policy import Policy
+from mpcompile.ranges import HEADROOM, Ranges
 
 log = logging.getLogger("mpcompile")
 
@@ -36,6 +38,7 @@ class Settings:
       keep_fp32, low, fp8: overrides: globs on module path, op name or node name, or callables of a `Node`.
       strict: an op without a rule is an error.
       inner: "inductor" or "eager".
+      ranges: what was measured of the model's values and gradients, for FP16.
     """
 
     policy: Policy = field(default_factory=Policy)
@@ -44,6 +47,7 @@ class Settings:
     strict: bool = False
     inner: str = "inductor"
     fp8: tuple[Any, ...] = ()
+    ranges: Ranges | None = None
 
     def overrides(self) -> dict[str, tuple[Any, ...]]:
         """Each of the caller's overrides by its name."""
@@ -118,8 +122,18 @@ def decide(
         fused=settings.inner == "inductor",
         partial=partial,
     )
+    if settings.ranges is not None and narrow and policy.plan != "autocast":
+        passes = _with_ranges(passes, settings.ranges, capture.graph, policy.low)
     graph, steps = run(capture.graph, passes, observer)
     return Plan(capture, graph, steps, policy, device, time.perf_counter() - start, row, passes)
+
+
+def _with_ranges(passes: Sequence[Pass], ranges: Ranges, graph: PrecisionGraph, low: str) -> list[Pass]:
+    """The passes, with what was measured held against the low type once the verdicts are given."""
+    values, gradients = ranges.found(graph, low)
+    measured = MeasuredHazards(low, values, headroom=HEADROOM, gradients=gradients)
+    after = next(i for i, one in enumerate(passes) if one.name == "classify") + 1
+    return [*passes[:after], measured, *passes[after:]]
 
 
 def settings_of(
@@ -129,11 +143,12 @@ def settings_of(
     strict: bool = False,
     inner: str = "inductor",
     fp8: Any = (),
+    ranges: Any = None,
 ) -> Settings:
     """Settings from what a caller may write (a policy string, one glob or several).
 
     Raises:
-      RuleError: MP201, MP203, MP204, MP206.
+      RuleError: MP201, MP203, MP204, MP206, MP208.
     """
     if inner not in ("inductor", "eager"):
         raise RuleError("MP204", f"there is no backend {inner!r}", try_="'inductor', 'eager' or 'onnxruntime'")
@@ -146,7 +161,7 @@ def settings_of(
     if asked and (parsed.low == "fp16" or parsed.plan == "autocast"):
         raise RuleError("MP201", f"fp8={asked[0]!r} beside {parsed}", why="FP8 products give BF16, in a plan of our own",
                         try_="policy='bf16' or 'fp8'")  # fmt: skip
-    return Settings(parsed, kept, forced, strict, inner, asked)
+    return Settings(parsed, kept, forced, strict, inner, asked, None if ranges is None else Ranges.load(ranges))
 
 
 def _several(given: Any) -> tuple[Any, ...]:

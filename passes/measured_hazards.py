@@ -42,17 +42,20 @@ class MeasuredHazards:
     ranges: value name -> what was measured.
     on: the inputs on which that was, in words; "" for samples of the user's.
     headroom: how many times larger values may be on other inputs.
+    gradients: value name -> why its gradient is unfit for the low type.
     """
 
     low: str
     ranges: Mapping[str, Measured] = field(default_factory=dict)
     on: str = ""
     headroom: float = 1.0
+    gradients: Mapping[str, str] = field(default_factory=dict)
 
     name: ClassVar[str] = "measured-hazards"
 
     def apply(self, graph: PrecisionGraph) -> PassResult:
         reasons = {name: reason for name, seen in self.ranges.items() if (reason := self._reason(seen))}
+        reasons = {**self.gradients, **reasons}
         raised = 0
         for node in graph:
             found = next((name for name in (*node.outputs, *node.inputs) if name in reasons), "")

@@ -19,6 +19,7 @@ def compare(
     policy: options.Policy = "auto",
     keep_fp32: options.KeepFp32 = None,
     low: options.Low = None,
+    ranges: options.Ranges = None,
     batches: Annotated[int, typer.Option(help="How many batches: the factory is called for each.")] = 1,
     autocast: Annotated[
         bool, typer.Option("--autocast/--no-autocast", help="Beside it, torch.autocast's decisions on the same batch.")
@@ -42,7 +43,7 @@ def compare(
         found = _onnx(model, "fp16" if policy == "auto" else policy, overrides, samples, autocast)
     else:
         chosen = {"gradients": gradients, "autocast": autocast, "scale": scale}
-        found = _torch(model, policy, overrides, batches, chosen)
+        found = _torch(model, policy, {**overrides, "ranges": ranges}, batches, chosen)
     options.print_json(found.to_dict()) if json else _show(found, rows)
     if limit is not None and not (found.finite and found.worst_output_error() <= limit):
         raise typer.Exit(1)

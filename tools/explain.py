@@ -25,6 +25,7 @@ def explain(
     policy: options.Policy = "auto",
     keep_fp32: options.KeepFp32 = None,
     low: options.Low = None,
+    ranges: options.Ranges = None,
     json: options.Json = False,
 ) -> None:
     """Explain a node's precision (TARGET NODE), or an error (CODE)."""
@@ -34,7 +35,7 @@ def explain(
         return
     if not node:
         raise UsageError("MP806", f"which node of {what}?", try_=f"mpcompile explain {what} NODE")
-    report = target.study(what, policy, keep_fp32, low).report
+    report = target.study(what, policy, keep_fp32, low, ranges).report
     facts = node_facts(report, _find(report, node))
     options.print_json(facts) if json else options.say(_node_text(facts))
 

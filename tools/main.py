@@ -12,7 +12,20 @@ from typer.core import TyperGroup
 
 from mpcompile import __version__
 from mpcompile.errors import MPCompileError, UsageError
-from mpcompile.tools import bench, bisect, compare, convert, demo, diff, doctor, explain, export, inspect, options
+from mpcompile.tools import (
+    bench,
+    bisect,
+    calibrate,
+    compare,
+    convert,
+    demo,
+    diff,
+    doctor,
+    explain,
+    export,
+    inspect,
+    options,
+)
 
 # What was asked about is not so: the input is good, and an output is off by more than --max-error.
 FAILED_CHECKS = ("MP605",)
@@ -90,6 +103,7 @@ for verb in (
     explain.explain,
     compare.compare,
     bisect.bisect,
+    calibrate.calibrate,
     diff.diff,
     convert.convert,
     export.export,

@@ -22,6 +22,9 @@ KeepFp32 = Annotated[
     list[str] | None, typer.Option("--keep-fp32", help="Glob on module path, op or node to keep FP32.")
 ]
 Low = Annotated[list[str] | None, typer.Option("--low", help="Glob on module path, op or node to run in the low type.")]
+Ranges = Annotated[
+    Path | None, typer.Option("--ranges", metavar="FILE", help="What `mpcompile calibrate` measured, for FP16.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 

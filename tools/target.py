@@ -57,28 +57,29 @@ def is_onnx(target: str) -> bool:
     return target.endswith(".onnx")
 
 
-def study(target: str, policy: str, keep_fp32: Sequence[str] | None = (), low: Sequence[str] | None = ()) -> Study:
-    """Read the model that `target` names, and decide on it.
+def study(target: str, policy: str, keep_fp32: Sequence[str] | None = (), low: Sequence[str] | None = (),
+          ranges: Path | None = None) -> Study:  # fmt: skip
+    """Read the model that `target` names, and decide on it; `ranges` is a file of `mpcompile calibrate`.
 
     Raises:
       MPCompileError: MP802 to MP804 for the target, and what the compiler has to say.
     """
     overrides = {"keep_fp32": tuple(keep_fp32 or ()), "low": tuple(low or ())}
-    return _study_onnx(target, policy, overrides) if is_onnx(target) else _study_fx(target, policy, overrides)
+    if is_onnx(target):
+        return _study_onnx(target, policy, overrides)
+    return _study_fx(target, policy, overrides if ranges is None else {**overrides, "ranges": ranges})
 
 
 def _study_fx(target: str, policy: str, overrides: dict[str, Any]) -> Study:
     from mpcompile import mpcompile
-    from mpcompile.pipeline import default_passes
     from mpcompile.report.model import build_report
 
     made = load(target)
     plan = mpcompile(made.model, policy, **overrides).plan(*made.args, **made.kwargs)
     before = plan.capture.graph
-    passes = default_passes(plan.policy, plan.row, "aten", keep_fp32=overrides["keep_fp32"], force_low=overrides["low"])
     report = build_report(plan.graph, plan.policy, plan.row, steps=plan.steps, before=before, history=plan.history,
                           code=plan.capture.code)  # fmt: skip
-    return Study(report, before, passes)
+    return Study(report, before, plan.passes)
 
 
 def _study_onnx(target: str, policy: str, overrides: dict[str, Any]) -> Study:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -20,6 +21,9 @@ from mpcompile.training.gradients.specialization import Artefact, Artefacts, com
 from mpcompile.training.loss_scale.overflow import Overflow, explain
 from mpcompile.training.loss_scale.scale import LossScale
 from mpcompile.training.optimizer.build import Plan, Update
+
+if TYPE_CHECKING:
+    from mpcompile.ranges import Ranges
 
 Like = Callable[[], Sequence[Tensor]]
 
@@ -99,6 +103,26 @@ class Inspection:
         graph = precision_graph(emitted, joint)
         return build_report(graph, plan.policy, plan.row, steps=plan.steps, history=plan.history,
                             code=plan.capture.code)  # fmt: skip
+
+    def calibrate(self, batches: Iterable[Any]) -> Ranges:
+        """Measure values and gradients on `batches` with the weights as they are, and plan anew by what was measured.
+
+        What FP16 cannot hold stays FP32 from the next call on (it compiles again); so it does in what `mp` plans later. A
+        batch is a tensor, a tuple of arguments or a dict of keywords. No weight, state or random number changes.
+
+        Raises:
+          CaptureError: MP101. TrainingError: MP561.
+        """
+        from mpcompile.training.numerics.calibrate import calibrate
+
+        whole: Any = self
+        owner, artefacts = whole._made_of[0], self.artefacts
+        with whole.full_masters():
+            found = calibrate(artefacts.model, artefacts.settings, batches, artefacts.loss_fn)
+        artefacts.settings = replace(artefacts.settings, ranges=found)
+        owner.__dict__["settings"] = replace(owner.settings, ranges=found)
+        whole._renew()
+        return found
 
     def explain_overflow(self, *args: Any, **kwargs: Any) -> Overflow | None:
         """Run a batch again, node by node, and name the first node that makes a non-finite number; None if none does.

@@ -18,7 +18,7 @@ from mpcompile.tools.main import app
 
 HERE = Path(__file__).parent
 MODEL = f"{HERE / 'model_under_test.py'}:make"
-VERBS = ("demo", "inspect", "explain", "compare", "bisect", "diff", "convert", "export", "bench", "doctor")
+VERBS = ("demo", "inspect", "explain", "compare", "bisect", "calibrate", "diff", "convert", "export", "bench", "doctor")
 
 
 def call(*arguments: str, code: int = 0) -> Result:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from mpcompile.tools.main import app
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs" / "verbs").glob("*.md"))
 BLOCK = re.compile(r"^```(python [\w.]+|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-NUMBER = re.compile(r"-?\d[\d,]*\.?\d*(e[+-]?\d+)?|\binf\b|(?<= )-(?= |$)")
+NUMBER = re.compile(r"-?\d[\d,]*\.?\d*(e[+-]?\d+)?|\b(inf|nan)\b|(?<= )-(?= |$)")
 RULED = re.compile(r"[ ─━╭╮╰╯│]+")
 
 
@@ -59,11 +61,15 @@ def _commands(body: str) -> list[tuple[str, str]]:
 
 def _run(command: str) -> str:
     words = command.split()
+    if words[0] == "python":
+        done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return done.stdout
     assert words[0] == "mpcompile", command
-    done = CliRunner().invoke(app, [word.strip("'\"") for word in words[1:]])
-    if done.exception and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    text = done.output.replace(f"{os.getcwd()}/", "")
+    ran = CliRunner().invoke(app, [word.strip("'\"") for word in words[1:]])
+    if ran.exception and not isinstance(ran.exception, SystemExit):
+        raise ran.exception
+    text = ran.output.replace(f"{os.getcwd()}/", "")
     return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,6 +42,7 @@ class Subject:
       rounded: casts that the program itself asks for (one to the type that the plan holds the value in anyway is none).
       loss_at: place of the loss among the outputs.
       gradients: (place among the outputs, parameter's name).
+      kinds: of each input its kind, its type in the plan, its place in the batch, and the model's tensor.
     """
 
     module: fx.GraphModule
@@ -54,6 +55,11 @@ class Subject:
     rounded: frozenset[fx.Node]
     loss_at: int
     gradients: list[tuple[int, str]]
+    kinds: list[tuple[str, Any, int, Tensor | None]] = field(default_factory=list)
+
+    def full_inputs(self, batch: Batch) -> list[Any]:
+        """The FP32 inputs for another batch of the same signature."""
+        return [raised(given(kind, index, tensor, batch)) for kind, _, index, tensor in self.kinds]
 
     def planned(self, node: fx.Node) -> Node | None:
         """The node of the plan that `node` is a part of."""
@@ -123,19 +129,21 @@ def _subject(
     places: dict[str, Place] | None = None,
 ) -> Subject:
     tensors = {**forward.constants, **owned(model, loss_fn)[1], **named}
-    inputs = list[Any]()
-    full = list[Any]()
-    for one in forward.inputs:
-        if one.kind == "seed":
-            continue
-        held = batch.tensors[one.index] if one.kind == "arg" else tensors[one.name]
-        held = held.detach() if isinstance(held, Tensor) else held
-        full.append(raised(held))
-        inputs.append(held.to(one.dtype) if one.kind == "shadow" else held)
+    kinds: list[tuple[str, Any, int, Tensor | None]]
+    kinds = [(one.kind, one.dtype, one.index, tensors.get(one.name)) for one in forward.inputs if one.kind != "seed"]
+    held = [given(kind, index, tensor, batch) for kind, _, index, tensor in kinds]
+    full = [raised(one) for one in held]
+    inputs = [one.to(dtype) if kind == "shadow" else one for one, (kind, dtype, _, _) in zip(held, kinds, strict=True)]
     places = _places(forward) if places is None else places
     group = groups(module, forward.plan, places)
     return Subject(module, forward.plan, inputs, full, places, group, exits(module, group),
-                   _own_casts(module, forward.plan, places), loss_at, gradients)  # fmt: skip
+                   _own_casts(module, forward.plan, places), loss_at, gradients, kinds)  # fmt: skip
+
+
+def given(kind: str, index: int, tensor: Tensor | None, batch: Batch) -> Any:
+    """What the graph reads there: a tensor of the batch, or the model's own as it is now."""
+    held = batch.tensors[index] if kind == "arg" else tensor
+    return held.detach() if isinstance(held, Tensor) else held
 
 
 def _places(forward: Forward) -> dict[str, Place]:

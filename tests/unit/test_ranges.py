@@ -1,0 +1,94 @@
+"""Ranges as data: spreads, intervals of loss scales, the file, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpcompile.errors import RuleError
+from mpcompile.graph import Node, PrecisionGraph, Value
+from mpcompile.ranges import Ranges, Spread, keyed, unfit_gradients
+
+SPREADS = st.builds(
+    Spread, st.floats(-1e30, 0), st.floats(0, 1e30), st.dictionaries(st.integers(-140, 120), st.integers(1, 99))
+)
+
+
+def size(power: int, count: int = 10) -> Spread:
+    return Spread(-(2.0**power), 2.0**power, {power: count})
+
+
+@given(st.dictionaries(st.text(), SPREADS), st.dictionaries(st.text(), SPREADS), st.integers(0, 9))
+def test_every_field_survives_the_file(values: dict[str, Spread], gradients: dict[str, Spread], batches: int) -> None:
+    made = Ranges(values, gradients, {"a.weight": (2, 3)}, {"a|op|0"}, batches)
+    assert Ranges._read(json.loads(json.dumps(made.to_dict()))) == made
+
+
+@given(SPREADS, SPREADS)
+def test_joining_counts_and_widens(one: Spread, other: Spread) -> None:
+    both = one.joined(other)
+    assert both.largest == max(one.largest, other.largest)
+    assert sum(both.sizes.values()) == sum(one.sizes.values()) + sum(other.sizes.values())
+    assert one.joined(other) == other.joined(one)
+
+
+def test_what_vanishes_is_counted_by_powers_of_two() -> None:
+    one = Spread(-1.0, 1.0, {-30: 1, -26: 2, -25: 1, 0: 4})
+    assert one.vanishing(2.0**-25) == 3 / 8
+    assert one.measured("fp16").vanishing == 3 / 8
+    assert one.measured("bf16").vanishing == 0
+
+
+def test_the_scale_is_the_one_that_suits_most() -> None:
+    usual = {f"n{i}": size(-20) for i in range(5)}
+    assert unfit_gradients(usual, "fp16") == {}
+    found = unfit_gradients({**usual, "steep": size(20), "faint": size(-60)}, "fp16")
+    assert found.keys() == {"steep", "faint"}
+    assert "beyond fp16 at a loss scale of" in found["steep"]
+    assert "is zero in fp16" in found["faint"]
+    assert unfit_gradients({"steep": size(20), "all": size(19)}, "fp16").keys() == {"steep", "all"}
+    assert unfit_gradients({}, "fp16") == {}
+
+
+def graph(*modules: str) -> PrecisionGraph:
+    made = PrecisionGraph()
+    made.add_input(Value("x", "fp32", (4,), 4))
+    for number, module in enumerate(modules):
+        node = Node(f"n{number}", "aten.relu.default", ["x"], module=module)
+        made.add(node, [Value(f"v{number}", "fp32", (4,), 4)])
+    return made
+
+
+def test_nodes_are_known_by_module_operation_and_number() -> None:
+    keys = [key for key, _ in keyed(graph("a", "a", "b", ""))]
+    assert keys == ["a|aten.relu.default|0", "a|aten.relu.default|1", "b|aten.relu.default|0", "|aten.relu.default|0"]
+
+
+def test_ranges_of_another_model_are_refused() -> None:
+    made = Ranges(parameters={"a.weight": (2, 3)}, operations={"a|aten.relu.default|0"})
+    made.check({"a.weight": [2, 3]})
+    made.check_graph(graph("a", ""))
+    for other in ({"a.weight": (2, 4)}, {}, {"a.weight": (2, 3), "b": (1,)}):
+        with pytest.raises(RuleError, match="MP207"):
+            made.check(other)
+    with pytest.raises(RuleError, match="MP207"):
+        made.check_graph(graph("a", "b"))
+
+
+def test_a_file_that_holds_none_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "r.json"
+    for text in ("", "[]", "{}", '{"schema": "other/1"}', '{"schema": "mpcompile.ranges/1", "values": {"a": 3}}'):
+        path.write_text(text)
+        with pytest.raises(RuleError, match="MP208"):
+            Ranges.load(path)
+    with pytest.raises(RuleError, match="MP208"):
+        Ranges.load(tmp_path / "absent.json")
+    with pytest.raises(RuleError, match="MP208"):
+        Ranges.load(3)
+    Ranges(batches=2).save(path)
+    assert Ranges.load(str(path)).batches == 2
+    assert [one.name for one in tmp_path.iterdir()] == ["r.json"]
