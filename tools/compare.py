@@ -33,18 +33,26 @@ def compare(
     samples: Annotated[
         Path | None, typer.Option("--samples", help="ONNX: sample inputs (.npz); by default generated ones.")
     ] = None,
+    html: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Also write the comparison as one offline page.")
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Compare a plan's values and gradients with FP32's on the same batch, worst first."""
     if batches < 1:
         raise UsageError("MP811", f"--batches {batches}", try_="--batches 1")
+    options.place(html)
     overrides = {"keep_fp32": tuple(keep_fp32 or ()), "low": tuple(low or ())}
     if target.is_onnx(model):
         found = _onnx(model, "fp16" if policy == "auto" else policy, overrides, samples, autocast)
     else:
         chosen = {"gradients": gradients, "autocast": autocast, "scale": scale}
         found = _torch(model, policy, {**overrides, "ranges": ranges}, batches, chosen)
+    if html:
+        found.to_html(html)
     options.print_json(found.to_dict()) if json else _show(found, rows)
+    if html and not json:
+        options.say(f"written: {html}")
     if limit is not None and not (found.finite and found.worst_output_error() <= limit):
         raise typer.Exit(1)
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -182,6 +184,22 @@ class Comparison:
 
     def to_json(self, indent: int | None = 2) -> str:
         return json.dumps(self.to_dict(), indent=indent, ensure_ascii=False)
+
+    def worst_first(self, *parts: str) -> list[ErrorRow]:
+        """The rows of `parts` ("values", "gradients", "parameters"): overflows first, then by their own error; noise last."""
+        return worst_first(row for part in parts for row in getattr(self, part))
+
+    def to_html(self, path: str | os.PathLike[str]) -> None:
+        """Write the comparison as one page that needs no network."""
+        from mpcompile.report.comparison_page import comparison_page
+
+        Path(path).write_text(comparison_page(self), encoding="utf-8", errors="backslashreplace")
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the worst modules and rows."""
+        from mpcompile.report.comparison_page import comparison_cell
+
+        return comparison_cell(self)
 
     def __rich__(self) -> Group:
         from mpcompile.report.comparison_table import comparison_table

@@ -5,13 +5,16 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from mpcompile.errors import printable
-from mpcompile.report.comparison import Comparison, ErrorRow, worst_first
+
+if TYPE_CHECKING:
+    from mpcompile.report.comparison import Comparison, ErrorRow
 
 WIDTH = 160
 # How many rows each table shows.
@@ -23,10 +26,10 @@ def comparison_table(found: Comparison, rows: int = ROWS) -> Group:
     """All of it; `rows` values and gradients at most."""
     parts: list[RenderableType] = [Text(printable(line), style) for line, style in headline(found)]
     parts += [Text(), Text("by module, the largest error of its own first", "bold"), _modules(found)]
-    mixed = worst_first((*found.values, *found.gradients))
+    mixed = found.worst_first("values", "gradients")
     parts += [Text(), Text(_of("values and gradients (')", len(mixed), rows), "bold"), _rows(found, mixed[:rows])]
     if found.parameters:
-        ordered = worst_first(found.parameters)
+        ordered = found.worst_first("parameters")
         title = _of("gradients of parameters", len(ordered), PARAMETERS)
         parts += [Text(), Text(title, "bold"), _rows(found, ordered[:PARAMETERS])]
     return Group(*parts, *(Text(printable(f"note: {note}"), "italic") for note in found.notes))
@@ -51,7 +54,7 @@ def headline(found: Comparison) -> list[tuple[str, str]]:
 
 
 def _worst(found: Comparison) -> str:
-    row = worst_first(found.parameters)[0]
+    row = found.worst_first("parameters")[0]
     most = max(found.parameters, key=lambda one: (not one.noise, one.error))
     return f"{number((most if not row.overflow else row).error)} at {(most if not row.overflow else row).id}"
 

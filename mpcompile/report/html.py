@@ -102,12 +102,18 @@ def fragment(report: Report, notes: Sequence[str] = ()) -> str:
     return str(_templates().get_template("fragment.html.jinja").render(facts))
 
 
+def cell(title: str, cards: Sequence[dict[str, Any]]) -> str:
+    """Cards, as `plain_page` takes them, for a notebook."""
+    facts = {"title": title, "cards": cards, "style": Markup(_text("web/fragment.css"))}
+    return str(_templates().get_template("web/cell.html.jinja").render(facts))
+
+
 def plain_page(title: str, facts: Sequence[tuple[str, str]], cards: Sequence[dict[str, Any]], table: PlainTable) -> str:
     """A page with some cards and one table, for what is no report of one graph.
 
     Args:
       facts: (name, value) pairs for the top line.
-      cards: each with some of "big", "lines", "shares" (`Share`s), and "caption", "head" and "rows" of a small table.
+      cards: each with some of "big", "lines", and "caption", "head" and "rows" of a small table.
     """
     data = {"columns": table.columns, "rows": table.packed(), "facet": table.facet, "what": table.what}
     inside = {"title": title, "facts": facts, "cards": cards, "what": table.what, "data": _script_data(data)}

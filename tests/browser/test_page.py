@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 from chromium import Chromium, program
 from synthetic_report import HOSTILE, hostile, stacked
 
+from mpcompile.report.comparison import Comparison, ErrorRow
 from mpcompile.report.difference import write_difference
 from mpcompile.report.model import Report
 
@@ -299,6 +301,22 @@ def test_a_difference_of_hostile_names_runs_nothing(browser: Chromium, tmp_path:
     browser.problems.clear()
     browser.open(tmp_path / "diff.html")
     assert browser.run("window.hit ?? 0") == 0
+    assert browser.problems == []
+
+
+def test_a_comparison_sorts_infinities_last_and_first(browser: Chromium, tmp_path: Path) -> None:
+    usual = {"node": "", "op": "aten.mm.default", "phase": "forward", "module": "", "source": "", "dtype": "fp16",
+             "inherited": 0.0, "underflow": 0, "overflow": 0, "elements": 1, "largest": 1.0, "headroom": 1.0}  # fmt: skip
+    values = [ErrorRow(name, error=own, own=own, **usual) for name, own in (("a", 0.2), ("b", math.inf), ("c", 1e-9))]
+    Comparison("low=fp16", "fp16", "cpu", "", (), 1.0, tuple(values)).to_html(tmp_path / "compare.html")
+    browser.size(1400, 900)
+    browser.problems.clear()
+    browser.open(tmp_path / "compare.html")
+    browser.run("TABLE.setSort('own', 'asc')")
+    assert browser.run("TABLE.getData('active').map(row => row.id)") == ["c", "a", "b"]
+    browser.run("TABLE.setSort('own', 'desc')")
+    assert browser.run("TABLE.getData('active').map(row => row.id)") == ["b", "a", "c"]
+    assert "1.0e-09" in text(browser, "#rows")
     assert browser.problems == []
 
 

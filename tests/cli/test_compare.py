@@ -54,6 +54,11 @@ def test_the_table_has_what_was_asked_for(target: str) -> None:
     assert "a.weight" in text
 
 
+def test_the_page_is_written_beside_the_table(target: str, tmp_path: Path) -> None:
+    assert f"written: {tmp_path / 'page.html'}" in call(f"{target}:make", "--html", str(tmp_path / "page.html")).stdout
+    assert "a.weight" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
 def test_batches_are_joined(target: str) -> None:
     found = json.loads(call(f"{target}:make", "--batches", "2", "--no-autocast", "--json").stdout)
     assert found["batches"] == 2

@@ -15,4 +15,10 @@ function virtualTable(place, rows, columns, more) {
 }
 
 const collator = new Intl.Collator("en", {numeric: true});
-const bySort = (a, b) => typeof a === "number" ? a - b : collator.compare(a, b);
+const rank = value => ({inf: Infinity, "-inf": -Infinity})[value] ?? value;
+
+function bySort(a, b) {
+  const [first, second] = [rank(a), rank(b)];
+  if (typeof first === "number" && typeof second === "number") return first === second ? 0 : first - second;
+  return collator.compare(first, second);
+}

@@ -6,8 +6,8 @@ const HAY = ROWS.map(row => DATA.columns.map(column => row[column.field]).join("
 const SHOW = {words: [], facet: ""};
 let TABLE = null;
 
-const times = value => typeof value === "number" ? short(value) : value;
-const share = value => typeof value !== "number" ? value : value === 0 ? "0" : value.toExponential(1);
+const times = value => typeof value === "number" ? short(value) : value ?? "";
+const share = value => typeof value !== "number" ? value : value === 0 ? "0" : value.toExponential(1).replace(/([+-])(\d)$/, "$10$2");
 const WORDS = {
   word: cell, code: value => cell(value, "mono"), idle: value => cell(value, "mono idle"),
   chip: value => value ? chip(value) : "", size: value => cell(size(value), "num"),
