@@ -74,6 +74,11 @@ class CostModel:
     def kind(self, node: Node) -> Kind | None:
         return self._kinds.get(node.kind)
 
+    @property
+    def keeps(self) -> frozenset[str]:
+        """The kinds of which the backward reads what they read."""
+        return self._keep_inputs
+
     def keeps_inputs(self, node: Node) -> bool:
         """True where the backward reads what the node read."""
         return node.kind in self._keep_inputs

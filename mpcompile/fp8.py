@@ -171,6 +171,7 @@ class Prices:
     device: Device
     recipe: str
     low: str = "bf16"
+    margin: float = MARGIN
     _sizes: dict[str, int] = field(default_factory=dict)
 
     @property
@@ -180,7 +181,7 @@ class Prices:
     def gain(self, node: Node) -> float:
         """Seconds that one pass saves in FP8, its copies apart, after the margin."""
         rate = self.device.fp8.get(self.recipe, 0.0)
-        return self.bf16(node) - MARGIN * node.flops / rate if rate else 0.0
+        return self.bf16(node) - self.margin * node.flops / rate if rate else 0.0
 
     def bf16(self, node: Node) -> float:
         """Seconds of one pass in the low type."""
@@ -193,11 +194,11 @@ class Prices:
 
     def look(self, value: str) -> float:
         """Seconds to find an operand's largest number and to read it for its copies, after the margin."""
-        return MARGIN * (4 * self._elements(value) / self._speed() + KERNELS * self.device.launch)
+        return self.margin * (4 * self._elements(value) / self._speed() + KERNELS * self.device.launch)
 
     def write(self, copy: Copy) -> float:
         """Seconds to write one copy, after the margin."""
-        return MARGIN * self._elements(copy.value) / self._speed()
+        return self.margin * self._elements(copy.value) / self._speed()
 
     def kept(self, value: str) -> float:
         """Seconds that go with the bytes saved where the backward keeps an input in FP8 alone."""
@@ -210,19 +211,77 @@ class Prices:
         return self.graph.values[value.removesuffix(":gradient")].numel
 
 
-def plan_cost(graph: PrecisionGraph, prices: Prices, saves: frozenset[str]) -> float:
-    """Seconds that the FP8 reads of a decided graph add to its cost (below zero: what they save)."""
+def plan_cost(
+    graph: PrecisionGraph, prices: Prices, saves: frozenset[str] = frozenset(), steps: Iterable[str] = PASSES
+) -> float:
+    """Seconds that the FP8 reads of a decided graph add to its cost (below zero: what they save), of some passes or all.
+
+    `saves` are the kinds of which the backward reads what they read.
+    """
     total, made = 0.0, set[Copy]()
     for node in graph:
-        total -= prices.gain(node) * len(node.fp8)
-        made.update(copy for step in node.fp8 for copy in copies(node)[step])
+        counted = [step for step in steps if step in node.fp8]
+        total -= prices.gain(node) * len(counted)
+        made.update(copy for step in counted for copy in copies(node)[step])
     total += sum(prices.look(value) for value in sorted({copy.value for copy in made}))
     total += sum(map(prices.write, sorted(made)))
-    readers = graph.readers()
-    for value in sorted({node.inputs[0] for node in graph if "grad_weight" in node.fp8}):
+    readers = graph.readers() if "grad_weight" in steps else {}
+    for value in sorted({node.inputs[0] for node in graph if "grad_weight" in node.fp8 and readers}):
         if all("grad_weight" in node.fp8 for node in readers[value] if node.kind in saves):
             total -= prices.kept(value)
     return total
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """How one pass of a linear layer reads one operand.
+
+    Fields:
+      step: "output", "grad_input" or "grad_weight".
+      operand: "input", "weight" or "gradient"; value: its name (of a gradient: that of the value it belongs to).
+      format: "float8_e4m3fn", "float8_e5m2", or the low type.
+      transposed: from a copy in the other layout.
+      scale: "tensorwise" or "rowwise"; "" without FP8.
+      seconds: of the product in the low type, and in FP8 with copies that nothing else reads (None: no FP8 there).
+    """
+
+    step: str
+    operand: str
+    value: str
+    format: str
+    transposed: bool
+    scale: str
+    reason: str
+    seconds_low: float
+    seconds_fp8: float | None
+
+
+def reads(graph: PrecisionGraph, node: Node, prices: Prices, ends: dict[str, str]) -> list[Read]:
+    """Every operand of each product of a low linear layer, and why it is read so; nothing for other nodes."""
+    if node.op != LINEAR or node.precision != prices.low or len(node.inputs) < 2:
+        return []
+    found = []
+    for step, pair in copies(node).items():
+        alone = sum(prices.look(one.value) + prices.write(one) for one in pair)
+        fast = prices.fp8(node) + alone if prices.available else None
+        why = node.fp8.get(step) or _why_not(graph, node, step, prices, ends)
+        for one in pair:
+            value = one.value.removesuffix(":gradient")
+            what = "gradient" if value != one.value else "input" if value == node.inputs[0] else "weight"
+            narrow = step in node.fp8
+            kind = form(one, prices.recipe) if narrow else prices.low
+            scale = prices.recipe if narrow else ""
+            turned = one.transposed and narrow
+            found.append(Read(step, what, uncast(graph, value), kind, turned, scale, why, prices.bf16(node), fast))
+    return found
+
+
+def _why_not(graph: PrecisionGraph, node: Node, step: str, prices: Prices, ends: dict[str, str]) -> str:
+    if why := impossible(graph, node, step) or ends.get(node.id, ""):
+        return why
+    if not prices.available:
+        return f"the device {prices.device.name} has no FP8 products"
+    return small(sizes(graph, node)) or "its copies cost more than the product saves"
 
 
 def asked(node: Node) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,7 +65,7 @@ def node_facts(report: Report, node: Node) -> dict[str, Any]:
     graph = report.graph
     uses = graph.uses()
     row = next(
-        (asdict(r) for r in report.nodes if r.id == node.id), {"id": node.id, "op": node.op, "reason": node.reason}
+        (r.to_dict() for r in report.nodes if r.id == node.id), {"id": node.id, "op": node.op, "reason": node.reason}
     )
     row = {key: list(value) if isinstance(value, tuple) else value for key, value in row.items()}
     reads = [
@@ -122,6 +123,20 @@ def _low(report: Report) -> str:
     return low if low in ("fp16", "bf16") else "bf16"
 
 
+def _reads_of(operands: Sequence[Any]) -> list[str]:
+    """A line for each product of a linear layer: in which format it reads its operands, both prices, and why."""
+    lines = []
+    for left, right in zip(operands[::2], operands[1::2], strict=True):
+        how = " and ".join(
+            f"{one['operand']} as {one['format']}" + (f" (transposed, {one['scale']})" if one["transposed"] else "")
+            for one in (left, right)
+        )
+        fast = f"{left['seconds_fp8'] * 1e6:.4g} µs" if left["seconds_fp8"] is not None else "not here"
+        lines.append(f"  {left['step']}: {how}; BF16 {left['seconds_low'] * 1e6:.4g} µs, FP8 with copies of its own {fast}: "
+                     f"{left['reason']}")  # fmt: skip
+    return lines
+
+
 def _node_text(facts: dict[str, Any]) -> str:
     row, rule = facts["node"], facts["rule"]
     lines = [f"{row['id']} = {row['op']}"]
@@ -145,6 +160,7 @@ def _node_text(facts: dict[str, Any]) -> str:
         whole = f"the whole {cost['plan'] * 1e6:.4g} µs"
         here = " (the plan)" if precision == row.get("precision") else ""
         lines.append(f"  as {precision}: {cost['bytes']:,} bytes of results, {work}{whole}{here}")
+    lines += _reads_of(row.get("operands") or [])
     if facts["cost"]:
         lines.append("           estimates; the whole with this node alone changed, its casts included")
     if row.get("precision") in ("fp16", "bf16"):

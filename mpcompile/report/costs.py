@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
+from mpcompile import fp8
 from mpcompile.cost import CostModel, Parts, device, plan_parts
 from mpcompile.formats import LOW
-from mpcompile.graph import PrecisionGraph
+from mpcompile.graph import NOTHING, PrecisionGraph
 from mpcompile.passes.assign import Assign
 from mpcompile.passes.classify import Classify
 from mpcompile.passes.normalize import Normalize
@@ -16,6 +18,8 @@ from mpcompile.policy import Policy
 
 if TYPE_CHECKING:
     from mpcompile.report.model import Report
+
+_FP8 = attrgetter("fp8")
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,12 @@ class Estimate:
         return {name: self._sums(graph) for name, graph in graphs.items()}
 
     def _sums(self, graph: PrecisionGraph) -> dict[str, float]:
-        model, parts = self._model(graph), self.parts(graph)
+        model, parts, fast = self._model(graph), self.parts(graph), self._fp8(graph)
         return {
-            "work": sum(parts.work.values()),
+            "work": sum(parts.work.values()) + fast,
             "moved": sum(parts.moved.values()),
             "casts": sum(parts.casts.values()),
-            "total": parts.total,
+            "total": parts.total + fast,
             "kept": sum(model.kept(value) for value in graph.values.values()),
         }
 
@@ -62,13 +66,21 @@ class Estimate:
         graph = self._bare()
         changed = graph.nodes[node]
         changed.precision = precision  # type: ignore[assignment]
+        changed.fp8 = changed.fp8 if precision == self.policy.low else NOTHING
         for index, name in enumerate(changed.outputs):
             if graph.values[name].castable and (given := changed.gives_at(index)) != "keep":
                 graph.values[name].dtype = given
         return self._price(graph)
 
     def _price(self, graph: PrecisionGraph) -> float:
-        return self.parts(graph).total
+        return self.parts(graph).total + self._fp8(graph)
+
+    def _fp8(self, graph: PrecisionGraph) -> float:
+        """Seconds that FP8 operands add to the forward; below zero where they save."""
+        row = device(self.device)
+        if not row.fp8.get(self.policy.fp8) or not any(map(_FP8, graph)):
+            return 0.0
+        return fp8.plan_cost(graph, fp8.Prices(graph, row, self.policy.fp8, self._low, margin=1.0), steps=("output",))
 
     def parts(self, graph: PrecisionGraph | None = None) -> Parts:
         """Seconds of each node's work, of each cast and of each value's bytes: of the plan, or of `graph`."""
@@ -92,6 +104,7 @@ class Estimate:
         graph = self._bare()
         for node in graph:
             node.precision = "fp32" if node.precision in LOW else node.precision
+            node.fp8 = NOTHING
         for value in graph.values.values():
             value.dtype = "fp32" if value.dtype in LOW else value.dtype
         return graph
@@ -100,7 +113,7 @@ class Estimate:
         if self.policy.low not in LOW:
             return self._bare()
         source = "onnx" if self.source == "onnx" else "aten"
-        policy = replace(self.policy, plan="autocast")
+        policy = replace(self.policy, plan="autocast", products="low")
         classify = Classify(policy.low, source, policy.plan, (), (), False)
         assign = Assign(policy.low, self.device, policy.plan, self.source != "onnx", policy.output, source)
         return run(self.graph, [Normalize(), classify, assign])[0]

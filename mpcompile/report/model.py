@@ -10,8 +10,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mpcompile.devices import device as device_row
 from mpcompile.errors import UsageError, suggest
 from mpcompile.formats import FORMATS
+from mpcompile.fp8 import LINEAR, Prices, Read, ends, reads
 from mpcompile.graph import CAST_OP, Node, PrecisionGraph
 from mpcompile.pipeline import History, StepRecord
 from mpcompile.policy import Policy
@@ -33,6 +35,7 @@ class NodeRow:
       inputs: names of the values it reads.
       bytes: of its outputs, as planned.
       flops: of its matrix work (0 where there is none).
+      operands: of a linear layer under FP8 products, how each pass reads each of its operands, and why.
     """
 
     id: str
@@ -49,6 +52,12 @@ class NodeRow:
     bytes: int
     flops: int
     was: str = ""
+    operands: tuple[Read, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        row = {**asdict(self), "inputs": list(self.inputs)}
+        del row["operands"]
+        return {**row, "operands": [asdict(one) for one in self.operands]} if self.operands else row
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +109,7 @@ class Report:
             "source": self.source,
             "policy": self.policy,
             "device": self.device,
-            "nodes": [{**asdict(row), "inputs": list(row.inputs)} for row in self.nodes],
+            "nodes": [row.to_dict() for row in self.nodes],
             "casts": [row.to_dict() for row in self.casts],
             "summary": self.summary,
             "passes": [{"name": s.name, "seconds": s.seconds, "modified": s.modified, "notes": list(s.notes)}
@@ -209,19 +218,30 @@ def build_report(graph: PrecisionGraph, policy: Policy, device: str, source: str
       history: with it the page shows the graph's text before and after each pass.
     """
     source = source or graph.header.get("source", "fx")
-    nodes = tuple(_node_row(graph, node, before) for node in graph if not node.is_cast)
+    operands = _operands(graph, policy, device)
+    nodes = tuple(_node_row(graph, n, before, operands.get(n.id, ())) for n in graph if not n.is_cast)
     casts = tuple(_casts(graph))
     summary = _summary(nodes, casts)
     summary["cost"] = Estimate(graph, policy, device, source).to_dict()
     return Report(source, str(policy), device, nodes, casts, summary, tuple(steps), graph, history, code or {})
 
 
-def _node_row(graph: PrecisionGraph, node: Node, before: PrecisionGraph | None) -> NodeRow:
+def _operands(graph: PrecisionGraph, policy: Policy, name: str) -> dict[str, tuple[Read, ...]]:
+    """Node -> how its products read their operands, where FP8 is a question."""
+    if policy.low != "bf16" or (policy.products != "fp8" and not any(node.fp8 for node in graph)):
+        return {}
+    prices, outer = Prices(graph, device_row(name), policy.fp8, margin=1.0), ends(graph)
+    return {node.id: tuple(reads(graph, node, prices, outer)) for node in graph if node.op == LINEAR}
+
+
+def _node_row(
+    graph: PrecisionGraph, node: Node, before: PrecisionGraph | None, operands: tuple[Read, ...] = ()
+) -> NodeRow:
     return NodeRow(
         id=node.id, op=node.op, kind=node.kind, phase=node.phase, verdict=node.verdict or "propagate",
         precision=node.precision or "keep", reason=node.reason, decided_by=node.decided_by, module=node.module,
         source=node.source, inputs=tuple(node.inputs), bytes=sum(graph.values[name].bytes for name in node.outputs),
-        flops=node.flops, was=_was(graph, node, before),
+        flops=node.flops, was=_was(graph, node, before), operands=operands,
     )  # fmt: skip
 
 

@@ -75,7 +75,7 @@ def whole(undecided: PrecisionGraph, plan: PrecisionGraph, row: Device) -> tuple
     """(cost of the precisions, what the FP8 reads add to it)."""
     model = CostModel(undecided, row, LOW)
     model.graph = plan
-    return plan_cost(plan, model, "fp32"), fp8.plan_cost(plan, fp8.Prices(plan, row, "tensorwise"), model._keep_inputs)
+    return plan_cost(plan, model, "fp32"), fp8.plan_cost(plan, fp8.Prices(plan, row, "tensorwise"), model.keeps)
 
 
 def subsets(graph: PrecisionGraph, row: Device) -> Iterator[tuple[float, set[str]]]:
@@ -83,7 +83,7 @@ def subsets(graph: PrecisionGraph, row: Device) -> Iterator[tuple[float, set[str
     ends = fp8.ends(graph)
     may = [(node, step) for node in graph for step in fp8.PASSES
            if not fp8.impossible(graph, node, step) and node.id not in ends]  # fmt: skip
-    prices, keep = fp8.Prices(graph, row, "tensorwise"), CostModel(graph, row, LOW)._keep_inputs
+    prices, keep = fp8.Prices(graph, row, "tensorwise"), CostModel(graph, row, LOW).keeps
     for choice in itertools.product((False, True), repeat=len(may)):
         for node in graph:
             node.fp8 = {step: "" for (one, step), wanted in zip(may, choice, strict=True) if wanted and one is node}

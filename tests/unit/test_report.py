@@ -15,6 +15,7 @@ from mpcompile.policy import Policy
 from mpcompile.report.costs import Estimate
 from mpcompile.report.model import Report, build_report
 from mpcompile.report.summary import summary_line
+from mpcompile.tools.explain import _node_text, node_facts
 
 BLOCKS = 3
 
@@ -191,3 +192,44 @@ def test_integers_are_one_line() -> None:
     text = str(build_report(graph, Policy("bf16"), "cpu"))
     assert "6 nodes" in text
     assert "n0" not in text
+
+
+def test_a_report_of_fp8_says_of_each_operand_how_it_is_read_and_why() -> None:
+    graph = PrecisionGraph()
+    graph.add_input(Value("x", "bf16", (8192, 4096), 8192 * 4096))
+    for number in range(3):
+        graph.add_input(Value(f"w{number}", "fp32", (4096, 4096), 4096 * 4096, role="parameter"))
+        given = "x" if number == 0 else f"fc{number - 1}"
+        node = Node(
+            f"fc{number}",
+            "aten.linear.default",
+            [given, f"w{number}"],
+            module=f"blocks.{number}",
+            flops=2 * 8192 * 4096**2,
+        )
+        graph.add(node, [Value(f"fc{number}", "fp32", (8192, 4096), 8192 * 4096)])
+    graph.outputs = ["fc2"]
+    for name, device in (("fp8", "h200"), ("fp8", "a100"), ("bf16", "h200")):
+        policy = Policy.parse(name)
+        plan, steps = run(graph, default_passes(policy, device))
+        report = build_report(plan, policy, device, steps=steps)
+        found = report.to_dict()
+        jsonschema.validate(
+            found, json.loads(resources.files("mpcompile.report").joinpath("schema.json").read_text("utf-8"))
+        )
+        first, middle, _ = found["nodes"]
+        assert middle["precision"] == "bf16"
+        if name == "bf16":
+            assert "operands" not in middle
+            continue
+        assert len(middle["operands"]) == len(first["operands"]) == 6
+        wanted = {"bf16"} if device == "a100" else {"float8_e4m3fn", "float8_e5m2"}
+        assert {one["format"] for one in middle["operands"]} == wanted
+        assert {one["reason"] for one in first["operands"]} == {"in the first block"}
+        assert {one["value"] for one in middle["operands"]} == {"fc0", "w1", "fc1"}
+        assert all(one["scale"] == ("" if device == "a100" else "tensorwise") for one in middle["operands"])
+        if device == "a100":
+            assert "the device a100 has no FP8 products" in {one["reason"] for one in middle["operands"]}
+        text = _node_text(node_facts(report, plan.nodes["fc1"]))
+        assert "grad_weight: gradient as" in text
+        assert found["summary"]["cost"]["plan"] < found["summary"]["cost"]["fp32"]

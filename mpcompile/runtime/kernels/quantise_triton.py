@@ -25,11 +25,11 @@ _FORMS = {"float8_e4m3fn": tl.float8e4nv, "float8_e5m2": tl.float8e5}
 
 
 @triton.jit
-def largest(x, partials, count, programs, BLOCK: tl.constexpr):
+def largest(x, partials, count, BLOCK: tl.constexpr):
     """The bits of the largest magnitude that a program sees, in FP32's layout."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     best = tl.zeros([BLOCK], dtype=tl.int32)
-    step = programs.to(tl.int64) * BLOCK
+    step = tl.num_programs(0).to(tl.int64) * BLOCK
     offsets = tl.arange(0, BLOCK)
     while start < count:
         value = tl.load(x + start + offsets, mask=start + offsets < count, other=0.0).to(tl.float32)
@@ -86,7 +86,7 @@ def quantise(
     rows, columns = x.shape
     programs = min(triton.cdiv(x.numel(), BLOCK), PROGRAMS)
     partials = torch.empty(programs, dtype=torch.int32, device=x.device)
-    largest[(programs,)](x, partials, x.numel(), programs, BLOCK=BLOCK, num_warps=8)
+    largest[(programs,)](x, partials, x.numel(), BLOCK=BLOCK, num_warps=8)
     grid = (triton.cdiv(rows, TILE_ROWS) * triton.cdiv(columns, TILE_COLUMNS),)
     copies[grid](
         x, partials, lies, scale, turned, turned_scale, rows, columns, programs,
