@@ -37,7 +37,8 @@ def check_model(model: Any) -> None:
         if parameter.requires_grad and parameter.dtype in LOW_DTYPES:
             raise CaptureError("MP103", f"a trainable parameter is {str(parameter.dtype).removeprefix('torch.')}",
                                where=name, why="FP32 parameters are the masters that updates are added to",
-                               try_="model.float(), or parameter.requires_grad_(False) to use it as it is")  # fmt: skip
+                               try_="model.float(), or requires_grad_(False) to use it as it is; for PEFT's adapters "
+                               "get_peft_model(model, config, autocast_adapter_dtype=True)")  # fmt: skip
 
 
 def check_overrides(model: nn.Module, settings: Settings) -> None:

@@ -1,0 +1,121 @@
+"""PEFT: adapters in FP32 on a frozen BF16 base, by the training step and as a drop-in; saved, switched, merged."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lowness import assert_low_products
+
+from mpcompile import MPCompileError, mpcompile
+
+transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft")
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.filterwarnings("ignore::UserWarning:peft.*"),
+]
+LOW = "bf16,device=free-low"
+TOKENS = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+def base() -> Any:
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, use_cache=False
+    )
+    return transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+
+
+def adapted(dora: bool = False, **options: Any) -> Any:
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], use_dora=dora, init_lora_weights=False)
+    return peft.get_peft_model(base(), config, **options)
+
+
+def trained(model: Any) -> list[Any]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def full_precision(model: Any, steps: int) -> list[float]:
+    model = copy.deepcopy(model).float()
+    optimizer = torch.optim.AdamW(trained(model), 1e-2)
+    losses = []
+    for _ in range(steps):
+        loss = model(input_ids=TOKENS, labels=TOKENS).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("dora", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["lora", "dora"])
+def test_adapters_train_and_the_base_stays(dora: bool) -> None:
+    model = adapted(dora)
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+    expected = full_precision(model, 4)
+    step = mpcompile(model, LOW, backend="eager").train_step(torch.optim.AdamW(trained(model), 1e-2))
+    losses = [step(input_ids=TOKENS, labels=TOKENS).loss.item() for _ in range(4)]
+    assert losses == pytest.approx(expected, abs=0.005)
+    assert losses != expected
+    assert {node.precision for node in step.report().nodes if node.kind == "matmul" and node.phase == "forward"} >= {
+        "bf16"
+    }
+    for name, p in model.named_parameters():
+        assert p.requires_grad or torch.equal(p, frozen[name]), name
+        assert p.dtype == (torch.float32 if p.requires_grad else torch.bfloat16), name
+
+
+@pytest.mark.slow
+def test_adapters_are_saved_switched_and_merged(tmp_path: Path) -> None:
+    model = adapted()
+    mp = mpcompile(model, LOW, backend="eager")
+    step = mp.train_step(torch.optim.AdamW(trained(model), 1e-2))
+    step(input_ids=TOKENS, labels=TOKENS)
+    mp.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(base(), tmp_path).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+    before = mp(input_ids=TOKENS).logits
+    assert_low_products(mp)
+    mp.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    mp.set_adapter("other")
+    torch.testing.assert_close(mp(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits.float(), rtol=0, atol=0.01)
+    assert not torch.allclose(mp(input_ids=TOKENS).logits, before, atol=1e-3)
+    mp.set_adapter("default")
+    torch.testing.assert_close(mp(input_ids=TOKENS).logits, before, rtol=0, atol=0)
+    assert step(input_ids=TOKENS, labels=TOKENS).stepped
+    before = mp(input_ids=TOKENS).logits
+    merged = mp.merge_and_unload()
+    torch.testing.assert_close(merged(input_ids=TOKENS).logits.float(), before, rtol=0, atol=0.01)
+
+
+@pytest.mark.slow
+def test_dora_as_a_drop_in_keeps_the_types_at_its_graph_breaks() -> None:
+    model = adapted(dora=True)
+    mp = mpcompile(model, f"{LOW},output=keep", backend="eager")
+    with pytest.warns(UserWarning, match="some of the model was not captured"):
+        loss = mp(input_ids=TOKENS, labels=TOKENS).loss
+    loss.backward()
+    assert loss.item() == pytest.approx(full_precision(model, 1)[0], abs=0.005)
+
+
+def test_half_precision_adapters_are_refused_with_the_way_to_have_them_full() -> None:
+    with pytest.raises(MPCompileError, match=r"MP103[\s\S]*autocast_adapter_dtype=True"):
+        mpcompile(adapted(autocast_adapter_dtype=False), "bf16")
+
+
+def test_the_example_runs() -> None:
+    import importlib.util
+
+    path = Path(__file__).parents[2] / "examples" / "lora_llama.py"
+    spec = importlib.util.spec_from_file_location("lora_llama", path)
+    assert spec is not None
+    assert spec.loader is not None
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    losses = example.main(["--tiny", "--steps", "4", "--policy", LOW])
+    assert losses[-1] < losses[0]
