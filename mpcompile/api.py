@@ -30,7 +30,7 @@ from mpcompile.runtime.compiled import CompiledGraph
 from mpcompile.runtime.coverage import warn_of_eager_call, warn_of_gaps, warn_of_watched_call, watch, watched_method
 from mpcompile.runtime.dynamo import Compiler
 from mpcompile.runtime.fp8_linear import FP8_LINEAR
-from mpcompile.runtime.sharded import refuse_sharded
+from mpcompile.runtime.sharded import is_gathered, refuse_sharded
 from mpcompile.shadows.table import SHADOWS
 from mpcompile.torch_internals import (
     are_calls_taken,
@@ -134,7 +134,9 @@ class MixedPrecisionModule(nn.Module):
         hidden.update({name: getattr(model, name) for name in _SHARED})
         hidden["_model"], hidden["settings"], hidden["backend"] = model, settings, backend
         hidden["dynamic"] = dynamic
-        hidden["_compiler"] = Compiler(settings, log_plan, functools.partial(_paths, model))
+        hidden["_compiler"] = Compiler(
+            settings, log_plan, functools.partial(_paths, model), functools.partial(is_gathered, model)
+        )
         hidden["_calls"] = {}
         hidden["_inside"] = _inside(model, settings, dynamic, backend, hidden["_compiler"])
         hidden["_recurrent"] = False
@@ -201,7 +203,9 @@ class MixedPrecisionModule(nn.Module):
         with watch() as breaks:
             result = self._run(compiled, args, kwargs)
         self._compiler.check_overrides()
-        warn_of_gaps(self.model, len(self.plans), self._compiler.parameters, breaks, result)
+        # What FSDP2 gathers stands in the model while a part of it runs, and is none of its parameters afterwards.
+        if not (self.plans and is_gathered(self.model)):
+            warn_of_gaps(self.model, len(self.plans), self._compiler.parameters, breaks, result)
         self._calls[cap] = compiled
         return result
 

@@ -56,6 +56,14 @@ def graphs_whole() -> Iterator[None]:
         _dynamo_config.optimize_ddp = before
 
 
+def is_filled_anew(placeholder: Node) -> bool:
+    """Whether Dynamo found this input of a graph in a module that FSDP manages."""
+    source: Any = getattr(placeholder, "_dynamo_source", None)
+    found = getattr(source, "guard_source", None)
+    found = found() if callable(found) else found  # torch 2.11: a method; 2.13: a property
+    return bool(found is not None and found.is_fsdp_module())
+
+
 def active_ddp() -> DistributedDataParallel | None:
     """The DistributedDataParallel whose forward runs now in this process."""
     find: Any = DistributedDataParallel._get_active_ddp_module
@@ -208,6 +216,7 @@ __all__ = [
     "compile_pieces",
     "graphs_whole",
     "hooks_guarded",
+    "is_filled_anew",
     "is_watched",
     "module_reads",
     "module_replaced",

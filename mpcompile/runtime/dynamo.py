@@ -17,7 +17,8 @@ import torch
 from torch import fx
 
 from mpcompile.aten.capture import numbers_settled, trace_dynamo
-from mpcompile.aten.facts import TORCH_DTYPES
+from mpcompile.aten.facts import LOW_DTYPES, TORCH_DTYPES
+from mpcompile.aten.graphs import outputs_of
 from mpcompile.aten.read import FxCapture
 from mpcompile.aten.rewrites.align import align_linears
 from mpcompile.aten.write import has_user_low_cast, read_shadows, write
@@ -31,8 +32,9 @@ from mpcompile.runtime.compiled import CompiledGraph
 from mpcompile.runtime.coverage import warn_of_recurrent_break
 from mpcompile.runtime.fp8_linear import FP8_LINEAR
 from mpcompile.runtime.inductor import compile_inductor, run_eagerly
+from mpcompile.runtime.sharded import refuse_tensor_parallel, say_gathered
 from mpcompile.shadows.table import use_shadow
-from mpcompile.torch_internals import real_tensors
+from mpcompile.torch_internals import is_filled_anew, real_tensors
 
 # Elements from which a shadow's gradient is cast outside the compiled backward.
 LARGE = 1 << 18
@@ -43,7 +45,8 @@ TOGETHER = {"cpu": 1, "cuda": 1 << 22}
 class Compiler:
     """Dynamo's backend for one model: keeps the plan of every graph that it compiled.
 
-    `paths` gives the paths of the model's modules by ``str(id(module))``, read at each compilation.
+    `paths` gives the paths of the model's modules by ``str(id(module))``, `gathered` whether its parameters are filled anew at
+    each forward; both are read at each compilation.
     """
 
     def __init__(
@@ -51,8 +54,9 @@ class Compiler:
         settings: Settings,
         on_plan: Callable[[Plan], None] | None = None,
         paths: Callable[[], Mapping[str, str]] = dict,
+        gathered: Callable[[], bool] = bool,
     ) -> None:
-        self.settings, self.on_plan, self.paths = settings, on_plan, paths
+        self.settings, self.on_plan, self.paths, self.gathered = settings, on_plan, paths, gathered
         self.plans: list[Plan] = []
         # What this backend added to torch's own compilation: tracing again, the passes, writing the graph.
         self.seconds = 0.0
@@ -63,13 +67,15 @@ class Compiler:
         start = time.perf_counter()
         placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
         fakes = [n.meta.get("example_value", given) for n, given in zip(placeholders, inputs, strict=True)]
+        refuse_tensor_parallel(fakes)
+        fresh = self.gathered() or any(is_filled_anew(node) for node in placeholders)
         traced = trace_dynamo(module, fakes, self.paths())
         plan = decide(traced, self.settings, device_of(fakes), partial=True, held=_held(traced, fakes))
         self.plans.append(plan)
         if self.on_plan is not None:
             self.on_plan(plan)
         with numbers_settled(plan.capture.module):
-            emitted = self._emit(plan, fakes)
+            emitted = self._emit(plan, fakes, _dtypes_given(module) if fresh else None)
         self.seconds += time.perf_counter() - start
         return emitted
 
@@ -87,10 +93,20 @@ class Compiler:
                 unmatched([plan.graph for plan in self.plans], globs), option, sorted(known), self.paths().values()
             )
 
-    def _emit(self, plan: Plan, fakes: list[Any]) -> Callable[..., Any]:
+    def _emit(self, plan: Plan, fakes: list[Any], sharded: list[Any] | None) -> Callable[..., Any]:
+        """The compiled graph.
+
+        Args:
+          sharded: its weights are filled anew before each forward, so no shadow could follow them: they are cast in the graph.
+            The dtypes that the program gives: where weights are gathered low, what it does next counts on them.
+        """
         compiled = self.settings.inner == "inductor"
         emulate = emulated_kinds(plan.device, plan.policy.low, compiled=compiled)
-        written = write(plan.capture, plan.graph, use_shadow=use_shadow, emulate=emulate, linear=FP8_LINEAR)
+        read = None if sharded is not None else use_shadow
+        written = write(plan.capture, plan.graph, use_shadow=read, emulate=emulate, linear=FP8_LINEAR)
+        if sharded is not None:
+            say_gathered()
+            _give_low(written.module, sharded)
         places = {name: i for i, name in enumerate(plan.capture.graph.inputs)}
         order = _argument_places(plan.capture)
         shadows = [(order[places[name]], TORCH_DTYPES[low]) for name, low in written.shadows]
@@ -138,6 +154,23 @@ class Compiler:
         inner = self._compiled(plan, module, given)
         groups = [([pairs[n][0] for n in group], [pairs[n][1] for n in group]) for group in _groups(masters, lifted)]
         return Piece(inner, groups)
+
+
+def _dtypes_given(module: fx.GraphModule) -> list[Any]:
+    """The dtype of each output of Dynamo's graph; None for what is no tensor."""
+    values = [getattr(n, "meta", {}).get("example_value") for n in outputs_of(module)]
+    return [v.dtype if isinstance(v, torch.Tensor) else None for v in values]
+
+
+def _give_low(module: fx.GraphModule, dtypes: Sequence[Any]) -> None:
+    """Give low what the program gives low."""
+    outputs, output = outputs_of(module), module.graph.output_node()
+    with module.graph.inserting_before(output):
+        for i, dtype in enumerate(dtypes):
+            if dtype in LOW_DTYPES:
+                outputs[i] = module.graph.call_function(torch.ops.aten.to.dtype, (outputs[i], dtype))
+    output.args = (tuple(outputs),)
+    module.recompile()
 
 
 def _lift_large(module: fx.GraphModule, masters: Sequence[torch.Tensor]) -> frozenset[int]:

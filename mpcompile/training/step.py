@@ -106,10 +106,10 @@ class TrainStep(SavedStep, Windows, Inspection):
         self.policy = settle_policy(owner.settings.policy, self.device.type)
         check_options(self.policy.low, **{**given, "backend": self.backend}, loss_fn=loss_fn)
         accumulate = int(accumulate)
-        self.ranks = find_ranks(owner.model, process_group, mesh, self.device)
-        self.team = Team(self.ranks, self.policy.reduce == "low", accumulate)
+        told = find_ranks(owner.model, process_group, mesh, self.device)
+        self.team = Team(told, self.policy.reduce == "low", accumulate)
         self.team.check()
-        self.sums_reducer, added = self.team.of_sums, accumulate * self.team.size
+        self.ranks, self.sums_reducer, added = self.team.ranks, self.team.of_sums, accumulate * self.team.size
         self.identity = ModelIdentity([self.model, loss_fn], self.optimizers.params)
         self.rule = LossScale.of(scale, self.policy.low)
         self.state = self.rule.initial(self.device)

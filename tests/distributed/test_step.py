@@ -260,7 +260,11 @@ def refusals(rank: int) -> None:
     with pytest.raises(TrainingError, match=r"MP535(.|\n)*reducer"):
         step(torch.ones(2, 4))
     own = distributed.new_group([0])
-    if rank == 1:
+    if rank == 0:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        alone = mpcompile(model, "fp32", backend="eager").train_step(optimizer, loss_of, process_group=own)
+        assert bool(alone(x, y, ONE).stepped)
+    else:
         with pytest.raises(TrainingError, match="MP547"):
             mpcompile(model, "fp32").train_step(torch.optim.SGD(model.parameters(), lr=0.1), loss_of, process_group=own)
 

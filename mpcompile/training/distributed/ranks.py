@@ -32,7 +32,7 @@ class Ranks:
 
 
 def find_ranks(model: nn.Module, process_group: Any, mesh: Any, device: torch.device) -> Ranks | None:
-    """The ranks that train `model`; None for a process alone.
+    """The ranks that train `model`; None where nobody said with whom. A group of one trains alone.
 
     Args:
       model: the model, or a DistributedDataParallel around it, whose group is taken.
@@ -55,7 +55,7 @@ def find_ranks(model: nn.Module, process_group: Any, mesh: Any, device: torch.de
     if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
         raise TrainingError("MP547", "this process is not in the group", why=f"process_group is {group!r:.80}")
     _refuse_backend(group, device)
-    return Ranks(group, str(group.group_name), group.size(), group.rank()) if group.size() > 1 else None
+    return Ranks(group, str(group.group_name), group.size(), group.rank())
 
 
 def _refuse_backend(group: Any, device: torch.device) -> None:

@@ -30,7 +30,8 @@ class Team:
     """
 
     def __init__(self, ranks: Ranks | None, low: bool, accumulate: int) -> None:
-        self.ranks, self.size = ranks, ranks.size if ranks is not None else 1
+        self._told, self.size = ranks, ranks.size if ranks is not None else 1
+        self.ranks = ranks = ranks if self.size > 1 else None
         reducer = Reducer(ranks, low) if ranks is not None else None
         self.in_graph = reducer if accumulate == 1 else None
         self.of_sums = reducer if accumulate > 1 else None
@@ -43,7 +44,7 @@ class Team:
         Raises:
           TrainingError: MP535.
         """
-        refuse_alone(self.ranks)
+        refuse_alone(self._told)
 
     def agree(self, sent: Sent, facts: Callable[[], tuple[Facts, dict[str, Tensor]]]) -> None:
         """Before gradients are sent: the first time compare all, later that they are the same ones.

@@ -20,7 +20,7 @@ from mpcompile.aten.graphs import outputs_of, values_of
 from mpcompile.aten.write import has_user_low_cast
 from mpcompile.errors import MPCompileError, TrainingError
 from mpcompile.runtime.inductor import roundings_kept
-from mpcompile.runtime.sharded import refuse_sharded
+from mpcompile.runtime.sharded import refuse_gathered, refuse_sharded
 from mpcompile.shadows.step_shadows import ShadowSet
 from mpcompile.torch_internals import COMPILING
 from mpcompile.training.accumulation import Layout
@@ -326,6 +326,7 @@ def _refuse_hooks(model: nn.Module, named: dict[str, Tensor]) -> None:
       TrainingError: MP523, MP535.
       CaptureError: MP107.
     """
+    refuse_gathered(model)
     refuse_sharded(model)
     inside = [name for name, m in model.named_modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
     if inside:
