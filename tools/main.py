@@ -25,6 +25,7 @@ from mpcompile.tools import (
     export,
     inspect,
     options,
+    watch,
 )
 
 # What was asked about is not so: the input is good, and an output is off by more than --max-error.
@@ -104,6 +105,7 @@ for verb in (
     compare.compare,
     bisect.bisect,
     calibrate.calibrate,
+    watch.watch,
     diff.diff,
     convert.convert,
     export.export,

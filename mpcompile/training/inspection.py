@@ -21,6 +21,7 @@ from mpcompile.training.gradients.specialization import Artefact, Artefacts, com
 from mpcompile.training.loss_scale.overflow import Overflow, explain
 from mpcompile.training.loss_scale.scale import LossScale
 from mpcompile.training.optimizer.build import Plan, Update
+from mpcompile.training.step_log import StepLog, writer_of
 
 if TYPE_CHECKING:
     from mpcompile.ranges import Ranges
@@ -36,6 +37,7 @@ class Inspection:
     rule: LossScale
     _last: tuple[Artefact, Layout, Like] | None
     _emitted: dict[Any, tuple[Emitted, Joint]]
+    _log: StepLog | None = None
     ranks: Ranks | None
     sums_reducer: Reducer | None
 
@@ -103,6 +105,26 @@ class Inspection:
         graph = precision_graph(emitted, joint)
         return build_report(graph, plan.policy, plan.row, steps=plan.steps, history=plan.history,
                             code=plan.capture.code)  # fmt: skip
+
+    def log_to(self, writer: Any, every: int = 10) -> StepLog | None:
+        """Write the step's numbers to `writer` from now on: loss, loss scale, gradient norm, skipped updates, seconds.
+
+        They are read every `every` updates at once; in between nothing waits for the device. Where the last update of a
+        period was skipped, the node and module that overflowed are looked for in its batch. Call ``.read()`` of what this
+        returns at the end of a training.
+
+        Args:
+          writer: a path (a file for `mpcompile watch`), TensorBoard's `SummaryWriter`, MLflow, a Weights & Biases run, or an
+            object with ``scalar(tag, value, step)`` and ``text(tag, text, step)``; None ends the log.
+
+        Raises:
+          TrainingError: MP563, for anything else.
+        """
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise TrainingError("MP563", f"every={every!r}: a number of updates", try_="step.log_to(writer, every=10)")
+        made = StepLog(writer_of(writer), every, self.explain_overflow) if writer is not None else None
+        self._log = made
+        return made
 
     def calibrate(self, batches: Iterable[Any]) -> Ranges:
         """Measure values and gradients on `batches` with the weights as they are, and plan anew by what was measured.

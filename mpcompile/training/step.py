@@ -180,6 +180,8 @@ class TrainStep(SavedStep, Windows, Inspection):
             result = self._in_window(artefact, batch)
         if artefact.writes:
             batch.write_back()
+        if self._log is not None:
+            self._log.note(result, result.stepped is not self._no, (args, kwargs))
         return result
 
     def follow(self) -> bool:

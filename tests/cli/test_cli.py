@@ -18,7 +18,20 @@ from mpcompile.tools.main import app
 
 HERE = Path(__file__).parent
 MODEL = f"{HERE / 'model_under_test.py'}:make"
-VERBS = ("demo", "inspect", "explain", "compare", "bisect", "calibrate", "diff", "convert", "export", "bench", "doctor")
+VERBS = (
+    "demo",
+    "inspect",
+    "explain",
+    "compare",
+    "bisect",
+    "calibrate",
+    "watch",
+    "diff",
+    "convert",
+    "export",
+    "bench",
+    "doctor",
+)
 
 
 def call(*arguments: str, code: int = 0) -> Result:

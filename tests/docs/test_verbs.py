@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs" / "verbs").glob("*.md"))
 BLOCK = re.compile(r"^```(python [\w.]+|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"-?\d[\d,]*\.?\d*(e[+-]?\d+)?|\b(inf|nan)\b|(?<= )-(?= |$)")
-RULED = re.compile(r"[ ─━╭╮╰╯│]+")
+RULED = re.compile(r"[ ─━╭╮╰╯│▁-█]+")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
