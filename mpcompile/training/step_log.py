@@ -92,7 +92,9 @@ class JsonLines:
     """A file of one JSON object a line, which `mpcompile watch` shows."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  # it lives as long as the training
+        self.path = os.fspath(path)
+        with open(self.path, "a", encoding="utf-8"):  # what cannot be written is an error now
+            pass
 
     def scalar(self, tag: str, value: float, step: int) -> None:
         self._write({"tag": tag, "value": value if math.isfinite(value) else str(value), "step": step})
@@ -101,8 +103,8 @@ class JsonLines:
         self._write({"tag": tag, "text": text, "step": step})
 
     def _write(self, one: dict[str, Any]) -> None:
-        self.file.write(json.dumps({**one, "time": round(time.time(), 3)}) + "\n")
-        self.file.flush()
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps({**one, "time": round(time.time(), 3)}) + "\n")
 
 
 class _Adapter:
