@@ -1,4 +1,4 @@
-"""Print the README's tables from the files that `mpcompile bench` and `kernels.py` wrote.
+"""Print the tables of docs/benchmarks.md from the files that `mpcompile bench` and `kernels.py` wrote.
 
 python benchmarks/table.py
 """

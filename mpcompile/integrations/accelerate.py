@@ -130,6 +130,12 @@ def hosted_step(
 ) -> AcceleratedStep:
     """As `train_step`, with `accumulate` as it is given, and without registering the state."""
     found = compiled_inside(accelerator, model)
+    if accelerator.num_processes > 1:
+        raise refused(
+            f"the training step under Accelerate in {accelerator.num_processes} processes",
+            why="nobody has tried it: who averages the gradients, DDP or the step, is not settled here",
+            try_="the drop-in way: accelerator.prepare(mpcompile(model)); or mp.train_step under torchrun without Accelerate",
+        )
     prepared = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
     step = found.train_step(optimizer, loss_fn, **options)
     return AcceleratedStep(accelerator, step, [taken_over(one) for one in prepared if _is_prepared(one)])

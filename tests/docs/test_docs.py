@@ -14,7 +14,7 @@ from mpcompile.tools.main import app
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
-HOW_TO = ["docs/how-to.md", "docs/how-to-onnx.md", "docs/how-to-distributed.md"]
+HOW_TO = ["docs/how-to.md", "docs/coming-from.md", "docs/how-to-onnx.md", "docs/how-to-distributed.md"]
 TAUGHT = ["README.md", "docs/tutorial.md", *HOW_TO, "docs/explanation/training-step.md"]
 HOSTS = [f"docs/hosts/{name}.md" for name in ("accelerate", "lightning", "peft", "transformers")]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
