@@ -91,10 +91,10 @@ def _shapes(x: Tensor, form: str, lies: bool, transposed: bool, rowwise: bool) -
 
 def _on_cuda(x: Tensor, form: str, lies: bool, transposed: bool, rowwise: bool) -> tuple[Tensor, ...]:
     kernels = _kernels()
-    if kernels is None or rowwise or not x.is_contiguous() or x.numel() == 0 or x.dtype not in kernels.TYPES:
+    if kernels is None or rowwise or x.numel() == 0 or x.dtype not in kernels.TYPES:
         return _plain(x, form, lies, transposed, rowwise)
     made = _shapes(x, form, lies, transposed, rowwise)
-    kernels.quantise(x, *made, form, lies, transposed)
+    kernels.quantise(x.contiguous(), *made, form, lies, transposed)
     return made
 
 
