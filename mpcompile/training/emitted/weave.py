@@ -293,7 +293,11 @@ class _Origins:
             node.reason = planned.reason if node.phase == "forward" else f"gradient of {name}: {planned.reason}"
         else:
             node.verdict = rule.verdict_for(self.low) if rule else "propagate"
-            node.reason = rule.why() if rule else "joins gradients, in the precision that they arrive in"
+            node.reason = rule.why() if rule else _OURS.get(node.op, _JOINS)
+
+
+_JOINS = "joins gradients, in the precision that they arrive in"
+_OURS = {"mpcompile.quantise.default": "makes the copies in which products read an operand in FP8, and their scales"}
 
 
 def _settle_precision(graph: PrecisionGraph, node: Node, low: str) -> None:
