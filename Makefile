@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
 WORKERS ?= 2
 
-.PHONY: demo test lint slow fuzz docs bench clean
+.PHONY: demo test lint slow fuzz docs site bench clean
 
 # torch is pinned for development; the package itself asks for torch>=2.11.
 $(VENV)/.ready: pyproject.toml
@@ -38,6 +38,14 @@ fuzz: $(VENV)/.ready
 
 docs: $(VENV)/.ready
 	$(BIN)/python -m mpcompile.tools.reference docs/reference
+
+# The documentation as pages, into build/site; what is missing or broken is an error. No network once the extra is there.
+$(VENV)/.site: $(VENV)/.ready
+	$(BIN)/python -m pip install -q -e '.[docs]'
+	touch $@
+
+site: $(VENV)/.site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.ready
 	$(BIN)/mpcompile bench

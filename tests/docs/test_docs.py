@@ -60,7 +60,7 @@ def test_shell_lines_name_real_verbs_and_targets() -> None:
         words = line.partition("#")[0].split()
         if words[0] == "make":
             assert words[1] in targets
-        else:
+        elif words[0] != "torchrun":
             assert words[0] == "mpcompile"
             assert CliRunner().invoke(app, [words[1], "--help"]).exit_code == 0, line
 
@@ -85,3 +85,16 @@ def test_the_picture_is_what_its_code_draws() -> None:
     scope: dict[str, object] = {"__name__": "flow"}
     exec(compile(code, "flow.py", "exec"), scope)
     assert scope["draw"]() == (ROOT / "docs/pictures/flow.svg").read_text(encoding="utf-8")  # type: ignore[operator]
+
+
+@pytest.mark.slow
+def test_the_site_builds_and_has_every_page(tmp_path: Path) -> None:
+    """Warnings (a link, a name that is not there) are errors."""
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path]
+    done = subprocess.run(build, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    made = {page.relative_to(tmp_path).with_suffix(".md") for page in tmp_path.rglob("*.html")}
+    assert {page.relative_to(ROOT / "docs") for page in (ROOT / "docs").rglob("*.md")} <= made
+    assert "train_step" in (tmp_path / "reference" / "api.html").read_text(encoding="utf-8")
