@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mpcompile.report.model import NodeRow, Report
 
 # Names and sizes differ between reasons that say the same.
-_VARIES = re.compile(r"[`']\S+[`']|\d[\d,.]*")
+_VARIES = re.compile(r"[`']\S+[`']|\b(?!fp\d|bf16)[a-z]\w*\d\b|\b\d[\d,.]*\d|\b\d")
 _REASONS = 3
 
 

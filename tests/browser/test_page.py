@@ -17,7 +17,7 @@ from mpcompile.report.model import Report
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(program() is None, reason="no Chromium here")]
 
-WIDTHS = (420, 1400, 1920)
+WIDTHS = (420, 1280, 1400, 1920)
 ROWS = "document.querySelectorAll('#nodes .tabulator-row').length"
 
 
@@ -231,8 +231,8 @@ def test_no_width_and_no_theme_cuts_anything_off(browser: Chromium, path: Path, 
 
 
 CUT = """[...document.querySelectorAll('header *, #headline *, .bar *')].filter(e => {
-  const b = e.getBoundingClientRect();
-  return b.width > 1 && b.right > innerWidth + 1;
+  const b = e.getBoundingClientRect(), card = e.closest('.card');
+  return b.width > 1 && b.right > (card ? card.getBoundingClientRect().right : innerWidth) + 1;
 }).map(e => e.outerHTML.slice(0, 80))"""
 # Text whose contrast with what is behind it is below 4.5 (WCAG AA).
 CONTRAST = """(() => {

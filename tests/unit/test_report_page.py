@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -152,6 +153,18 @@ def test_the_headline_says_what_is_fp32_and_why(report: Report) -> None:
     assert head.unknown_ops == ("mylib.mystery.default",)
     assert head.low[0] == "bf16"
     assert head.low[1] > 0.9
+
+
+def test_reasons_that_differ_in_names_and_sizes_are_one() -> None:
+    made = stacked(3)
+    says = [
+        "gradient of linear_16: FP32 accumulation; 1,024 bytes.",
+        "gradient of linear_2: FP32 accumulation; 8 bytes.",
+    ]
+    rows = [replace(row, precision="fp32", reason=says[at % 2]) for at, row in enumerate(made.nodes)]
+    head = headline(replace(made, nodes=tuple(rows)), [0.0] * len(rows))
+    assert [one.text for one in head.why] == ["gradient of …: FP32 accumulation; … bytes."]
+    assert head.why[0].reasons == tuple(says)
 
 
 def test_the_costs_add_up(report: Report, text: str) -> None:

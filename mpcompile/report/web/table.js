@@ -6,12 +6,12 @@ let CHOSEN = -1;
 let shownOrder = null;
 
 const COLUMNS = [
-  {title: "node", field: "id", width: 170, formatter: one => cell(one.getValue(), "mono")},
-  {title: "op", field: "op", width: 120, formatter: one => cell(shortOp(one.getValue()), "mono")},
+  {title: "node", field: "id", width: 165, formatter: one => cell(one.getValue(), "mono")},
+  {title: "op", field: "op", width: 116, formatter: one => cell(shortOp(one.getValue()), "mono")},
   {title: "was → now", field: "precision", width: 124, formatter: one => precision(one.getData())},
-  {title: "verdict", field: "verdict", width: 112, formatter: one => verdict(one.getData())},
+  {title: "verdict", field: "verdict", width: 128, formatter: one => verdict(one.getData())},
   {title: "why", field: "reason", minWidth: 380, widthGrow: 1, formatter: one => cell(one.getValue(), "")},
-  number("time", "seconds", seconds), number("bytes", "bytes", size),
+  number("time", "seconds", seconds), {...number("bytes", "bytes", size), width: 86},
   {title: "where", field: "source", width: 105, formatter: one => cell(one.getValue(), "mono idle")},
   {title: "module", field: "module", width: 170, formatter: one => cell(one.getValue(), "mono idle")},
   {...number("FLOPs", "flops", flops), width: 90},
