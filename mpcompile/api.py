@@ -20,7 +20,7 @@ from mpcompile.aten.exported import inline_regions, without_dtype_checks
 from mpcompile.aten.recurrent import traced_whole
 from mpcompile.aten.write import write
 from mpcompile.compiler import Plan, Settings, decide, log_plan, settings_of
-from mpcompile.errors import CaptureError, MPCompileError, RuleError
+from mpcompile.errors import CaptureError, MPCompileError, OnnxError, RuleError
 from mpcompile.graph import joined
 from mpcompile.hardware import device_of, emulated_kinds
 from mpcompile.likeness import class_like
@@ -93,7 +93,7 @@ def mpcompile(
     """
     if _is_onnx(model):
         if fp8:
-            raise TypeError("mpcompile() got fp8=, which ONNX models do not take")
+            raise OnnxError("MP612", "ONNX models take no fp8=", try_="policy='bf16' or 'fp16'")
         onnx_options |= {} if ranges is None else {"ranges": ranges}
         from mpcompile.onnx.convert import convert
 

@@ -26,6 +26,7 @@ def explain(
     policy: options.Policy = "auto",
     keep_fp32: options.KeepFp32 = None,
     low: options.Low = None,
+    fp8: options.Fp8 = None,
     ranges: options.Ranges = None,
     json: options.Json = False,
 ) -> None:
@@ -36,7 +37,7 @@ def explain(
         return
     if not node:
         raise UsageError("MP806", f"which node of {what}?", try_=f"mpcompile explain {what} NODE")
-    report = target.study(what, policy, keep_fp32, low, ranges).report
+    report = target.study(what, policy, keep_fp32, low, ranges, fp8).report
     facts = node_facts(report, _find(report, node))
     options.print_json(facts) if json else options.say(_node_text(facts))
 

@@ -16,6 +16,7 @@ def inspect(
     policy: options.Policy = "auto",
     keep_fp32: options.KeepFp32 = None,
     low: options.Low = None,
+    fp8: options.Fp8 = None,
     ranges: options.Ranges = None,
     only: Annotated[
         str, typer.Option(help="Only nodes of this verdict, precision or decider: fp32, bf16, hazard…")
@@ -31,7 +32,7 @@ def inspect(
     """Show each node's precision, who decided it and why."""
     for path in (html, dot):
         options.place(path)
-    study = target.study(model, policy, keep_fp32, low, ranges)
+    study = target.study(model, policy, keep_fp32, low, ranges, fp8)
     if after:
         text = study.text_after(after)
         options.print_json({"pass": after, "text": text}) if json else typer.echo(printable(text), nl=False)

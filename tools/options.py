@@ -16,7 +16,8 @@ Target = Annotated[
     str, typer.Argument(help="FILE.py:FACTORY, PACKAGE.MODULE:FACTORY or MODEL.onnx", show_default=False)
 ]
 Policy = Annotated[
-    str, typer.Option("--policy", "--precision", "-p", help="auto, bf16, fp16, fp32, or fields: low=fp16,output=low")
+    str,
+    typer.Option("--policy", "--precision", "-p", help="auto, bf16, fp16, fp8, fp32, or fields: low=fp16,output=low"),
 ]
 KeepFp32 = Annotated[
     list[str] | None, typer.Option("--keep-fp32", help="Glob on module path, op or node to keep FP32.")
@@ -24,6 +25,9 @@ KeepFp32 = Annotated[
 Low = Annotated[list[str] | None, typer.Option("--low", help="Glob on module path, op or node to run in the low type.")]
 Ranges = Annotated[
     Path | None, typer.Option("--ranges", metavar="FILE", help="What `mpcompile calibrate` measured, for FP16.")
+]
+Fp8 = Annotated[
+    list[str] | None, typer.Option("--fp8", help="Glob on module path, op or node: linear layers that read FP8.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 

@@ -58,13 +58,13 @@ def is_onnx(target: str) -> bool:
 
 
 def study(target: str, policy: str, keep_fp32: Sequence[str] | None = (), low: Sequence[str] | None = (),
-          ranges: Path | None = None) -> Study:  # fmt: skip
+          ranges: Path | None = None, fp8: Sequence[str] | None = ()) -> Study:  # fmt: skip
     """Read the model that `target` names, and decide on it; `ranges` is a file of `mpcompile calibrate`.
 
     Raises:
       MPCompileError: MP802 to MP804 for the target, and what the compiler has to say.
     """
-    overrides = {"keep_fp32": tuple(keep_fp32 or ()), "low": tuple(low or ())}
+    overrides = {"keep_fp32": tuple(keep_fp32 or ()), "low": tuple(low or ()), "fp8": tuple(fp8 or ())}
     if is_onnx(target):
         return _study_onnx(target, policy, overrides)
     return _study_fx(target, policy, overrides if ranges is None else {**overrides, "ranges": ranges})

@@ -182,3 +182,14 @@ def test_onnx_refuses_fp8_by_name(tmp_path: Any) -> None:
     with pytest.raises(MPCompileError, match="MP612"):
         mpcompile(model, "bf16", fp8=["blocks"]).export_onnx(tmp_path / "a.onnx", *batch)
     assert not list(tmp_path.iterdir())
+
+
+def test_onnx_models_take_no_fp8() -> None:
+    onnx = pytest.importorskip("onnx")
+    ends = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [2, 2]) for name in "xy"]
+    graph = onnx.helper.make_graph([onnx.helper.make_node("MatMul", ["x", "x"], ["y"])], "g", ends[:1], ends[1:])
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)])
+    options: tuple[dict[str, Any], ...] = ({"policy": "fp8"}, {"policy": "bf16", "fp8": ["*"]})
+    for given in options:
+        with pytest.raises(MPCompileError, match="MP612"):
+            mpcompile(model, **given)
