@@ -26,6 +26,10 @@ names = [name for name in names if not name.endswith("_triton")]
 for name in names:
     importlib.import_module(name)
 from mpcompile.report.model import build_report
+from mpcompile.graph import PrecisionGraph
+from mpcompile.policy import Policy
+from mpcompile.report.html import render
+assert "Tabulator" in render(build_report(PrecisionGraph(), Policy("bf16"), "cpu"))  # the page's files are in the wheel
 from mpcompile.rules import rules_for
 assert rules_for("aten").get("aten.linear.default").kind.name == "matmul"
 print(len(names))
