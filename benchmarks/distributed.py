@@ -114,7 +114,7 @@ def drop_in(model: nn.Module, device: str) -> Step:
 
 def whole(policy: str, group: Any) -> Callable[[nn.Module, str], Step]:
     def make(model: nn.Module, device: str) -> Step:
-        made = mpcompile(model, policy).train_step(optimizer_of(model), process_group=group())
+        made = mpcompile(model, policy).train_step(optimizer_of(model), process_group=group(), cuda_graph=CUDA_GRAPH[0])
         return lambda x, y: made(x, y).loss  # type: ignore[no-any-return]
 
     return make
@@ -131,6 +131,7 @@ WAYS: dict[str, Callable[[nn.Module, str], Step]] = {
     "step-alone": whole("bf16", lambda: _alone()),
 }
 _OWN: list[Any] = []
+CUDA_GRAPH: list[Any] = ["auto"]
 
 
 def _alone() -> Any:
@@ -267,10 +268,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=10, help="steps that a round times of each way")
     parser.add_argument("--profile", default="", help="names of ways whose kernels are looked at")
+    parser.add_argument("--no-cuda-graph", action="store_true", help="run the whole steps kernel by kernel")
     parser.add_argument("--tiny", action="store_true", help="a small model on the CPU: says only that it runs")
     parser.add_argument("--out", type=Path, help="a JSON file")
     given = parser.parse_args()
     device = "cpu" if given.tiny else "cuda"
+    CUDA_GRAPH[0] = False if given.no_cuda_graph else "auto"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.set_float32_matmul_precision("high")

@@ -105,8 +105,14 @@ def gathered(rank: int) -> None:
         whole(torch.ones(2, WIDTH))
 
 
-def test_fsdp2_trains_as_one_process() -> None:
-    together(gathered)
+def gathered_or_refused(rank: int) -> None:
+    """In one pair of processes: their start costs more than the work."""
+    gathered(rank)
+    refuse_all(rank)
+
+
+def test_fsdp2_trains_as_one_process_and_other_shards_are_refused() -> None:
+    together(gathered_or_refused)
 
 
 def compiled(rank: int) -> None:
@@ -154,7 +160,3 @@ def refuse_all(rank: int) -> None:
             mp(x)
     with pytest.raises(CaptureError, match="MP107"):
         mpcompile(FullyShardedDataParallel(copy.deepcopy(net()), device_id=torch.device("cpu")), "bf16")
-
-
-def test_tensor_parallelism_and_fsdp1_are_refused() -> None:
-    together(refuse_all)

@@ -129,8 +129,14 @@ def all_ways(rank: int) -> None:
     assert any("all_reduce" in node["op"] for node in low.report().to_dict()["nodes"])
 
 
-def test_two_ranks_train_as_one() -> None:
-    together(all_ways)
+def first_things(rank: int) -> None:
+    """In one pair of processes: their start costs more than the work."""
+    all_ways(rank)
+    one_decision(rank)
+
+
+def test_two_ranks_train_as_one_and_an_overflow_on_one_skips_the_step_on_all() -> None:
+    together(first_things)
 
 
 def other_ways(rank: int) -> None:
@@ -173,10 +179,6 @@ def one_decision(rank: int) -> None:
     assert found.rank == 1
     assert str(found).startswith("rank 1: ")
     assert step.explain_overflow(x, y, ONE) is None
-
-
-def test_an_overflow_on_one_rank_skips_the_step_on_all() -> None:
-    together(one_decision)
 
 
 def statistics_and_copies(rank: int) -> None:
@@ -269,6 +271,7 @@ def refusals(rank: int) -> None:
             mpcompile(model, "fp32").train_step(torch.optim.SGD(model.parameters(), lr=0.1), loss_of, process_group=own)
 
 
+@pytest.mark.slow
 def test_what_cannot_be_is_refused_by_name() -> None:
     together(refusals)
 
