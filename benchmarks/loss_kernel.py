@@ -25,7 +25,7 @@ from mpcompile.runtime.kernels import loss as kernel
 from mpcompile.tools.measure import Clock
 
 SHAPES = {"GPT-2, whole": (16384, 50304), "GPT-2, a chunk": (2432, 50304), "Llama, a chunk": (2048, 128256)}
-CUTS = [(4096, 8), (8192, 8), (8192, 16), (16384, 16), (16384, 32), (4096, 4)]
+CUTS = [(2048, 4), (4096, 4), (4096, 8), (8192, 8), (8192, 16), (4096, 16)]
 
 
 def torchs(logits: Tensor, targets: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from mpcompile.runtime.kernels.update import available
 # Where the kernel serves; a test adds the CPU, by Triton's interpreter.
 DEVICES = {"cuda"}
 # Columns at once and warps of a program.
-BLOCK, WARPS = 8192, 16
+BLOCK, WARPS = 4096, 8
 
 
 @torch.library.custom_op("mpcompile::loss_rows", mutates_args=())
