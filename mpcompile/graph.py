@@ -160,6 +160,27 @@ class Node:
     def is_cast(self) -> bool:
         return self.op == CAST_OP
 
+    def decide(self, verdict: Verdict, reason: str, by: DecidedBy) -> bool:
+        """Set verdict, reason and who decided, which belong together; True when one of them changed."""
+        before = self.verdict, self.reason, self.decided_by
+        self.verdict, self.reason, self.decided_by = verdict, reason, by
+        return before != (verdict, reason, by)
+
+    def raise_to_fp32(self, reason: str, by: DecidedBy = "hazard", *, must: bool = False) -> bool:
+        """Decide for FP32, unless it is so already, or someone with a better right decided; True when it is new.
+
+        A cast has no precision of its own. The caller's override, the program's own cast and a type that the program
+        names are better rights than evidence of a risk.
+
+        Args:
+          must: the operation has no low form (a schema, a kernel), whoever asked for one.
+        """
+        if self.verdict == "fp32" or self.kind == "cast" or self.is_cast:
+            return False
+        if not must and (self.decided_by in ("override", "user-cast") or self.out_dtype):
+            return False
+        return self.decide("fp32", reason, by)
+
     def reads(self) -> str:
         """Precision in which an operand is read that has none of its own: fp16 | bf16 | fp32, or "any" (as it comes)."""
         if self.op == CAST_OP or self.precision in ("", "keep") or (self.out_dtype and self.kind == "cast"):

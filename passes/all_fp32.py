@@ -22,5 +22,6 @@ class AllFp32:
             dtypes = {graph.values[name].dtype for name in (*node.inputs, *node.outputs)}
             precision = "fp32" if "fp32" in dtypes and not dtypes & LOW else "keep"
             if node.precision != precision or node.verdict != "fp32":
-                node.verdict, node.precision, node.reason, changed = "fp32", precision, "the policy is fp32", True  # type: ignore[assignment]  # fmt: skip
+                node.decide("fp32", "the policy is fp32", node.decided_by)
+                node.precision, changed = precision, True  # type: ignore[assignment]
         return PassResult(changed)

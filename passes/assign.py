@@ -257,17 +257,15 @@ class _Plan:
             return
         node.precision = self.low if low else "fp32"  # type: ignore[assignment]
         if (tied := self.classes.tied_to(node.id)) in LOW:
-            node.precision, node.verdict, node.decided_by = tied, "propagate", "user-cast"  # type: ignore[assignment]
-            node.reason = f"writes into storage that the program made {tied}"
+            node.precision = tied  # type: ignore[assignment]
+            node.decide("propagate", f"writes into storage that the program made {tied}", "user-cast")
             return
         if node.verdict == "fp32" or node.decided_by in ("override", "hazard", "autocast-region", "unknown"):
             return
         if node.verdict == "low" and not low:
-            node.decided_by = "cost"
-            node.reason = self._why_not(node)
+            node.decide("low", self._why_not(node), "cost")
         elif node.verdict == "propagate":
-            node.decided_by = "cost"
-            node.reason = self._why(node, results, low)
+            node.decide("propagate", self._why(node, results, low), "cost")
 
     def _why_not(self, node: Node) -> str:
         gain = self.saving.get(node.id, 0.0) * 1e6
@@ -374,10 +372,8 @@ def _follow_autocast(graph: PrecisionGraph, low: str) -> None:
                 graph.values[name] for i, name in enumerate(node.inputs) if node.operands.get(node.slots[i]) is None
             ]
             node.precision = _widest([v for v in read if v.castable], low)  # type: ignore[assignment]
-            node.decided_by, node.reason = (
-                "rule",
-                f"{node.reason}; on no autocast list: {node.precision} as its operands",
-            )
+            why = f"{node.reason}; on no autocast list: {node.precision} as its operands"
+            node.decide(node.verdict or "propagate", why, "rule")
         if node.precision in CASTABLE and any(value.alias for value in results) and not told(node):
             _keep_storage(node, classes, stored)
         _fix_values(node, results)

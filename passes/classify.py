@@ -18,12 +18,12 @@ from typing import Any, ClassVar
 from mpcompile import fp8
 from mpcompile.errors import RuleError, suggest
 from mpcompile.formats import LOW
-from mpcompile.graph import CAST_OP, NOTHING, Node, PrecisionGraph
+from mpcompile.graph import CAST_OP, NOTHING, Node, PrecisionGraph, Verdict
 from mpcompile.passes.base import PassResult
 from mpcompile.rules.table import Rule, Rules, rules_for
 
 # torch's lists; "set_dtype" computes and gives FP32, and what is on no list or on "promote" takes its widest operand.
-_AUTOCAST: dict[str, tuple[str, str]] = {
+_AUTOCAST: dict[str, tuple[Verdict, str]] = {
     "lower": ("low", "on torch.autocast's list of low-precision operations"),
     "fp32": ("fp32", "on torch.autocast's list of FP32 operations"),
     "set_dtype": ("fp32", "on torch.autocast's list of operations that give FP32 unless told a dtype"),
@@ -68,7 +68,9 @@ class Classify:
             node.fp8 = NOTHING
             self._decide(graph, node, rules, wide)
         # After the rules, so that a callable can ask for a node's kind and verdict.
-        wanted = {id_: ("low", f"low={text!r}") for id_, text in names.matches(self.force_low).items()}
+        wanted: dict[str, tuple[Verdict, str]] = {
+            id_: ("low", f"low={text!r}") for id_, text in names.matches(self.force_low).items()
+        }
         self._ask_fp8(graph, names)
         wanted |= {id_: ("fp32", f"keep_fp32={text!r}") for id_, text in names.matches(self.keep_fp32).items()}
         for id_, (verdict, reason) in wanted.items():
@@ -85,27 +87,28 @@ class Classify:
 
     def _decide(self, graph: PrecisionGraph, node: Node, rules: Rules, wide: set[str]) -> None:
         if node.op == CAST_OP:
-            node.kind, node.verdict = "cast", "propagate"
+            node.kind = "cast"
+            node.decide("propagate", node.reason, "rule")
             return
         rule = rules.get(node.op)
         if rule is None:
             self._unruled(node)
             return
-        node.kind, node.reason, node.decided_by = rule.kind.name, rule.why(), "rule"
-        node.verdict = rule.verdict_for(self.low)
+        node.kind = rule.kind.name
+        node.decide(rule.verdict_for(self.low), rule.why(), "rule")
         if rule.when:
             _attributes(node, rule)
         if self.plan == "autocast":
-            node.verdict, node.reason = _AUTOCAST.get(rule.autocast, ("propagate", node.reason))  # type: ignore[assignment]
+            node.decide(*_AUTOCAST.get(rule.autocast, ("propagate", node.reason)), "rule")
         _operands(node, rule)
         if node.kind == "cast" and node.out_dtype:
             node.decided_by = "user-cast"
         elif node.region == "off":
             _outside(node)
         if node.kind != "control" and not graph.has_floats(node):
-            node.verdict, node.reason, node.decided_by = "propagate", "integers and bools are never cast", "rule"
+            node.decide("propagate", "integers and bools are never cast", "rule")
         if wide and node.kind != "cast" and not wide.isdisjoint((*node.inputs, *node.outputs)):
-            node.verdict, node.reason = "fp32", "meets FP64 or complex values: low would lose digits that they keep"
+            node.decide("fp32", "meets FP64 or complex values: low would lose digits that they keep", "rule")
         elif node.kind == "embedding":
             _low_table(graph, node)
 
@@ -113,8 +116,12 @@ class Classify:
         if not node.autocast:
             self._unknown(node)
             return
-        node.kind, node.verdict, node.decided_by = "custom", "low" if node.autocast in LOW else "fp32", "rule"
-        node.reason = f"torch.library.register_autocast gives it {node.autocast}"
+        node.kind = "custom"
+        node.decide(
+            "low" if node.autocast in LOW else "fp32",
+            f"torch.library.register_autocast gives it {node.autocast}",
+            "rule",
+        )
         if node.region == "off":
             _outside(node)
 
@@ -123,20 +130,19 @@ class Classify:
             where = f"{node.module or 'the model'} {node.source}".strip()
             raise RuleError("MP205", f"no rule for {node.op}", where=where,
                             try_=f'mpcompile.rules.register("{node.op}", "elementwise")')  # fmt: skip
-        node.kind, node.verdict, node.decided_by = "custom", "fp32", "unknown"
-        node.reason = f'no rule: mpcompile.rules.register("{node.op}", …) gives it one'
+        node.kind = "custom"
+        node.decide("fp32", f'no rule: mpcompile.rules.register("{node.op}", …) gives it one', "unknown")
 
 
 def _outside(node: Node) -> None:
-    node.verdict, node.decided_by = "fp32", "autocast-region"
-    node.reason = "inside the program's own autocast(enabled=False)"
+    node.decide("fp32", "inside the program's own autocast(enabled=False)", "autocast-region")
 
 
 def _attributes(node: Node, rule: Rule) -> None:
     """The verdict of an attribute that is set."""
     for name, verdict in rule.when.items():
         if node.attrs.get(name):
-            node.verdict, node.reason = verdict, rule.kind.reason
+            node.decide(verdict, rule.kind.reason, "rule")
 
 
 def _operands(node: Node, rule: Rule) -> None:
@@ -153,11 +159,11 @@ def _low_table(graph: PrecisionGraph, node: Node) -> None:
         node.reason = f"gathers rows of a table that the model has in {dtype} already"
 
 
-def _override(node: Node, verdict: str, reason: str) -> None:
+def _override(node: Node, verdict: Verdict, reason: str) -> None:
     """The caller's word, where it can hold: an opaque body's own tensors would not follow."""
     if node.kind in ("cast", "integer") or (node.kind == "control" and verdict == "low"):
         return
-    node.verdict, node.reason, node.decided_by = verdict, reason, "override"  # type: ignore[assignment]
+    node.decide(verdict, reason, "override")
 
 
 _DECISION = attrgetter("kind", "verdict", "reason", "decided_by")

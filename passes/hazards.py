@@ -45,8 +45,9 @@ class Hazards:
         sweep = _Sweep(Facts(graph, self.low))
         for node in graph.nodes.values():
             sweep.visit(node)
-        changed = [_raise(graph.nodes[key], reason, NOTHING) for key, reason in sweep.unfit.items()]
-        changed += [_raise(graph.nodes[key], reason, NEVER_RAISED) for key, reason in sweep.raised.items()]
+        changed = [graph.nodes[key].raise_to_fp32(reason) for key, reason in sweep.unfit.items()]
+        raised = [(graph.nodes[key], reason) for key, reason in sweep.raised.items()]
+        changed += [node.raise_to_fp32(reason) for node, reason in raised if node.kind not in NEVER_RAISED]
         notes = (f"{sum(changed)} nodes raised to fp32",) if any(changed) else ()
         return PassResult(any(changed), notes)
 
@@ -138,12 +139,3 @@ class _Sweep:
             )
             if not lost:
                 self.carried.setdefault(out, {})[row] = trail
-
-
-def _raise(node: Node, reason: str, never: frozenset[str]) -> bool:
-    """Make `node` fp32, unless it is so already, or someone with a better right decided."""
-    decided = node.verdict == "fp32" or node.decided_by in ("override", "user-cast")
-    if decided or node.is_cast or node.out_dtype or node.kind in never:
-        return False
-    node.verdict, node.reason, node.decided_by = "fp32", reason, "hazard"
-    return True

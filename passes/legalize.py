@@ -55,7 +55,7 @@ class Legalize:
                 self._types(graph, node)
                 changed |= before != _state(node)
         for node, reason in (*self._quantized(graph), *_feeds_integers(graph)):
-            changed |= _force(node, reason)
+            changed |= node.raise_to_fp32(reason, "rule", must=True)
         return PassResult(changed)
 
     def _is_large(self, value: Value) -> bool:
@@ -105,12 +105,13 @@ class Legalize:
         signature = self.signatures.get(node.id, UNKNOWN)
         main = _main(signature, reads, gives)
         if "unknown" in found and main in _unknown(signature, reads, gives):
-            _force(node, "the type of one of its operands is not known, and the others share it")
+            why = "the type of one of its operands is not known, and the others share it"
+            node.raise_to_fp32(why, "rule", must=True)
         if node.verdict != "fp32" and self.low not in signature.allowed.get(main, FP32_ONLY):
-            _force(node, signature.why or f"its type may not be {self.low}")
+            node.raise_to_fp32(signature.why or f"its type may not be {self.low}", "rule", must=True)
         elif node.decided_by != "override" and (size := self._too_large(graph, node)):
-            _force(node, f"a constant of {size:.4g} is beyond {self.low}'s largest number, {LARGEST[self.low]:.6g}")
-            node.decided_by = "hazard"
+            why = f"a constant of {size:.4g} is beyond {self.low}'s largest number, {LARGEST[self.low]:.6g}"
+            node.raise_to_fp32(why, must=True)
         self._pins(node, signature, main, reads, gives)
 
     def _too_large(self, graph: PrecisionGraph, node: Node) -> float:
@@ -132,7 +133,7 @@ class Legalize:
             return  # nothing but the main variable
         pinned = {signature.input(slot) for slot, to in node.operands.items() if to == "fp32" and slot in reads}
         if main in pinned and node.verdict != "fp32":
-            _force(node, "one of its operands stays FP32, and the others share its type")
+            node.raise_to_fp32("one of its operands stays FP32, and the others share its type", "rule", must=True)
         for slot, dtype in reads.items():
             variable = signature.input(slot)
             if dtype not in CASTABLE or variable == main:
@@ -187,15 +188,7 @@ def _leave(node: Node, reads: dict[int, str], gives: dict[int, str]) -> None:
     if len(set(dtypes.values())) == 1:
         node.out_dtype = first
     kept = next((dtype for dtype in (*reads.values(), *gives.values()) if dtype in LOW), "half precision")
-    _force(node, f"the model has it in {kept} already")
-
-
-def _force(node: Node, reason: str) -> bool:
-    """Make `node` fp32; True when it was not."""
-    if node.verdict == "fp32" or node.kind == "cast" or node.is_cast:
-        return False
-    node.verdict, node.reason, node.decided_by = "fp32", reason, "rule"
-    return True
+    node.raise_to_fp32(f"the model has it in {kept} already", "rule", must=True)
 
 
 def _state(node: Node) -> tuple[object, ...]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from mpcompile.formats import LARGEST, ROUNDS_TO_ZERO
-from mpcompile.graph import Node, PrecisionGraph
+from mpcompile.graph import PrecisionGraph
 from mpcompile.passes.base import PassResult
 
 # Share of the non-zero elements that may be rounded to zero.
@@ -60,8 +60,8 @@ class MeasuredHazards:
         for node in graph:
             found = next((name for name in (*node.outputs, *node.inputs) if name in reasons), "")
             if found and graph.values[found].castable:
-                raised += _raise(
-                    node, f"measured{' on generated inputs' if self.on else ''}: {found!r} {reasons[found]}"
+                raised += node.raise_to_fp32(
+                    f"measured{' on generated inputs' if self.on else ''}: {found!r} {reasons[found]}"
                 )
         note = f"{raised} nodes raised to fp32 by measured ranges" + (f", on {self.on}" if self.on else "")
         return PassResult(bool(raised), (note,) if raised or self.on else ())
@@ -75,10 +75,3 @@ class MeasuredHazards:
         if seen.vanishing > VANISHING:
             return f"has {seen.vanishing:.0%} of its elements below {ROUNDS_TO_ZERO[self.low]:.2g}, zero in {self.low}"
         return ""
-
-
-def _raise(node: Node, reason: str) -> bool:
-    if node.verdict == "fp32" or node.decided_by == "override" or node.is_cast or node.kind == "cast":
-        return False
-    node.verdict, node.reason, node.decided_by = "fp32", reason, "hazard"
-    return True

@@ -211,7 +211,7 @@ class _Editor:
         self.reread(view, operand, name)
         self.graph.values[view.outputs[0]].dtype = precision
         view.precision = precision  # type: ignore[assignment]
-        view.decided_by, view.reason = "cost", f"{precision}, so that fewer bytes are cast"
+        view.decide(view.verdict or "propagate", f"{precision}, so that fewer bytes are cast", "cost")
 
     def reread(self, reader: Node, operand: int, name: str) -> None:
         self.readers[reader.inputs[operand]].remove(reader)

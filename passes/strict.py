@@ -33,9 +33,6 @@ class Strict:
         Assign(self.low, plan="autocast").apply(peer)
         raised = 0
         for node in graph:
-            fixed = node.is_cast or node.verdict == "fp32" or node.decided_by in ("override", "user-cast")
-            if not fixed and peer.nodes[node.id].precision == "fp32":
-                node.verdict, node.decided_by = "fp32", "rule"
-                node.reason = "FP32, because torch.autocast stores it so and the plan is strict"
-                raised += 1
+            if peer.nodes[node.id].precision == "fp32":
+                raised += node.raise_to_fp32("FP32, because torch.autocast stores it so and the plan is strict", "rule")
         return PassResult(raised > 0, (f"{raised} nodes raised to fp32",) if raised else ())

@@ -478,7 +478,8 @@ def _call_by_name(graph: PrecisionGraph) -> None:
     """What the model has in half precision already runs in that, whatever the policy."""
     for node in graph:
         if node.out_dtype in LOW and node.kind != "cast" and not node.is_cast:
-            node.precision, node.verdict = node.out_dtype, "propagate"  # type: ignore[assignment]
+            node.precision = node.out_dtype  # type: ignore[assignment]
+            node.decide("propagate", node.reason, node.decided_by)
 
 
 def passes_for(policy: Policy, options: Options, capture: frontend.OnnxCapture,

@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 KNOWN = {
-    "attribute": "numbers of modules (an epsilon, a probability) are constants of the step's graph",
-    "forward hook": "one that is registered after the first call is not seen by the drop-in",
-    "forward pre-hook": "one that is registered after the first call is not seen by the drop-in",
-    "backward hook": "one that is registered after the first call is not seen by the drop-in",
     "transpose layout": "with momentum (seed 69011)",
     "state cleared": "with momentum (seed 70014)",
     "empty parameter": "one entry more or less in the optimizer's state than plain torch has (seed 70002)",

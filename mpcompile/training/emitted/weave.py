@@ -281,19 +281,18 @@ class _Origins:
         name = self.origin(found)
         planned = self.plan.nodes.get(name)
         if node.phase == "optimizer" and node.precision in LOW:
-            node.verdict, node.decided_by = "low", "user-cast"
-            node.reason = f"the optimizer's own code computes in {node.precision}"
+            node.decide("low", f"the optimizer's own code computes in {node.precision}", "user-cast")
         elif node.phase == "optimizer":
-            node.verdict, node.reason = "fp32", "law 6: unscaling, clipping, the update and the loss scale are FP32"
+            node.decide("fp32", "law 6: unscaling, clipping, the update and the loss scale are FP32", "rule")
         elif node.op.startswith(_STORES):
-            node.verdict, node.reason = "propagate", "stores a value that is computed already"
+            node.decide("propagate", "stores a value that is computed already", "rule")
         elif planned is not None and not planned.is_cast:
-            node.verdict, node.decided_by = planned.verdict, planned.decided_by
             node.module, node.source = node.module or planned.module, node.source or planned.source
-            node.reason = planned.reason if node.phase == "forward" else f"gradient of {name}: {planned.reason}"
+            reason = planned.reason if node.phase == "forward" else f"gradient of {name}: {planned.reason}"
+            node.decide(planned.verdict or "propagate", reason, planned.decided_by)
         else:
-            node.verdict = rule.verdict_for(self.low) if rule else "propagate"
-            node.reason = rule.why() if rule else _OURS.get(node.op, _JOINS)
+            verdict = rule.verdict_for(self.low) if rule else "propagate"
+            node.decide(verdict, rule.why() if rule else _OURS.get(node.op, _JOINS), "rule")
 
 
 _JOINS = "joins gradients, in the precision that they arrive in"
