@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,9 +23,9 @@ from mpcompile.passes.classify import refuse_both
 from mpcompile.passes.measured_hazards import MeasuredHazards
 from mpcompile.pipeline import History, Observer, StepRecord, default_passes, run
 from mpcompile.policy import Policy
+from mpcompile.progress import line
 from mpcompile.ranges import HEADROOM, Ranges
-
-log = logging.getLogger("mpcompile")
+from mpcompile.torch_internals import trace_artifact
 
 
 @dataclass(frozen=True)
@@ -176,7 +175,12 @@ def _several(given: Any) -> tuple[Any, ...]:
 
 
 def log_plan(plan: Plan) -> None:
-    """The one line after compilation."""
+    """The one line after compilation, and the report where torch writes a trace (for tlparse)."""
+    from mpcompile.report.model import build_report
     from mpcompile.report.summary import summary_line
 
-    log.info("%s", summary_line(plan.graph, plan.policy, plan.seconds))
+    line(summary_line(plan.graph, plan.policy, plan.seconds))
+    trace_artifact(
+        "mpcompile_report",
+        lambda: build_report(plan.graph, plan.policy, plan.row, steps=plan.steps, before=plan.capture.graph).to_json(),
+    )

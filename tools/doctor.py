@@ -90,10 +90,57 @@ def _machine() -> list[Check]:
             False,
         ),
         Check("cpu", True, f"BF16 {_native(bf16)}; FP16 {_native(fp16)}; {torch.get_num_threads()} threads"),
-        Check("policy 'auto' on cpu", bf16, "bf16" if bf16 else "fp32: no native low type", False),
+        _auto("cpu"),
         Check("dynamo backend", "mpcompile" in torch._dynamo.list_backends(), "torch.compile(backend='mpcompile')"),
     ]
-    return [*checks, _products(torch, "cpu"), *_cuda(torch, has_native_bf16), _providers()]
+    return [*checks, _private(), *_products(torch, "cpu"), *_cuda(torch, has_native_bf16), _providers()]
+
+
+def _auto(kind: str) -> Check:
+    """Which policy "auto" is on a device here, and why."""
+    import warnings
+
+    from mpcompile import Policy
+    from mpcompile.devices import own_path, own_rows
+    from mpcompile.hardware import settle_policy
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        low = settle_policy(Policy(), kind).low
+    if kind in own_rows():
+        why = f"the row [{kind}] of {own_path()} says that it is faster"
+    elif low == "fp32":
+        why = "neither native BF16 nor FP16 tensor cores; mpcompile doctor --measure may find otherwise"
+    else:
+        why = f"native {low.upper()}, by the processor's own account"
+    return Check(f"policy 'auto' on {kind}", low != "fp32", f"{low}: {why}", False)
+
+
+# What mpcompile reaches into torch for; a version of torch without one of them is not supported.
+PRIVATE = (
+    "torch._functorch.aot_autograd.aot_export_joint_with_descriptors", "torch._functorch.config", "torch._inductor.config",
+    "torch._inductor.compile_fx.compile_fx", "torch._inductor.compile_fx.compile_fx_inner", "torch._guards.TracingContext",
+    "torch._guards.tracing", "torch._dynamo.config", "torch._subclasses.fake_tensor.FakeTensor", "torch._higher_order_ops",
+    "torch._foreach_copy_", "torch._foreach_add_", "torch._ops.HigherOrderOperator", "torch._C._dynamo.guards",
+)  # fmt: skip
+
+
+def _private() -> Check:
+    """The private parts of torch that are used, and which of them this torch lacks."""
+    lacking = [name for name in PRIVATE if not _reaches(name)]
+    found = f"all {len(PRIVATE)} that are used are there" if not lacking else f"missing: {', '.join(lacking)}"
+    return Check("private parts of torch", not lacking, found)
+
+
+def _reaches(name: str) -> bool:
+    owner, _, last = name.rpartition(".")
+    for module in (name, owner):
+        try:
+            found = importlib.import_module(module)
+        except ImportError:
+            continue
+        return module == name or hasattr(found, last)
+    return False
 
 
 def _measured(to: Path | None) -> list[Check]:
@@ -122,15 +169,39 @@ def _native(there: bool) -> str:
     return "native" if there else "computed in FP32 and rounded"
 
 
-def _products(torch: Any, device: str) -> Check:
-    """How fast a matrix product is in each low type, measured: "native" alone says nothing of speed."""
-    seconds = {dtype: _seconds_of_product(torch, device, dtype) for dtype in ("float32", "bfloat16", "float16")}
-    bf16, fp16 = (seconds["float32"] / seconds[dtype] for dtype in ("bfloat16", "float16"))
+def _products(torch: Any, device: str) -> list[Check]:
+    """How fast a matrix product is in each low type, measured, beside the row that plans are priced by."""
+    from mpcompile import Policy
+    from mpcompile.devices import device as row_of
+    from mpcompile.hardware import row_name
+
+    types = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+    seconds = {low: _seconds_of_product(torch, device, dtype) for low, dtype in types.items()}
+    row = row_of(row_name(Policy(), device))
+    bf16, fp16 = (seconds["fp32"] / seconds[low] for low in ("bf16", "fp16"))
     pays = max(bf16, fp16) > 1.0
-    found = f"BF16 {bf16:.2f} times as fast as FP32, FP16 {fp16:.2f} times (1024 x 1024, best of 5)"
-    return Check(
-        f"products on {device}", pays, found if pays else f"{found}: low types save memory here, not time", False
-    )
+    found = f"BF16 {bf16:.2f} times as fast as FP32, FP16 {fp16:.2f} times (1024 x 1024, best of 5 at most)"
+    rates = "; ".join(f"{low.upper()} {2 * 1024**3 / taken:.3g} here, {getattr(row, low):.3g} in the table"
+                      for low, taken in seconds.items())  # fmt: skip
+    checks = [
+        Check(
+            f"products on {device}", pays, found if pays else f"{found}: low types save memory here, not time", False
+        ),
+        Check(
+            f"FLOP/s on {device}",
+            True,
+            f"{rates} (row {row.name!r}; doctor --measure writes one of this machine's)",
+            False,
+        ),
+    ]
+    if device == "cpu" and fp16 < 1.0:
+        why = f"its products take {1 / fp16:.3g} times as long as FP32's: on this processor FP16 is for tests only"
+        checks.append(Check("FP16 on cpu", False, why, False))
+    return checks
+
+
+# A product that takes so many seconds is measured once.
+SLOW = 0.5
 
 
 def _seconds_of_product(torch: Any, device: str, dtype: str) -> float:
@@ -143,7 +214,9 @@ def _seconds_of_product(torch: Any, device: str, dtype: str) -> float:
         a @ a
         wait()
         times.append(time.perf_counter() - start)
-    return min(times[1:])
+        if times[-1] > SLOW:  # no warming up makes up for that
+            break
+    return min(times[1:] or times)
 
 
 def _cuda(torch: Any, has_native_bf16: Any) -> list[Check]:
@@ -151,12 +224,26 @@ def _cuda(torch: Any, has_native_bf16: Any) -> list[Check]:
         return [Check("cuda", False, "no device", needed=False)]
     major, minor = torch.cuda.get_device_capability()
     found = f"{torch.cuda.get_device_name()}, sm_{major}{minor}, BF16 {_native(has_native_bf16('cuda'))}"
-    return [Check("cuda", True, found), _products(torch, "cuda")]
+    return [Check("cuda", True, found), _auto("cuda"), *_products(torch, "cuda")]
 
 
 def _providers() -> Check:
+    """Which execution providers start, by a session of a model of one node: being listed is not enough."""
     try:
         runtime = importlib.import_module("onnxruntime")
+        session = importlib.import_module("mpcompile.onnx.run.session")
+        helper = importlib.import_module("onnx.helper")
     except ImportError:
         return Check("onnxruntime providers", False, "not installed", needed=False)
-    return Check("onnxruntime providers", True, ", ".join(runtime.get_available_providers()))
+    ports = [helper.make_tensor_value_info(name, 1, [1]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "one", ports[:1], ports[1:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    starts, fails = list[str](), list[str]()
+    for name in runtime.get_available_providers():
+        try:
+            held = session.session(model, [name])
+            (starts if name in held.get_providers() else fails).append(name)
+        except Exception as error:  # ONNX Runtime has a class for each of its codes, and no base of them
+            fails.append(f"{name} ({' '.join(str(error).split())[:80]})")
+    found = f"start: {', '.join(starts) or 'none'}" + (f"; do not start: {', '.join(fails)}" if fails else "")
+    return Check("onnxruntime providers", bool(starts), found, needed=False)

@@ -117,4 +117,5 @@ for verb in (
 
 def main() -> None:
     """Run the command line; exit codes: 0 done, 1 what was asked about is not so, 2 bad usage or bad input."""
+    os.environ.setdefault("MPCOMPILE_PROGRESS", "0")  # the verbs say themselves what they do
     app()

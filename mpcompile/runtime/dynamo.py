@@ -27,6 +27,7 @@ from mpcompile.errors import RuntimeFailure, suggest
 from mpcompile.graph import PrecisionGraph
 from mpcompile.hardware import device_of, emulated_kinds
 from mpcompile.passes.classify import refuse_unmatched, unmatched
+from mpcompile.progress import stage
 from mpcompile.runtime.buckets import Piece, bucket_bytes, split_at_buckets
 from mpcompile.runtime.compiled import CompiledGraph
 from mpcompile.runtime.coverage import warn_of_recurrent_break
@@ -74,7 +75,7 @@ class Compiler:
         self.plans.append(plan)
         if self.on_plan is not None:
             self.on_plan(plan)
-        with numbers_settled(plan.capture.module):
+        with stage("compiling a graph"), numbers_settled(plan.capture.module):
             emitted = self._emit(plan, fakes, _dtypes_given(module) if fresh else None)
         self.seconds += time.perf_counter() - start
         return emitted

@@ -221,6 +221,21 @@ def test_doctor() -> None:
     ratios = [float(number) for number in re.findall(r"(\d+\.\d\d) times", products["found"])]
     assert len(ratios) == 2
     assert products["good"] == (max(ratios) > 1.0) or 1.0 in ratios
+    by_name = {check["name"]: check for check in found["checks"]}
+    assert by_name["policy 'auto' on cpu"]["found"].partition(":")[0] in ("bf16", "fp16", "fp32")
+    assert "in the table" in by_name["FLOP/s on cpu"]["found"]
+    assert by_name["private parts of torch"]["good"]
+    assert ("FP16 on cpu" in by_name) == (ratios[1] < 1.0) or 1.0 in ratios
+    assert "CPUExecutionProvider" in by_name["onnxruntime providers"]["found"]
+
+
+def test_doctor_names_what_torch_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mpcompile.tools import doctor
+
+    monkeypatch.setattr(doctor, "PRIVATE", ("torch._guards.tracing", "torch._guards.gone", "torch.no_such.part"))
+    found = doctor._private()
+    assert not found.good
+    assert found.found == "missing: torch._guards.gone, torch.no_such.part"
 
 
 def test_convert_an_onnx_model(tmp_path: Path) -> None:

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from mpcompile.aten.graphs import outputs_of, values_of
 from mpcompile.aten.write import has_user_low_cast
+from mpcompile.compiler import log_plan
 from mpcompile.errors import MPCompileError, TrainingError
+from mpcompile.progress import stage
 from mpcompile.runtime.inductor import roundings_kept
 from mpcompile.runtime.sharded import refuse_gathered, refuse_sharded
 from mpcompile.shadows.step_shadows import ShadowSet
@@ -254,13 +256,20 @@ class Artefacts:
     def _make(self, batch: Batch, moving: list[tuple[int, int]]) -> Artefact:
         _refuse_masters(self.named, self.trained())
         try:
-            artefact = self._compiled(self._capture(batch, moving))
+            artefact = self._captured(batch, moving)
         except MPCompileError:
             if not moving:
                 raise
-            artefact = self._compiled(self._capture(batch, []))
+            artefact = self._captured(batch, [])
         self.on_new(artefact)
+        log_plan(artefact.joint.forward.plan)
         return artefact
+
+    def _captured(self, batch: Batch, moving: list[tuple[int, int]]) -> Artefact:
+        with stage("reading the step and deciding"):
+            forward = self._capture(batch, moving)
+        with stage("compiling the step"):
+            return self._compiled(forward)
 
     def _capture(self, batch: Batch, moving: list[tuple[int, int]]) -> Forward:
         compiled = self.backend != "eager"
