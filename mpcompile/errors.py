@@ -97,16 +97,6 @@ def pages() -> dict[str, Page]:
     return {code: Page(code, **row) for code, row in sorted(rows.items())}
 
 
-PAGES: dict[str, Page] = {}
-
-
-def page(code: str, title: str, cause: str, remedy: str) -> None:
-    """Register the reference page of `code`; a code has one page."""
-    if code in PAGES:
-        raise ValueError(f"{code} has a page already: {PAGES[code].title}")
-    PAGES[code] = Page(code, title, cause, remedy)
-
-
 def suggest(word: str, known: Iterable[str], count: int = 3) -> str:
     """Near names of `word`, for a message: "'a', 'b'", or "" when nothing is near."""
     near = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)

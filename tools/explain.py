@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpcompile.errors import Page, UsageError, suggest
+from mpcompile.errors import Page, UsageError, pages, suggest
 from mpcompile.tools import options, target
-from mpcompile.tools.pages import error_pages
 
 if TYPE_CHECKING:
     from mpcompile.graph import Node
@@ -43,11 +42,10 @@ def explain(
 
 
 def _page(code: str) -> Page:
-    pages = error_pages(code)
-    if code not in pages:
-        pages = error_pages()
-        raise UsageError("MP806", f"there is no error {code}", try_=suggest(code, pages) or "docs/reference/errors.md")
-    return pages[code]
+    known = pages()
+    if code not in known:
+        raise UsageError("MP806", f"there is no error {code}", try_=suggest(code, known) or "a code such as MP203")
+    return known[code]
 
 
 def _page_text(found: Page) -> str:

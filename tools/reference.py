@@ -12,11 +12,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from mpcompile import errors
 from mpcompile.errors import MPCompileError
 from mpcompile.pipeline import default_passes
 from mpcompile.policy import Policy
 from mpcompile.rules import Rule, rules_for
-from mpcompile.tools.pages import error_pages
 
 MADE = "<!-- made by `make docs`; do not edit -->\n"
 ROOMS = {
@@ -48,7 +48,7 @@ def errors_page() -> str:
         kind.__doc__.partition(":")[0]: kind.__name__ for kind in MPCompileError.__subclasses__() if kind.__doc__
     }
     room = ""
-    for one in error_pages().values():
+    for one in errors.pages().values():
         if one.code[2] != room:
             room = one.code[2]
             lines += [f"## {ROOMS[room]} (`{families[f'MP{room}xx']}`)", ""]

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from mpcompile import errors
 from mpcompile.errors import MPCompileError, suggest
-from mpcompile.tools.pages import error_pages
 
 ROOT = Path(__file__).parents[2]
 SOURCES = [p for room in ("mpcompile", "passes", "tools") for p in (ROOT / room).rglob("*.py")]
@@ -38,7 +37,7 @@ def raised() -> list[tuple[str, str, str]]:
 
 
 def test_every_code_has_its_page_and_its_room() -> None:
-    pages, used = error_pages(), raised()
+    pages, used = errors.pages(), raised()
     assert len(used) > 30
     assert [one for one in used if one[1] not in pages] == []
     assert [one for one in used if not re.fullmatch(f"MP{FAMILIES[one[0]]}\\d\\d", one[1])] == []
@@ -48,12 +47,12 @@ def test_every_page_is_raised_somewhere() -> None:
     """A code that is documented and never raised is a promise nobody keeps."""
     texts = [path.read_text(encoding="utf-8") for path in SOURCES]
     marks = ('"{}"', "({})")
-    said = {code for code in error_pages() for text in texts for mark in marks if mark.format(code) in text}
-    assert sorted(error_pages().keys() - said) == []
+    said = {code for code in errors.pages() for text in texts for mark in marks if mark.format(code) in text}
+    assert sorted(errors.pages().keys() - said) == []
 
 
 def test_every_page_is_whole() -> None:
-    for one in error_pages().values():
+    for one in errors.pages().values():
         assert re.fullmatch(r"MP[1-8]\d\d", one.code)
         assert one.title
         assert not one.title.endswith(".")
