@@ -267,6 +267,23 @@ def test_a_phone_reads_the_reason_under_each_node(browser: Chromium, path: Path)
     assert browser.run("document.getElementById('detail').hidden")
 
 
+def test_no_width_draws_all_rows(browser: Chromium, tmp_path: Path) -> None:
+    """A table without a height of its own would, when a window becomes narrow or wide."""
+    stacked(300).to_html(tmp_path / "many.html")
+    browser.size(1400, 900)
+    browser.open(tmp_path / "many.html")
+    for width in (1400, 420, 1400):
+        browser.size(width, 900)
+        browser.frames(4)
+        for name in ("casts", "passes", "nodes"):
+            browser.run(f"openTab('{name}')")
+            browser.wait(f"document.querySelectorAll('#{name}-panel .tabulator-row').length > 0")
+            assert 5 < browser.run(f"document.querySelectorAll('#{name}-panel .tabulator-row').length") < 150, (
+                width,
+                name,
+            )
+
+
 def test_hostile_names_run_nothing(browser: Chromium, tmp_path: Path) -> None:
     hostile().to_html(tmp_path / "hostile.html")
     browser.size(1400, 900)

@@ -9,7 +9,7 @@ const number = (title, field, words) =>
 function virtualTable(place, rows, columns, more) {
   const defaults = {headerSortTristate: true, resizable: "header", sorter: bySort};
   return new Tabulator(place, {
-    data: rows, columns, columnDefaults: defaults, index: "at", layout: "fitColumns", height: phone.matches ? "82vh" : "100%", rowHeight: 29,
+    data: rows, columns, columnDefaults: defaults, index: "at", layout: "fitColumns", height: "100%", rowHeight: 29,
     placeholder: "Nothing matches.", renderVerticalBuffer: 320, ...more,
   });
 }
