@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mpcompile.errors import printable
 from mpcompile.tools import options, target
+
+if TYPE_CHECKING:
+    from mpcompile.report.model import Report
 
 
 def inspect(
@@ -23,6 +26,7 @@ def inspect(
     ] = "",
     sort: Annotated[str, typer.Option(help="Order by a column, largest first: bytes, flops…")] = "",
     after: Annotated[str, typer.Option(metavar="PASS", help="Print the graph's text after this pass instead.")] = "",
+    time_passes: Annotated[bool, typer.Option("--time-passes", help="Also the seconds that each pass took.")] = False,
     html: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Also write the report as one offline page.")
     ] = None,
@@ -32,6 +36,10 @@ def inspect(
     """Show each node's precision, who decided it and why."""
     for path in (html, dot):
         options.place(path)
+    target.exists(model)
+    _check_words(only, sort)
+    from mpcompile.report.headline_text import headline_lines
+
     study = target.study(model, policy, keep_fp32, low, ranges, fp8)
     if after:
         text = study.text_after(after)
@@ -42,15 +50,42 @@ def inspect(
         report.to_html(html)
     if dot:
         dot.write_text(report.to_dot(), encoding="utf-8", errors="backslashreplace")
+    opening = [] if json else headline_lines(report)
     report = report.filter(only=only) if only else report
     report = report.sort(sort) if sort else report
     if json:
         options.print_json(report.to_dict())
         return
-    _show(report)
+    _print(report, opening, only, time_passes)
     for path in (html, dot):
         if path:
             options.say(f"written: {path}")
+
+
+def _print(report: Report, opening: list[str], only: str, time_passes: bool) -> None:
+    for line in opening:
+        options.say(line)
+    if not report.nodes:
+        options.say(f"none of the nodes is {only!r}" if only else "the graph has no nodes")
+    else:
+        _show(report)
+    for one in report.steps if time_passes else ():
+        options.say(f"{one.name}: {one.seconds * 1e3:.1f} ms{'' if one.modified else ', changed nothing'}")
+
+
+def _check_words(only: str, sort: str) -> None:
+    """Refuse words that no report knows, before anything slow is imported.
+
+    Raises:
+      UsageError: MP801.
+    """
+    from mpcompile.report.model import Report
+
+    nothing = Report("", "", "", (), (), {})
+    if only:
+        nothing.filter(only=only)
+    if sort:
+        nothing.sort(sort)
 
 
 def _show(report: object) -> None:
