@@ -39,9 +39,8 @@ def calibrate(
         options.print_json({"written": str(out), "batches": found.batches, "values": len(found.values),
                             "large": {key: one.largest for key, one in values.items()}, "gradients": gradients})  # fmt: skip
         return
-    options.say(
-        f"written: {out} ({found.batches} batches, {len(found.values)} values, {len(found.gradients)} gradients)"
-    )
+    count = f"{found.batches} batch{'es' * (found.batches > 1)}"
+    options.say(f"written: {out} ({count}, {len(found.values)} values, {len(found.gradients)} gradients)")
     for key, one in values.items():
         options.say(f"{_named(key)} reaches {one.largest:.4g}; FP16 ends at 65504")
     for key, why in gradients.items():
