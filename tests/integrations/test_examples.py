@@ -24,5 +24,6 @@ def test_both_curves_go_the_same_way(name: str, monkeypatch: pytest.MonkeyPatch)
     full, mixed = importlib.import_module(name).main(["--tiny", "--policy", "bf16,device=free-low"])
     assert mixed == pytest.approx(full, abs=0.02)
     assert mixed != full, "nothing was low"
-    if name != "gan":
+    # Two players' losses, and a surrogate one, do not fall.
+    if name not in ("gan", "ppo"):
         assert min(full[-2:]) < full[0]
