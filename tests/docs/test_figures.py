@@ -21,9 +21,9 @@ def test_the_tables_are_what_their_script_prints() -> None:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    shown = re.findall(r"<!-- (cpu|gpu) table.*?-->\n(.*?)\n<!-- end -->", PAGE, re.DOTALL)
+    shown = re.findall(r"<!-- (cpu|gpu|hand) table.*?-->\n(.*?)\n<!-- end -->", PAGE, re.DOTALL)
     cpu = module.table(module.load("cpu-bf16.json"), module.load("cpu-bf16-micro.json"))
-    assert dict(shown) == {"cpu": cpu, "gpu": module.gpu_table()}
+    assert dict(shown) == {"cpu": cpu, "gpu": module.gpu_table(), "hand": module.hand_table()}
 
 
 def test_the_step_options_are_those_measured() -> None:

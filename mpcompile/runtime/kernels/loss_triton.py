@@ -9,9 +9,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# The lowest number of FP32.
-LOWEST = tl.constexpr(-3.4028234663852886e38)
-
 
 # `debug` keeps the check of the labels: one that is no class ends the program, as in torch's own kernel.  Where a device
 # has no such check, the row's loss is NaN.
@@ -38,22 +35,19 @@ def loss_row(
     at = logits + row * stride
     offsets = tl.arange(0, BLOCK)
 
-    # A maximum and a sum for each place of a block: nothing is joined on the way.  One of the two exponentials that a
-    # new maximum needs is 1, so each element costs one.  The lowest number stands for nothing, since infinities differ
-    # by NaN; a NaN is above nothing and reaches the sum.
-    tops = tl.full([BLOCK], LOWEST, tl.float32)
-    totals = tl.zeros([BLOCK], tl.float32)
-    straight = tl.zeros([BLOCK], tl.float32)
+    top = -float("inf")
+    total = 0.0
+    straight = 0.0
     for start in range(0, classes, BLOCK):
         inside = start + offsets < classes
         x = tl.load(at + start + offsets, mask=inside, other=-float("inf")).to(tl.float32)  # [BLOCK]
-        less = tl.exp(-tl.abs(x - tops))
-        totals = tl.where(x > tops, totals * less + 1.0, totals + less)
-        tops = tl.where(x > tops, x, tops)
+        higher = tl.maximum(top, tl.max(x, 0))
+        # Where nothing above minus infinity was met yet, minus infinity is no number to take from.
+        base = tl.where(higher == -float("inf"), 0.0, higher)
+        total = total * tl.exp(top - base) + tl.sum(tl.exp(x - base), 0)
+        top = higher
         if SMOOTH:
-            straight += tl.where(inside, x, 0.0)
-    top = tl.max(tops, 0)
-    total = tl.sum(totals * tl.exp(tops - top), 0)
+            straight += tl.sum(tl.where(inside, x, 0.0), 0)
     # log(sum exp(x)) = top + rest
     rest = tl.log(total)
     own = tl.load(at + tl.where(known, label, 0)).to(tl.float32)
@@ -62,7 +56,7 @@ def loss_row(
     spread = 0.0
     if SMOOTH:
         spread = smoothing / classes
-        loss = (1.0 - smoothing) * loss + smoothing * ((top - tl.sum(straight, 0) / classes) + rest)
+        loss = (1.0 - smoothing) * loss + smoothing * ((top - straight / classes) + rest)
     tl.store(losses + row, tl.where(counted, loss, 0.0))
 
     arriving = tl.load(unit)
