@@ -35,7 +35,7 @@ GPU = [
 ]
 PROFILED = {"vit": "ViT-B/16, 128 images, BF16 (profile)", "llama": "Llama 1B, 4 x 2048 tokens, BF16 (profile)"}
 GPU_HEAD = (
-    "| | eager FP32 | eager TF32 | compiled FP32 | pure BF16 | drop-in | peak | step | peak | `remake=True` | peak | MFU |\n"
+    "| | eager FP32 | eager TF32 | compiled FP32 | pure BF16 | drop-in | peak | step | peak | `recompute=True` | peak | MFU |\n"
     "|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 

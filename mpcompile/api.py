@@ -8,7 +8,7 @@ import inspect
 import itertools
 import os
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import torch
 from torch import fx, nn
@@ -42,8 +42,13 @@ from mpcompile.torch_internals import (
 )
 
 if TYPE_CHECKING:
+    from mpcompile.onnx.convert import OnnxMixedPrecision
+    from mpcompile.onnx.train_step import OrtTrainStep
     from mpcompile.ranges import Ranges
     from mpcompile.report.comparison import Comparison
+    from mpcompile.report.model import Report
+    from mpcompile.training.options import StepOptions
+    from mpcompile.training.step import TrainStep
 
 
 _ENTRIES = itertools.count()
@@ -54,6 +59,32 @@ _OWN = frozenset({"forward", "training", "_compiled_call_impl", "_is_full_backwa
 BACKENDS = ("inductor", "eager", "onnxruntime")
 
 
+@overload
+def mpcompile(
+    model: nn.Module | torch.export.ExportedProgram,
+    policy: str | Policy = "auto",
+    *,
+    keep_fp32: Any = (),
+    low: Any = (),
+    fp8: Any = (),
+    ranges: Any = None,
+    backend: str = "inductor",
+    dynamic: bool | None = None,
+    strict: bool = False,
+    example_inputs: Sequence[Any] | None = None,
+) -> MixedPrecisionModule: ...
+@overload
+def mpcompile(
+    model: str | os.PathLike[str],
+    policy: str | Policy = "auto",
+    *,
+    keep_fp32: Any = (),
+    low: Any = (),
+    strict: bool = False,
+    **onnx_options: Any,
+) -> OnnxMixedPrecision: ...
+@overload
+def mpcompile(model: Any, policy: str | Policy = "auto", **options: Any) -> Any: ...
 def mpcompile(
     model: Any,
     policy: str | Policy = "auto",
@@ -274,7 +305,7 @@ class MixedPrecisionModule(nn.Module):
         emulate = emulated_kinds(plan.device, plan.policy.low, compiled=False)
         return write(plan.capture, plan.graph, emulate=emulate, linear=FP8_LINEAR).module
 
-    def report(self, *args: Any, **kwargs: Any) -> Any:
+    def report(self, *args: Any, **kwargs: Any) -> Report:
         """What was decided for each node, and why. See `mpcompile.report.model.Report`.
 
         With example arguments: of the whole model as one graph. Without: of the graphs compiled so far, graph breaks
@@ -321,6 +352,25 @@ class MixedPrecisionModule(nn.Module):
 
         return calibrate(self.model, self.settings, batches, loss_fn)
 
+    @overload
+    def train_step(
+        self,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        loss_fn: Callable[..., Any] | None = None,
+        *,
+        backend: Literal["onnxruntime"],
+        providers: Sequence[Any] | None = None,
+        **options: Unpack[StepOptions],
+    ) -> OrtTrainStep: ...
+    @overload
+    def train_step(
+        self,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
+        loss_fn: Callable[..., Any] | None = None,
+        *,
+        backend: Literal["inductor", "eager"] | None = None,
+        **options: Unpack[StepOptions],
+    ) -> TrainStep: ...
     def train_step(
         self,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],

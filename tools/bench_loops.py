@@ -265,10 +265,10 @@ CANDIDATES: dict[str, Callable[[Job], Loop]] = {
     "pure BF16": _pure,
     "mpcompile": _dropin,
     "mpcompile step": lambda job: Step(job, job.model()),
-    "mpcompile step remake": lambda job: Step(job, job.model(), remake=True),
+    "mpcompile step recompute": lambda job: Step(job, job.model(), recompute=True),
 }
 # What says nothing on a CPU: there is no TF32, and the step makes cheap chains again as it is.
-_CUDA_ONLY = ("eager TF32", "compile TF32", "compile+autocast graphs", "expert", "mpcompile step remake")
+_CUDA_ONLY = ("eager TF32", "compile TF32", "compile+autocast graphs", "expert", "mpcompile step recompute")
 # Steps that `Captured` runs before it captures one: compilation, and the optimizer's state.
 CAPTURE_AFTER = 3
 

@@ -6,17 +6,37 @@ import math
 import numbers
 import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from mpcompile.errors import TrainingError, suggest
+
+if TYPE_CHECKING:
+    from mpcompile.training.loss_scale.scale import LossScale
+
+
+class StepOptions(TypedDict, total=False):
+    """The options of `mpcompile.training.step.TrainStep` (which says what they are), for editors and type checkers."""
+
+    scale: str | float | LossScale
+    max_grad_norm: float | None
+    accumulate: int
+    masters: Literal["full", "split"]
+    cuda_graph: Literal["auto"] | bool
+    chunk_loss: bool
+    recompute: Literal["auto"] | bool
+    process_group: Any
+    mesh: Any
+
 
 _POSSIBLE: dict[str, tuple[Any, ...]] = {
     "backend": ("inductor", "eager"),
     "masters": ("full", "split"),
     "cuda_graph": ("auto", True, False),
-    "remake": ("auto", True, False),
+    "recompute": ("auto", True, False),
     "chunk_loss": (True, False),
 }
+# An option's name before the first release -> its name.
+_RENAMED = {"remake": "recompute"}
 
 
 def check_options(low: str, **given: Any) -> None:
@@ -55,6 +75,9 @@ def check_names(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
       TrainingError: MP541, with near names.
     """
     for name in given:
+        if name in _RENAMED:
+            now = _RENAMED[name]
+            raise TrainingError("MP541", f"train_step's option {name!r} is now {now!r}", try_=f"{now}={given[name]!r}")
         if name not in known:
             near = suggest(name, known) or ", ".join(map(repr, known))
             raise TrainingError("MP541", f"train_step has no option {name!r}", try_=near)

@@ -60,7 +60,7 @@ class TrainStep(SavedStep, Windows, Inspection):
       backend: "inductor" or "eager"; the module's own by default.
       cuda_graph: "auto" captures the step in a CUDA graph where shapes are static.
       chunk_loss: take the loss of a large vocabulary in chunks of rows, so that its logits are never held whole.
-      remake: make cheap chains (an activation, a normalization's output) again in the backward instead of keeping them:
+      recompute: make cheap chains (an activation, a normalization's output) again in the backward instead of keeping them:
         less memory, and on CUDA a longer step. "auto" does so on a CPU alone, where it costs nothing (decision 0014).
       process_group, mesh: the ranks that train together, each with a share of the batch: a process group, or a mesh of one
         dimension. A DistributedDataParallel inside of the wrapper is known by itself.
@@ -82,7 +82,7 @@ class TrainStep(SavedStep, Windows, Inspection):
         backend: str | None = None,
         cuda_graph: Literal["auto"] | bool = "auto",
         chunk_loss: bool = True,
-        remake: Literal["auto"] | bool = "auto",
+        recompute: Literal["auto"] | bool = "auto",
         process_group: Any = None,
         mesh: Any = None,
     ) -> None:
@@ -94,7 +94,7 @@ class TrainStep(SavedStep, Windows, Inspection):
             "backend": backend,
             "cuda_graph": cuda_graph,
             "chunk_loss": chunk_loss,
-            "remake": remake,
+            "recompute": recompute,
             "process_group": process_group,
             "mesh": mesh,
         }
@@ -140,7 +140,7 @@ class TrainStep(SavedStep, Windows, Inspection):
             shadows=shadows,
             seed=seed,
             chunk_loss=chunk_loss,
-            remake=self.device.type == "cpu" if remake == "auto" else remake,
+            recompute=self.device.type == "cpu" if recompute == "auto" else recompute,
             on_new=self._on_new,
             outside=self._outside,
             around=self.plan.split.joined if self.plan.split is not None else contextlib.nullcontext,

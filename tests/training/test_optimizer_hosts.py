@@ -382,7 +382,7 @@ def test_a_step_that_is_skipped_from_the_start_leaves_no_state(make: Any) -> Non
         {"backend": 1},
         {"cuda_graph": 1},
         {"cuda_graph": "always"},
-        {"remake": None},
+        {"recompute": None},
         {"chunk_loss": "no"},
         {"chunk_loss": 1},
         {"loss": 3},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import subprocess
 import sys
 
@@ -17,6 +18,8 @@ from mpcompile.api import mpcompile
 from mpcompile.errors import TrainingError
 from mpcompile.training.checkpoint_file import save_checkpoint
 from mpcompile.training.loss_scale.scale import LossScale
+from mpcompile.training.options import StepOptions
+from mpcompile.training.step import TrainStep
 
 
 class Net(nn.Module):
@@ -312,10 +315,21 @@ def test_resume_in_a_new_process_is_bit_equal_dropout_included(tmp_path, backend
 
 def test_options_that_do_not_exist():
     _, optimizer, step = make()
-    wrong = {"accumulate": 0, "masters": "half", "backend": "tpu", "remake": "always", "cuda_graph": "yes"}
+    wrong = {"accumulate": 0, "masters": "half", "backend": "tpu", "recompute": "always", "cuda_graph": "yes"}
     for options in ({name: value} for name, value in wrong.items()):
         with pytest.raises(TrainingError, match="MP541"):
             mpcompile(step.model, "fp32", backend="eager").train_step(optimizer, **options)
+
+
+def test_an_option_of_before_the_release_names_the_one_of_now() -> None:
+    _, optimizer, step = make()
+    with pytest.raises(TrainingError, match=r"'remake' is now 'recompute'\n.*recompute=True"):
+        mpcompile(step.model, "fp32", backend="eager").train_step(optimizer, remake=True)  # type: ignore[call-overload]
+
+
+def test_the_typed_options_are_those_of_the_step() -> None:
+    parameters = inspect.signature(TrainStep).parameters
+    assert {*StepOptions.__annotations__} == {*parameters} - {"owner", "optimizer", "loss_fn", "backend"}
 
 
 def test_a_tensor_that_the_model_makes_no_buffer_of_is_a_constant() -> None:

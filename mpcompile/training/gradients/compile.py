@@ -34,19 +34,19 @@ def decompositions(backend: str) -> dict[Any, Callable[..., Any]] | None:
     return select_decomp_table()
 
 
-def run_joint(joint: Joint, backend: str, *, remake: bool, sends: bool = False) -> tuple[Run, list[Tensor]]:
+def run_joint(joint: Joint, backend: str, *, recompute: bool, sends: bool = False) -> tuple[Run, list[Tensor]]:
     """A function of (*inputs, seed) that gives (*mutated, loss, *grads), and fakes of what it keeps for the backward.
 
     Run op by op, a joint graph keeps what its next nodes read: no list of it exists.
 
     Args:
-      remake: keep no pointwise chain (a GELU, a normalization's output) that a matmul of the backward reads.
+      recompute: keep no pointwise chain (a GELU, a normalization's output) that a matmul of the backward reads.
       sends: gradients are sent to other ranks, as early as they are there, and awaited as late as they can be.
     """
     if backend == "eager":
         _view_as_it_lies(joint.module)
         return _eager(joint.module), []
-    return _in_two(joint, remake, sends)
+    return _in_two(joint, recompute, sends)
 
 
 def _view_as_it_lies(module: fx.GraphModule) -> None:
@@ -72,14 +72,14 @@ def _eager(module: fx.GraphModule) -> Run:
     return run
 
 
-def _in_two(joint: Joint, remake: bool, sends: bool) -> tuple[Run, list[Tensor]]:
+def _in_two(joint: Joint, recompute: bool, sends: bool) -> tuple[Run, list[Tensor]]:
     from torch._inductor.compile_fx import compile_fx_inner, partition_fn
     from torch._inductor.virtualized import V
 
     mode = joint.forward.fakes[0].fake_mode  # type: ignore[attr-defined]
     fixed = [i for i, one in enumerate(joint.forward.inputs) if one.kind != "arg"]
     with fresh_tracing(mode), V.set_fake_mode(mode):
-        with torch._functorch.config.patch(ban_recompute_materialized_backward=not remake):
+        with torch._functorch.config.patch(ban_recompute_materialized_backward=not recompute):
             first, second = partition_fn(joint.module, joint.fakes, num_fwd_outputs=joint.outputs_of_forward)
         # Compiling rewrites a graph in place: what is saved has the backward's names before it only.
         kept = joint.outputs_of_forward

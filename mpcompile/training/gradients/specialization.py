@@ -174,7 +174,7 @@ class Artefacts:
     shadows: ShadowSet
     seed: Tensor
     chunk_loss: bool
-    remake: bool
+    recompute: bool
     on_new: Callable[[Artefact], None]
     outside: Callable[[], dict[str, Tensor]] = dict
     around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
@@ -300,7 +300,7 @@ class Artefacts:
         values = values_of(outputs_of(joint.module)[len(joint.mutated) + 1 :])
         layout = tuple((forward.inputs[i].name, value.dtype) for i, value in zip(joint.grads, values, strict=True))
         with roundings_kept(has_user_low_cast(forward.plan.graph)):
-            run, saved = run_joint(joint, self.backend, remake=self.remake, sends=self.reducer is not None)
+            run, saved = run_joint(joint, self.backend, recompute=self.recompute, sends=self.reducer is not None)
         return Artefact(joint, run, fixed, places, layout, buffers_, writes, self.named, saved, reducer=self.reducer)
 
     def _fixed(self, one: Input, tensors: dict[str, Tensor]) -> Any:
