@@ -1,4 +1,4 @@
-"""`mpcompile explain`: one node's decision in full, or one error code's page."""
+"""`mpcompile explain`: one node's decision in full, a module's in sums, or one error code's page."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 
 from mpcompile.errors import Page, UsageError, pages, suggest
 from mpcompile.tools import options, target
+from mpcompile.tools.explain_module import module_text
 
 if TYPE_CHECKING:
     from mpcompile.graph import Node
@@ -19,9 +20,17 @@ if TYPE_CHECKING:
 
 def explain(
     what: Annotated[
-        str, typer.Argument(metavar="TARGET|CODE", help="A model (then NODE too), or a code such as MP203.")
+        str,
+        typer.Argument(metavar="TARGET|CODE", help="A model (then a node or a module too), or a code such as MP203."),
     ],
-    node: Annotated[str, typer.Argument(help="The node's name in the report.", show_default=False)] = "",
+    node: Annotated[
+        str,
+        typer.Argument(
+            metavar="[NODE|MODULE]",
+            help="A node or a module as the report names it: linear, h.{0-11}.mlp",
+            show_default=False,
+        ),
+    ] = "",
     policy: options.Policy = "auto",
     keep_fp32: options.KeepFp32 = None,
     low: options.Low = None,
@@ -29,16 +38,21 @@ def explain(
     ranges: options.Ranges = None,
     json: options.Json = False,
 ) -> None:
-    """Explain a node's precision (TARGET NODE), or an error (CODE)."""
+    """Explain a node's precision, sum up a module's (TARGET NODE|MODULE), or show an error's page (CODE)."""
     if re.fullmatch(r"(?i)mp\d+", what):
         found = _page(what.upper())
         options.print_json(asdict(found)) if json else options.say(_page_text(found))
         return
+    target.exists(what)
     if not node:
-        raise UsageError("MP806", f"which node of {what}?", try_=f"mpcompile explain {what} NODE")
+        raise UsageError("MP806", f"which node or module of {what}?", try_=f"mpcompile explain {what} NODE")
     report = target.study(what, policy, keep_fp32, low, ranges, fp8).report
-    facts = node_facts(report, _find(report, node))
-    options.print_json(facts) if json else options.say(_node_text(facts))
+    if node in report.graph.nodes:
+        facts = node_facts(report, report.graph.nodes[node])
+        options.print_json(facts) if json else options.say(_node_text(facts))
+        return
+    facts = _module(report, node)
+    options.print_json(facts) if json else options.say(module_text(facts))
 
 
 def _page(code: str) -> Page:
@@ -52,38 +66,31 @@ def _page_text(found: Page) -> str:
     return f"{found.code}: {found.title}\n\n  cause:  {found.cause}\n  remedy: {found.remedy}"
 
 
-def _find(report: Report, name: str) -> Node:
-    node = report.graph.nodes.get(name)
-    if node is None:
-        raise UsageError("MP806", f"the graph has no node {name!r}", try_=suggest(name, report.graph.nodes))
-    return node
+def _module(report: Report, name: str) -> dict[str, Any]:
+    """Facts of the module; a dot at the end tells a module from a node of the same name."""
+    from mpcompile.report.modules import module_facts, module_paths
+
+    if facts := module_facts(report, name.removesuffix(".")):
+        return facts
+    near = suggest(name, [*report.graph.nodes, *module_paths(report)])
+    raise UsageError("MP806", f"the graph has no node or module {name!r}", try_=near)
 
 
 def node_facts(report: Report, node: Node) -> dict[str, Any]:
     """All that is known of one node: its row, its rule, what it reads and who reads it, and what each choice costs."""
+    from mpcompile.report.modules import inside
+    from mpcompile.report.neighbours import gives_of, reads_of
+
     graph = report.graph
-    uses = graph.uses()
     row = next(
         (r.to_dict() for r in report.nodes if r.id == node.id), {"id": node.id, "op": node.op, "reason": node.reason}
     )
     row = {key: list(value) if isinstance(value, tuple) else value for key, value in row.items()}
-    reads = [
-        {
-            "value": name,
-            "dtype": graph.values[name].dtype,
-            "from": graph.values[name].producer or graph.values[name].role,
-        }
-        for name in node.inputs
-    ]
-    gives = [
-        {
-            "value": name,
-            "dtype": graph.values[name].dtype,
-            "readers": list(dict.fromkeys(reader for reader, _ in uses[name])),
-        }
-        for name in node.outputs
-    ]
-    return {"node": row, "rule": _rule(report, node), "reads": reads, "gives": gives, "cost": _choices(report, node)}
+    within = inside(node.id)
+    return {
+        "node": row, "rule": _rule(report, node), "reads": reads_of(graph, node), "gives": gives_of(graph, node),
+        "cost": _choices(report, node), "module_too": any(within(one.module) for one in report.nodes),
+    }  # fmt: skip
 
 
 def _rule(report: Report, node: Node) -> dict[str, Any]:
@@ -98,14 +105,13 @@ def _rule(report: Report, node: Node) -> dict[str, Any]:
 def _choices(report: Report, node: Node) -> dict[str, dict[str, float]]:
     """What either precision costs: seconds of the node's work, bytes of its results, and the plan with it alone so."""
     from mpcompile.cost import CostModel, device
-    from mpcompile.policy import Policy
     from mpcompile.report.costs import Estimate
 
     low = _low(report)
     if node.precision not in (low, "fp32"):
         return {}
     model = CostModel(report.graph, device(report.device), low, report.source != "onnx")
-    estimate = Estimate(report.graph, Policy.parse(report.policy), report.device, report.source)
+    estimate = Estimate.of(report)
     values = [report.graph.values[name] for name in node.outputs]
     return {
         precision: {
@@ -124,14 +130,16 @@ def _low(report: Report) -> str:
 
 def _reads_of(operands: Sequence[Any]) -> list[str]:
     """A line for each product of a linear layer: in which format it reads its operands, both prices, and why."""
+    from mpcompile.report.quantities import seconds
+
     lines = []
     for left, right in zip(operands[::2], operands[1::2], strict=True):
         how = " and ".join(
             f"{one['operand']} as {one['format']}" + (f" (transposed, {one['scale']})" if one["transposed"] else "")
             for one in (left, right)
         )
-        fast = f"{left['seconds_fp8'] * 1e6:.4g} µs" if left["seconds_fp8"] is not None else "not here"
-        lines.append(f"  {left['step']}: {how}; BF16 {left['seconds_low'] * 1e6:.4g} µs, FP8 with copies of its own {fast}: "
+        fast = seconds(left["seconds_fp8"]) if left["seconds_fp8"] is not None else "not here"
+        lines.append(f"  {left['step']}: {how}; BF16 {seconds(left['seconds_low'])}, FP8 with copies of its own {fast}: "
                      f"{left['reason']}")  # fmt: skip
     return lines
 
@@ -146,24 +154,38 @@ def _node_text(facts: dict[str, Any]) -> str:
         lines.append(f"  verdict: {row['verdict']}, by {row['decided_by']}")
     lines.append(f"  why:     {row['reason']}")
     lines.append(f"  rule:    {rule['kind'] or 'none'}: {rule['verdict']}; {rule['why']}")
-    lines += [f"  reads:   {r['value']} {r['dtype']} from {r['from']}" for r in facts["reads"]]
-    lines += [
-        f"  gives:   {g['value']} {g['dtype']} to {', '.join(g['readers']) or 'the caller'}" for g in facts["gives"]
-    ]
-    for precision, cost in facts["cost"].items():
-        work = (
-            f"{cost['seconds'] * 1e6:.3g} µs of matrix work, "
-            if any(c["seconds"] for c in facts["cost"].values())
-            else ""
-        )
-        whole = f"the whole {cost['plan'] * 1e6:.4g} µs"
-        here = " (the plan)" if precision == row.get("precision") else ""
-        lines.append(f"  as {precision}: {cost['bytes']:,} bytes of results, {work}{whole}{here}")
+    lines += [f"  reads:   {one['says']}" for one in facts["reads"]]
+    lines += [f"  gives:   {one['says']}" for one in facts["gives"]]
+    lines += _cost_lines(facts["cost"], row.get("precision"))
     lines += _reads_of(row.get("operands") or [])
-    if facts["cost"]:
-        lines.append("           estimates; the whole with this node alone changed, its casts included")
-    if row.get("precision") in ("fp16", "bf16"):
-        lines.append(f"  to keep it FP32:  --keep-fp32 '{row['id']}', or mpcompile(model, keep_fp32=['{row['id']}'])")
-    elif row.get("precision") == "fp32":
-        lines.append(f"  to make it low:   --low '{row['id']}', or mpcompile(model, low=['{row['id']}'])")
+    lines += [f"  to change it: {how}"] if (how := _change(row)) else []
+    if facts["module_too"]:
+        lines.append(f"  {row['id']} is a module, too: mpcompile explain TARGET {row['id']}.")
     return "\n".join(lines)
+
+
+def _cost_lines(choices: dict[str, dict[str, float]], now: str | None) -> list[str]:
+    from mpcompile.report.quantities import seconds, size
+
+    lines = []
+    for precision, cost in choices.items():
+        work = f"{seconds(cost['seconds'])} of matrix work, " if any(c["seconds"] for c in choices.values()) else ""
+        here = " (the plan)" if precision == now else ""
+        lines.append(
+            f"  as {precision}: {size(cost['bytes'])} of results, {work}the whole {seconds(cost['plan'])}{here}"
+        )
+    return [*lines, "           estimates; the whole with this node alone changed, its casts included"] if lines else []
+
+
+def _change(row: dict[str, Any]) -> str:
+    """What to write for the other precision; "" where nothing is decided."""
+    name, now = row["id"], row.get("precision")
+    if now not in ("fp16", "bf16", "fp32"):
+        return ""
+    if row["decided_by"] == "override":
+        return f"take out the override that names it ({row['reason']})"
+    if row["decided_by"] == "user-cast":
+        return f"the program itself names the type{', at ' + row['source'] if row['source'] else ''}"
+    if now == "fp32":
+        return f"--low '{name}', or mpcompile(model, low=['{name}'])"
+    return f"--keep-fp32 '{name}', or mpcompile(model, keep_fp32=['{name}'])"

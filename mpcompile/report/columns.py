@@ -107,10 +107,10 @@ def _links(report: Report) -> dict[str, Any]:
     for row, at in rows.items():
         if row in graph.nodes:
             for name in dict.fromkeys(graph.nodes[row].inputs):
-                root, cast = _through_casts(graph, name)
+                root, cast = through_casts(graph, name)
                 reads += at, pool.number(root), casts.get(cast, -1) if cast else -1
     returned = [[pool.number(root), casts.get(cast, -1) if cast else -1]
-                for root, cast in (_through_casts(graph, name) for name in graph.outputs)]  # fmt: skip
+                for root, cast in (through_casts(graph, name) for name in graph.outputs)]  # fmt: skip
     values = [graph.values[name] for name in pool.to_list()]
     return {
         "name": ["" if value.producer == value.name else value.name for value in values],
@@ -123,7 +123,7 @@ def _links(report: Report) -> dict[str, Any]:
     }
 
 
-def _through_casts(graph: PrecisionGraph, name: str) -> tuple[str, tuple[str, str] | None]:
+def through_casts(graph: PrecisionGraph, name: str) -> tuple[str, tuple[str, str] | None]:
     """The value that `name` is a cast of, and that cast's value and dtype; the value itself when it is none."""
     cast: tuple[str, str] | None = None
     maker: Node | None = graph.producer(name)
@@ -134,4 +134,4 @@ def _through_casts(graph: PrecisionGraph, name: str) -> tuple[str, tuple[str, st
     return name, cast
 
 
-__all__ = ["node_seconds", "packed", "page_data", "rounded"]
+__all__ = ["node_seconds", "packed", "page_data", "rounded", "through_casts"]

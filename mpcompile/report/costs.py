@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import TYPE_CHECKING
@@ -63,13 +64,17 @@ class Estimate:
 
     def with_node(self, node: str, precision: str) -> float:
         """The plan's seconds if this one node ran in `precision` and all others as they do."""
+        return self.with_nodes([node], precision)
+
+    def with_nodes(self, nodes: Iterable[str], precision: str) -> float:
+        """The plan's seconds if these nodes ran in `precision` and all others as they do."""
         graph = self._bare()
-        changed = graph.nodes[node]
-        changed.precision = precision  # type: ignore[assignment]
-        changed.fp8 = changed.fp8 if precision == self.policy.low else NOTHING
-        for index, name in enumerate(changed.outputs):
-            if graph.values[name].castable and (given := changed.gives_at(index)) != "keep":
-                graph.values[name].dtype = given
+        for changed in map(graph.nodes.__getitem__, nodes):
+            changed.precision = precision  # type: ignore[assignment]
+            changed.fp8 = changed.fp8 if precision == self.policy.low else NOTHING
+            for index, name in enumerate(changed.outputs):
+                if graph.values[name].castable and (given := changed.gives_at(index)) != "keep":
+                    graph.values[name].dtype = given
         return self._price(graph)
 
     def _price(self, graph: PrecisionGraph) -> float:

@@ -34,7 +34,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Why:
-    """Nodes that are FP32 for one reason: the reasons' texts (which differ in names and sizes), nodes, seconds."""
+    """Nodes that have their precision for one reason: the reasons' texts (which differ in names and sizes), nodes, seconds."""
 
     text: str
     reasons: tuple[str, ...]
@@ -69,7 +69,7 @@ class Headline:
 def headline(report: Report, seconds: Sequence[float]) -> Headline:
     """The headline of `report`, whose rows take `seconds`."""
     rows = report.nodes
-    why = sorted(_reasons(zip(rows, seconds, strict=True)), key=lambda one: (-one.seconds, -one.nodes, one.text))
+    why = main_reasons(zip(rows, seconds, strict=True))
     return Headline(
         shares=(
             _share("nodes", rows, [1.0] * len(rows)),
@@ -91,11 +91,16 @@ def _share(name: str, rows: Sequence[NodeRow], amounts: Sequence[float]) -> Shar
     return Share(name, {key: sums[key] for key in sorted(sums, key=lambda key: (-sums[key], key)) if sums[key]})
 
 
-def _reasons(rows: Iterable[tuple[NodeRow, float]]) -> Iterable[Why]:
-    """The reasons of what is FP32, those that differ in names and sizes alone as one."""
+def main_reasons(rows: Iterable[tuple[NodeRow, float]], precision: str = "fp32") -> list[Why]:
+    """The reasons of the rows of one precision (each with its seconds), by seconds, then by nodes."""
+    return sorted(_reasons(rows, precision), key=lambda one: (-one.seconds, -one.nodes, one.text))
+
+
+def _reasons(rows: Iterable[tuple[NodeRow, float]], precision: str) -> Iterable[Why]:
+    """Those that differ in names and sizes alone as one."""
     groups: dict[str, list[tuple[NodeRow, float]]] = {}
     for row, taken in rows:
-        if row.precision == "fp32":
+        if row.precision == precision:
             groups.setdefault(_VARIES.sub("…", row.reason), []).append((row, taken))
     for text, members in groups.items():
         reasons = tuple(dict.fromkeys(row.reason for row, _ in members))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
+from mpcompile.report import quantities
 from mpcompile.report.columns import node_seconds, packed, page_data
 from mpcompile.report.costs import Estimate
 from mpcompile.report.headline import headline
@@ -145,7 +146,7 @@ def _what(report: Report) -> str:
 def _templates() -> Environment:
     loader = PackageLoader("mpcompile.report", ".")
     pages = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    pages.filters.update(seconds=_seconds, size=_size, percent=_percent)
+    pages.filters.update(seconds=quantities.seconds, size=quantities.size, percent=_percent)
     return pages
 
 
@@ -171,20 +172,6 @@ def _packed(data: Any) -> str:
         return ""
     text = json.dumps(data, separators=(",", ":"))
     return base64.b64encode(gzip.compress(text.encode(), compresslevel=6, mtime=0)).decode()
-
-
-def _seconds(value: float) -> str:
-    for unit, factor in (("s", 1.0), ("ms", 1e3), ("µs", 1e6)):
-        if value * factor >= 1:
-            return f"{value * factor:.3g} {unit}"
-    return "0" if not value else f"{value * 1e6:.2g} µs" if value >= 1e-8 else "< 0.01 µs"
-
-
-def _size(value: float) -> str:
-    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= factor:
-            return f"{value / factor:.3g} {unit}"
-    return f"{value:.0f} B"
 
 
 def _percent(fraction: float) -> str:
