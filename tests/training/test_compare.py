@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import weakref
@@ -208,6 +209,13 @@ def test_nothing_of_the_users_is_changed() -> None:
     assert json.loads(one.to_json())["autocast"]["policy"].startswith("low=fp16,plan=autocast")
 
 
+def test_nothing_is_changed_by_values_alone() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU(inplace=True))
+    before = copy.deepcopy(model.state_dict())
+    compared(model, "bf16", torch.randn(4, 8), gradients=False)
+    assert all(torch.equal(held, before[name]) for name, held in model.state_dict().items())
+
+
 def test_values_are_freed_after_their_last_reader() -> None:
     """A deep chain, forward alone: three values of each lane are alive, whatever the depth."""
     model = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(20)))
@@ -275,6 +283,8 @@ def test_no_batch_is_refused() -> None:
 def test_fp8_is_refused() -> None:
     with pytest.raises(MPCompileError, match="MP562"):
         compare(Two(), settings_of(f"fp8,{FREE}"), (torch.ones(1, 32),), {})
+    with pytest.raises(MPCompileError, match="MP562"):
+        compare(Two(), settings_of(f"bf16,{FREE}", fp8="a"), (torch.ones(1, 32),), {})
 
 
 def test_batches_join_to_their_worst() -> None:

@@ -80,7 +80,7 @@ def subject(model: nn.Module, loss_fn: Callable[..., Any] | None, batch: Batch, 
     Raises:
       CaptureError: MP101. TrainingError: MP562, and what the capture of a step may raise.
     """
-    if settings.policy.products == "fp8":
+    if settings.policy.products == "fp8" or settings.fp8:
         raise TrainingError(
             "MP562",
             "compare, bisect and calibrate do not run FP8 plans",
@@ -132,6 +132,10 @@ def _subject(
     kinds: list[tuple[str, Any, int, Tensor | None]]
     kinds = [(one.kind, one.dtype, one.index, tensors.get(one.name)) for one in forward.inputs if one.kind != "seed"]
     held = [given(kind, index, tensor, batch) for kind, _, index, tensor in kinds]
+    if module is forward.module:
+        # Nothing took its writes in place out: they go to copies.
+        held = [one.clone() if isinstance(one, Tensor) and kind[0] not in ("param", "shadow") else one
+                for one, kind in zip(held, kinds, strict=True)]  # fmt: skip
     full = [raised(one) for one in held]
     inputs = [one.to(dtype) if kind == "shadow" else one for one, (kind, dtype, _, _) in zip(held, kinds, strict=True)]
     places = _places(forward) if places is None else places
