@@ -73,6 +73,11 @@ def active_ddp() -> DistributedDataParallel | None:
     return found
 
 
+def has_communication_hook(ddp: DistributedDataParallel) -> bool:
+    """Whether `register_comm_hook` was called."""
+    return bool(getattr(ddp, "_comm_hooks", ()))
+
+
 @contextlib.contextmanager
 def module_replaced(around: Module, inside: Module) -> Iterator[None]:
     """`around`, a DistributedDataParallel, calls `inside` for its module for a while."""
@@ -217,6 +222,7 @@ __all__ = [
     "calls_taken",
     "compile_pieces",
     "graphs_whole",
+    "has_communication_hook",
     "hooks_guarded",
     "is_filled_anew",
     "is_watched",

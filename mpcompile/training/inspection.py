@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from mpcompile.errors import TrainingError
 from mpcompile.training.accumulation import Layout
-from mpcompile.training.distributed.overflows import first_of
+from mpcompile.training.distributed.gathered import first_of, joined
 from mpcompile.training.distributed.ranks import Ranks
 from mpcompile.training.distributed.reduce import Reducer
 from mpcompile.training.emitted.weave import Emitted, emit, origins, precision_graph
@@ -111,7 +111,7 @@ class Inspection:
 
         They are read every `every` updates at once; in between nothing waits for the device. Where the last update of a
         period was skipped, the node and module that overflowed are looked for in its batch. Call ``.read()`` of what this
-        returns at the end of a training.
+        returns at the end of a training. Of several ranks one alone may log: it looks in its own batch, and asks no other.
 
         Args:
           writer: a path (a file for `mpcompile watch`), TensorBoard's `SummaryWriter`, MLflow, a Weights & Biases run, or an
@@ -122,7 +122,7 @@ class Inspection:
         """
         if not isinstance(every, int) or isinstance(every, bool) or every < 1:
             raise TrainingError("MP563", f"every={every!r}: a number of updates", try_="step.log_to(writer, every=10)")
-        made = StepLog(writer_of(writer), every, self.explain_overflow) if writer is not None else None
+        made = StepLog(writer_of(writer), every, self._own_overflow) if writer is not None else None
         self._log = made
         return made
 
@@ -131,6 +131,7 @@ class Inspection:
 
         What FP16 cannot hold stays FP32 from the next call on (it compiles again); so it does in what `mp` plans later. A
         batch is a tensor, a tuple of arguments or a dict of keywords. No weight, state or random number changes.
+        With several ranks all must call it, each with its batches: what any of them saw is the plan of all.
 
         Raises:
           CaptureError: MP101. TrainingError: MP561.
@@ -141,9 +142,11 @@ class Inspection:
         owner, artefacts = whole._made_of[0], self.artefacts
         with whole.full_masters():
             found = calibrate(artefacts.model, artefacts.settings, batches, artefacts.loss_fn)
+        found = found if self.ranks is None else joined(self.ranks, found)
         artefacts.settings = replace(artefacts.settings, ranges=found)
         owner.__dict__["settings"] = replace(owner.settings, ranges=found)
         whole._renew()
+        whole.team.forget()
         return found
 
     def explain_overflow(self, *args: Any, **kwargs: Any) -> Overflow | None:

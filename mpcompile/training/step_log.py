@@ -44,8 +44,8 @@ class StepLog:
         self._held: list[StepResult] = []
         self._since = time.perf_counter()
 
-    def note(self, result: StepResult, updated: bool, batch: tuple[Any, Any]) -> None:
-        """Take in one call; only those that update count."""
+    def note(self, result: StepResult, updated: bool, batch: tuple[Any, Any] | None) -> None:
+        """Take in one call; only those that update count. A window that was ended early has no batch of its own."""
         if not updated:
             return
         self.updates += 1
@@ -77,7 +77,7 @@ class StepLog:
             self._explained(batch)
 
     def _explained(self, batch: tuple[Any, Any]) -> None:
-        found = self.explain(*batch[0], **batch[1])
+        found = self.explain(*batch)
         self._since = time.perf_counter()
         if found is not None:
             self.writer.text("mpcompile/overflow", str(found), self.updates)

@@ -15,6 +15,7 @@ from mpcompile.training.inspection import Like
 from mpcompile.training.loss_scale.scale import ScaleState
 from mpcompile.training.optimizer.build import Update
 from mpcompile.training.result import StepResult
+from mpcompile.training.step_log import StepLog
 
 
 class Windows:
@@ -25,6 +26,7 @@ class Windows:
     _window: Window
     _replays: Replays
     _recent: Artefact | None = None
+    _log: StepLog | None
     _last: tuple[Artefact, Layout, Like] | None
     _no: Tensor
     _yes: Tensor
@@ -50,7 +52,12 @@ class Windows:
           As a call gives it; `loss` is NaN, for there is no batch.
         """
         self.follow()
-        return self._close(self._nan) if self.pending else self._not_yet(self._nan)
+        if not self.pending:
+            return self._not_yet(self._nan)
+        result = self._close(self._nan)
+        if self._log is not None:
+            self._log.note(result, True, None)
+        return result
 
     def _not_yet(self, loss: Tensor) -> StepResult:
         """What a call gives that updates nothing."""

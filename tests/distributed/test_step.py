@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from ranks import own_part, same_everywhere, together
 from torch import distributed, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from mpcompile import LossScale, mpcompile
@@ -179,6 +181,32 @@ def one_decision(rank: int) -> None:
     assert found.rank == 1
     assert str(found).startswith("rank 1: ")
     assert step.explain_overflow(x, y, ONE) is None
+    one_logs(rank, step, x, y)
+    calibrated_by_all(rank)
+
+
+def one_logs(rank: int, step: Any, x: torch.Tensor, y: torch.Tensor) -> None:
+    """The first rank alone logs, and explains an overflow without waiting for the other."""
+    said = list[str]()
+    writer = SimpleNamespace(scalar=lambda *_: None, text=lambda _, text, __: said.append(text))
+    if rank == 0:
+        step.log_to(writer, every=1)
+    for _ in range(2):
+        step(x, y, torch.tensor(float("inf")))
+    assert len(said) == (1 if rank == 0 else 0)
+
+
+def calibrated_by_all(rank: int) -> None:
+    """What one rank's batches overflow in is FP32 on both."""
+    _, _, step, _ = made("low=fp16,device=free-low", "group")
+    x, y = (own_part(t, rank) for t in batches()[0])
+    step(x, y, ONE)
+    found = step.calibrate([(x, y, torch.tensor(1e6 if rank == 1 else 1.0))])
+    assert found.batches == 2
+    assert bool(step(x, y, ONE).finite)
+    seen: list[Any] = [None, None]
+    distributed.all_gather_object(seen, (found.to_dict(), [n["precision"] for n in step.report().to_dict()["nodes"]]))
+    assert seen[0] == seen[1]
 
 
 def statistics_and_copies(rank: int) -> None:
@@ -255,6 +283,10 @@ def refusals(rank: int) -> None:
         mpcompile(model, "fp32").train_step(
             torch.optim.SGD(model.parameters(), lr=0.1), loss_of, mesh=distributed.init_device_mesh("cpu", (1, 2))
         )
+    hooked = DistributedDataParallel(Net())
+    hooked.register_comm_hook(None, default_hooks.allreduce_hook)
+    with pytest.raises(TrainingError, match=r"MP535(.|\n)*communication hook"):
+        mpcompile(hooked, "fp32").train_step(torch.optim.SGD(hooked.parameters(), lr=0.1), loss_of)
     part = nn.Sequential(DistributedDataParallel(nn.Linear(4, 4)), nn.Linear(4, 1))
     step = mpcompile(part, "fp32", backend="eager").train_step(
         torch.optim.SGD(part.parameters(), lr=0.1), lambda m, x: m(x).mean(), process_group=distributed.group.WORLD

@@ -84,6 +84,17 @@ def test_windows_count_as_one() -> None:
     assert [number for tag, _, number in kept.scalars if tag == "loss"] == [1, 2]
 
 
+def test_a_window_that_is_ended_early_counts() -> None:
+    step, _ = made(accumulate=3)
+    kept = Kept()
+    step.log_to(kept, every=1)
+    step(torch.full((4, 8), 1e30))
+    step.end_window()
+    assert [(value, number) for tag, value, number in kept.scalars if tag == "skipped"] == [(1.0, 1)]
+    step.end_window()
+    assert len(kept.scalars) == 5
+
+
 def test_writers_of_others() -> None:
     got = list[Any]()
 

@@ -13,6 +13,8 @@ from mpcompile.errors import TrainingError
 from mpcompile.training.distributed.ranks import Ranks
 
 Facts = list[tuple[str, Any]]
+# Elements whose bits are held as int64 at once: a table of a large vocabulary would take 24 bytes for each.
+PART = 1 << 22
 
 
 def checksum(tensor: Tensor) -> Tensor:
@@ -22,9 +24,12 @@ def checksum(tensor: Tensor) -> Tensor:
     if bits is None or flat.is_complex():
         flat = torch.view_as_real(flat.resolve_conj()).reshape(-1) if flat.is_complex() else flat
         bits = {8: torch.int64, 4: torch.int32}[flat.element_size()]
-    # Numbered, so that the same numbers in another order are told apart.
-    words = flat.view(bits).long()
-    return (words * (torch.arange(words.numel(), device=words.device) * 2 + 1)).sum()
+    total = torch.zeros((), dtype=torch.int64, device=flat.device)
+    for start in range(0, flat.numel(), PART):
+        words = flat[start : start + PART].view(bits).long()
+        # Numbered, so that the same numbers in another order are told apart.
+        total += (words * (torch.arange(start, start + words.numel(), device=words.device) * 2 + 1)).sum()
+    return total
 
 
 def tensors_as_facts(named: Iterable[tuple[str, Tensor]]) -> Facts:

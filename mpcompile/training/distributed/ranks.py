@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mpcompile.errors import TrainingError
+from mpcompile.torch_internals import has_communication_hook
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ def find_ranks(model: nn.Module, process_group: Any, mesh: Any, device: torch.de
       process_group, mesh: what the caller names; one of the two at most.
 
     Raises:
-      TrainingError: MP541, MP547.
+      TrainingError: MP535, MP541, MP547.
     """
     if process_group is not None and mesh is not None:
         raise TrainingError("MP541", "train_step was given both process_group= and mesh=", try_="one of the two")
@@ -52,10 +53,21 @@ def find_ranks(model: nn.Module, process_group: Any, mesh: Any, device: torch.de
         group = model.process_group
     if group is None:
         return None
+    _refuse_hook(model)
     if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
         raise TrainingError("MP547", "this process is not in the group", why=f"process_group is {group!r:.80}")
     _refuse_backend(group, device)
     return Ranks(group, str(group.group_name), group.size(), group.rank())
+
+
+def _refuse_hook(model: nn.Module) -> None:
+    if isinstance(model, nn.parallel.DistributedDataParallel) and has_communication_hook(model):
+        raise TrainingError(
+            "MP535",
+            "the DistributedDataParallel has a communication hook",
+            why="the step sends the gradients itself: the hook would never run",
+            try_="the policy's reduce=low sends low gradients as they are; or the drop-in way, under which hooks run",
+        )
 
 
 def _refuse_backend(group: Any, device: torch.device) -> None:

@@ -68,6 +68,10 @@ class Team:
         agree(self.ranks, [*words, *gradients, *tensors_as_facts(tensors.items())])
         self._agreed = sent
 
+    def forget(self) -> None:
+        """Compare all again before gradients are sent next: the plan is another."""
+        self._agreed = None
+
     def average(self, layout: Sent, sums: Sequence[Tensor]) -> None:
         """Average the sums of a window over the ranks, in place."""
         if self.of_sums is None:
