@@ -109,6 +109,7 @@ class MPCompilePrecision(MixedPrecision):  # type: ignore[misc]
         )
         if self._saved is not None:
             self.step.load_state_dict(self._saved)
+            self._saved = None  # it is of this fit alone
         wants_place = "batch_idx" in inspect.signature(traced).parameters
 
         def training_step(batch: Any, batch_idx: int = 0) -> Tensor:

@@ -60,6 +60,7 @@ class TrainsByStep:
         step_options: dict[str, Any] | None = None, **options: Any,
     ) -> None:  # fmt: skip
         self.step_options, self._policy = dict(step_options or {}), policy
+        self._weights: dict[int, Tensor] = {}
         for name in {"accumulate", "max_grad_norm"} & self.step_options.keys():
             raise refused(
                 f"step_options has {name!r}", try_="gradient_accumulation_steps and max_grad_norm of the arguments"
@@ -85,6 +86,7 @@ class TrainsByStep:
 
     def _make_step(self) -> None:
         self._refuse()
+        self._weights.clear()
         norm = self.args.max_grad_norm
         self.hosted = hosted_step(
             self.accelerator,
@@ -132,8 +134,9 @@ class TrainsByStep:
         size = self.args.gradient_accumulation_steps
         counted = self._counted(num_items_in_batch)
         share = 1 if counted else self.current_gradient_accumulation_steps  # type: ignore[attr-defined]
-        weight = torch.tensor(size / share, dtype=torch.float32, device=self.args.device)
-        result = self.hosted(given, items, weight)  # type: ignore[misc]
+        if share not in self._weights:  # made once: each transfer to the device would be waited for
+            self._weights[share] = torch.tensor(size / share, dtype=torch.float32, device=self.args.device)
+        result = self.hosted(given, items, self._weights[share])  # type: ignore[misc]
         return result.loss / size  # type: ignore[no-any-return]
 
     def _counted(self, items: Any) -> bool:

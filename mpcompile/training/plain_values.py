@@ -102,7 +102,7 @@ class Walk:
     def _sequence(self, value: Any, name: str, above: tuple[int, ...], only: Any) -> Any:
         self.sized.append(value)
         if len(value) > _LARGEST:
-            return type(value), id(value), len(value)
+            return type(value), self._by_identity(value), len(value)
         self.sequences.append(value)
         return type(value), tuple(self.of(v, f"{name}[{i}]", above, only) for i, v in enumerate(value))
 
@@ -172,7 +172,7 @@ class PlainValues:
         self._roots: dict[Any, Callable[[Walk], Any]] = {}
         self._moved: set[Any] = set()
         self._states: list[dict[Any, Any]] = []
-        self._alive: list[Any] = []
+        self._alive: dict[int, Any] = {}
         self._said: set[Any] = set()
         loss_fn = self._loss_fn
         if loss_fn is not None and not isinstance(loss_fn, nn.Module):
@@ -195,7 +195,7 @@ class PlainValues:
         self._leave_out(found, written)
         for owner, name, value in found.values():
             self._note(owner, name, value)
-        self._alive.append(found)
+        self._alive |= {id(owner): owner for owner, _, _ in found.values()}
         self._states[self._number].update(self._walk())
 
     def _note(self, owner: nn.Module, name: str, value: Any) -> None:
@@ -260,7 +260,7 @@ class PlainValues:
     def _walk(self) -> dict[Any, Any]:
         walk = self._now = Walk(self._moved)
         signatures = {key: root(walk) for key, root in self._roots.items()}
-        self._alive += walk.alive
+        self._alive |= {id(one): one for one in walk.alive}
         self._held = self._fetch()
         return signatures
 
