@@ -62,7 +62,18 @@ def _names(tree: ast.expr, text: str, known: list[str]) -> Iterable[str]:
             raise UsageError("MP812", f"the check {text!r} is more than a comparison", why=why, try_=remedy)
 
 
-_ALLOWED = (ast.Compare, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.Constant, ast.Load, ast.cmpop)
+_ALLOWED = (
+    ast.Compare,
+    ast.BoolOp,
+    ast.And,
+    ast.Or,
+    ast.UnaryOp,
+    ast.Not,
+    ast.USub,
+    ast.Constant,
+    ast.Load,
+    *_COMPARES,
+)
 
 
 def _value(tree: ast.expr, measured: Mapping[str, float]) -> Any:

@@ -44,8 +44,11 @@ def compare(
     options.place(html)
     overrides = {"keep_fp32": tuple(keep_fp32 or ()), "low": tuple(low or ())}
     if target.is_onnx(model):
+        target.refuse_options(model, {"ranges": ranges is not None, "batches": batches > 1, "values": not gradients,
+                                      "scale": scale is not None})  # fmt: skip
         found = _onnx(model, "fp16" if policy == "auto" else policy, overrides, samples, autocast)
     else:
+        target.refuse_options(model, {"samples": samples is not None})
         chosen = {"gradients": gradients, "autocast": autocast, "scale": scale}
         found = _torch(model, policy, {**overrides, "ranges": ranges}, batches, chosen)
     if html:

@@ -8,7 +8,7 @@ import importlib.util
 import inspect
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -66,6 +66,7 @@ def study(target: str, policy: str, keep_fp32: Sequence[str] | None = (), low: S
     """
     overrides = {"keep_fp32": tuple(keep_fp32 or ()), "low": tuple(low or ()), "fp8": tuple(fp8 or ())}
     if is_onnx(target):
+        refuse_options(target, {"ranges": ranges is not None})
         return _study_onnx(target, policy, overrides)
     return _study_fx(target, policy, overrides if ranges is None else {**overrides, "ranges": ranges})
 
@@ -118,6 +119,17 @@ def load(target: str) -> Factory:
     made = _checked(target, given)
     _try_out(target, made)
     return made
+
+
+def refuse_options(target: str, given: Mapping[str, bool]) -> None:
+    """Refuse options that would say nothing of this kind of model.
+
+    Raises:
+      UsageError: MP800.
+    """
+    for name in (name for name, there in given.items() if there):
+        other = "models that train" if is_onnx(target) else ".onnx files"
+        raise UsageError("MP800", f"--{name} is for {other}", where=target, try_="leave it out")
 
 
 def function(target: str) -> Any:

@@ -72,5 +72,6 @@ def test_batches_are_joined(target: str) -> None:
 def test_what_cannot_be_is_said(target: str) -> None:
     assert "MP811" in call(f"{target}:same", "--batches", "2", code=2).stderr
     assert "MP811" in call(f"{target}:make", "--batches", "0", code=2).stderr
+    assert "MP800" in call(f"{target}:make", "--samples", "data.npz", code=2).stderr
     call(f"{target}:make", "--max-error", "1e-9", "--no-autocast", code=1)
     call(f"{target}:make", "--max-error", "0.5", "--no-autocast")

@@ -102,7 +102,7 @@ def test_checks_in_words(text: str, measured: dict[str, float], holds: bool) -> 
 
 
 @pytest.mark.parametrize("text", ["", "loss <", "los < 1", "__import__('os')", "loss.real < 1", "1 < 2", "loss < 'a'",
-                                  "loss[0] < 1", "(lambda: 1)() < loss"])  # fmt: skip
+                                  "loss[0] < 1", "(lambda: 1)() < loss", "loss is 1", "loss in 1"])  # fmt: skip
 def test_what_is_no_check_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match="MP812"):
         Condition.parse(text, ["loss", "finite"])
