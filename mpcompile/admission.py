@@ -20,16 +20,13 @@ def check_model(model: Any) -> None:
     """Refuse what cannot be trained in mixed precision.
 
     Raises:
-      CaptureError: MP102, MP103, MP104, MP105, MP107.
+      CaptureError: MP103, MP104, MP105, MP107.
     """
     if not isinstance(model, nn.Module):
         raise CaptureError("MP105", f"mpcompile() was given a {type(model).__name__}", try_="an nn.Module, an "
                            "ExportedProgram, an onnx.ModelProto, or the path of an .onnx file")  # fmt: skip
     refuse_sharded(model)
     named = [(n, p) for n, p in model.named_parameters() if p.is_floating_point()]
-    if not named:
-        raise CaptureError("MP102", f"{type(model).__name__} has no floating-point parameters",
-                           try_="pass the module that owns the weights")  # fmt: skip
     for name, parameter in named:
         if parameter.is_meta:
             raise CaptureError("MP104", "a parameter is on the meta device", where=name,

@@ -37,6 +37,22 @@ def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def masks_taken_as_given() -> Iterator[None]:
+    """`nn.Transformer` compares a mask's elements with a causal one, to hint at a faster kernel; a trace cannot.
+
+    Without the comparison the mask is read as it is: the same numbers. Seen in torch 2.11 to 2.14.
+    """
+    from torch.nn.modules import transformer
+
+    if not hasattr(transformer, "_detect_is_causal_mask"):
+        yield
+        return
+    told = {"_detect_is_causal_mask": lambda mask, is_causal=None, size=None: bool(is_causal)}
+    with COMPILING, replaced(transformer, **told):
+        yield
+
+
+@contextlib.contextmanager
 def hooks_guarded() -> Iterator[None]:
     """What Dynamo compiles inside is compiled again when hooks of a module come or go; by itself it does not look at them."""
     before = _dynamo_config.skip_nnmodule_hook_guards
@@ -226,6 +242,7 @@ __all__ = [
     "hooks_guarded",
     "is_filled_anew",
     "is_watched",
+    "masks_taken_as_given",
     "module_reads",
     "module_replaced",
     "real_tensors",

@@ -12,8 +12,13 @@ Activation checkpoints are inlined with their recompute tags; every other higher
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
+import logging
+import os
 import re
+import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -25,6 +30,7 @@ from torch._guards import detect_fake_mode
 from torch._higher_order_ops.wrap import tag_activation_checkpoint
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.export.graph_signature import InputKind
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes._tensorify_python_scalars import tensorify_python_scalars
@@ -35,6 +41,7 @@ from mpcompile.aten.facts import DTYPES
 from mpcompile.aten.recurrent import traced_whole
 from mpcompile.aten.transforms import transformed, with_transforms_apart
 from mpcompile.errors import CaptureError, MPCompileError
+from mpcompile.torch_internals import masks_taken_as_given
 
 _ENTER = torch.amp.autocast_mode._enter_autocast
 _EXIT = torch.amp.autocast_mode._exit_autocast
@@ -247,13 +254,76 @@ def export(
     Raises:
       CaptureError: MP101, with torch's own message.
     """
-    with autocast_off(), traced_whole():
-        return _guarded(lambda: torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False))
+    with autocast_off(), traced_whole(), masks_taken_as_given():
+        program = _guarded(
+            lambda: torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+        )
+    if any(spec.kind == InputKind.CUSTOM_OBJ for spec in program.graph_signature.input_specs):
+        raise CaptureError(
+            "MP101", "the model holds an object that no graph can", why="a torch.Generator, or another object of torch's",
+            try_="draw with torch's own generator, or outside of the model and pass the numbers as an argument",
+        )  # fmt: skip
+    return program
+
+
+# What torch says -> (why, what to try). The first that is found is told.
+_CAUSES = (
+    (r"pack_padded|pad_packed|PackedSequence|batch_sizes", "a packed sequence: its lengths are read from the data",
+     "pass padded sequences and a mask, or train by the drop-in: loss = mp(...); loss.backward()"),
+    (r"ctc_loss|input_lengths|target_lengths", "a CTC loss whose lengths are tensors: torch reads them from the data",
+     "take the CTC loss outside of the step, by the drop-in: loss = mp(...); loss.backward()"),
+    (r"data-dependent|GuardOnDataDependent|\.item\(\)|nonzero|_local_scalar_dense",
+     "Python decides by what a tensor holds (an if, a loop, a size, a check of arguments)",
+     "torch.where or torch.cond in place of the branch; turn checks of arguments off (validate_args=False); or the drop-in, "
+     "which allows graph breaks"),
+    (r"size mismatch|same reduction dim|shapes cannot be multiplied|must match the size|Expected .* but got|dimension",
+     "the example's shapes or types do not fit the model", "call the model itself with the same arguments first"),
+    (r"missing a required argument|positional argument|unexpected keyword", "the arguments are not those of forward",
+     "call the model itself with the same arguments first"),
+)  # fmt: skip
+
+
+def _cause(error: Exception) -> tuple[str, str]:
+    """(why, what to try) of a failed export, from what torch says and from where it says it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    told = "\n".join([str(error), *(f"{frame.name} {frame.line}" for frame in frames)])
+    for pattern, why, advice in _CAUSES:
+        if re.search(pattern, told):
+            return why, advice
+    return "", "mp(...) allows graph breaks; for one graph, remove what torch names"
+
+
+def _own_line(error: Exception) -> str:
+    """The last place of the user's own code that the error came through: file:line."""
+    own = [f for f in traceback.extract_tb(error.__traceback__) if not _LIBRARIES.search(f.filename)]
+    return f"{own[-1].filename}:{own[-1].lineno}" if own else ""
+
+
+# Code that is no user's: this package, what is installed, what has no file.
+_PACKAGE = re.escape(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+_LIBRARIES = re.compile(rf"site-packages|dist-packages|^{_PACKAGE}|^<|[\\/]lib[\\/]python3")
+
+
+@contextlib.contextmanager
+def _quiet_torch() -> Iterator[None]:
+    """Torch writes out the whole graph that it failed on; the error that is raised says what there is to say.
+
+    What the program itself wrote to the error stream is written after a trace that succeeded.
+    """
+    log, told = logging.getLogger("torch"), io.StringIO()
+    before = log.level
+    log.setLevel(logging.CRITICAL + 1)
+    try:
+        with contextlib.redirect_stderr(told):
+            yield
+        sys.stderr.write(told.getvalue())
+    finally:
+        log.setLevel(before)
 
 
 def _guarded(call: Callable[[], torch.export.ExportedProgram]) -> torch.export.ExportedProgram:
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _quiet_torch():
             # What `nn.LSTM` and its kin do to themselves in a trace.
             warnings.filterwarnings("ignore", message="The tensor attributes? .* assigned during export")
             return call()
@@ -261,9 +331,11 @@ def _guarded(call: Callable[[], torch.export.ExportedProgram]) -> torch.export.E
         raise
     except Exception as error:
         first = str(error).strip().splitlines() or [type(error).__name__]
+        why, advice = _cause(error)
         raise CaptureError(
             "MP101",
             "torch.export could not read the model as one graph",
-            why=f"{type(error).__name__}: {first[0]}",
-            try_="mp(...) allows graph breaks; for one graph, remove data-dependent control flow at the place torch names",
+            where=_own_line(error),
+            why="; ".join(filter(None, (why, f"{type(error).__name__}: {first[0]}"))),
+            try_=advice,
         ) from error

@@ -26,6 +26,19 @@ from mpcompile.rules.hazards import MASK_SLOT, SELECTS, THROUGH, base
 
 _COPIED_META = ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id", "custom", "mp_name", "tensor_dict")
 
+_ATEN = torch.ops.aten
+# Operations whose numbers are bounds of a value; a kernel of a low type refuses one that the type does not have.
+_BOUNDED = frozenset({_ATEN.clamp.default, _ATEN.clamp_.default, _ATEN.clamp_min.default, _ATEN.clamp_min_.default,
+                      _ATEN.clamp_max.default, _ATEN.clamp_max_.default, _ATEN.clip.default, _ATEN.hardtanh.default,
+                      _ATEN.hardtanh_.default})  # fmt: skip
+
+
+def _in_range(given: Any, dtype: torch.dtype) -> Any:
+    """A number as `dtype` would round it: beyond its range, an infinity."""
+    if isinstance(given, bool) or not isinstance(given, (int, float)) or abs(given) <= torch.finfo(dtype).max:
+        return given
+    return given if math.isnan(given) else math.copysign(math.inf, given)
+
 
 @dataclass
 class Written:
@@ -101,6 +114,9 @@ class _Writer:
             self.last_input = new
         if planned is not None:
             new.meta["mp_node"] = planned.id
+            if planned.precision in LOW and node.target in _BOUNDED:
+                new.args = tuple(_in_range(one, TORCH_DTYPES[planned.precision]) for one in new.args)
+                new.kwargs = {k: _in_range(one, TORCH_DTYPES[planned.precision]) for k, one in new.kwargs.items()}
             new = self._rounded(new, planned)
         self.env[node] = new
 

@@ -305,11 +305,42 @@ def test_the_compiled_backward_of_fp32_regions_equals_the_eager_one() -> None:
 
 
 BAD_MODELS: dict[str, tuple[Callable[[], Any], str]] = {
-    "no floats": (lambda: nn.Flatten(), "MP102"),
     "half masters": (lambda: nn.Linear(4, 4).half(), "MP103"),
     "meta": (lambda: nn.Linear(4, 4, device="meta"), "MP104"),
     "not a model": (lambda: 3, "MP105"),
 }
+
+
+class Distance(nn.Module):
+    """A loss of two products, without a parameter of its own."""
+
+    def forward(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a @ b).square().mean()
+
+
+def test_a_module_without_parameters_is_taken() -> None:
+    mp = mpcompile(Distance(), "bf16", low=["aten.matmul"], backend="eager")
+    a, b = torch.randn(8, 16, requires_grad=True), torch.randn(16, 8)
+    mp(a, b).backward()
+    assert {node.precision for node in mp.report().graph if node.kind == "matmul"} == {"bf16"}
+    (wanted,) = torch.autograd.grad(Distance()(a, b), a)
+    assert a.grad is not None
+    assert (a.grad - wanted).norm() < 0.02 * wanted.norm()
+
+
+@pytest.mark.parametrize("low", ["bf16", "fp16"])
+def test_a_bound_beyond_the_low_type_bounds_nothing(low: str) -> None:
+    class Bounded(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            lowest = torch.finfo(torch.float32).min
+            return F.hardtanh(super().forward(x).clamp(min=lowest), lowest, 0.5)
+
+    torch.manual_seed(0)
+    model, x = Bounded(8, 8), torch.randn(4, 8)
+    mp = mpcompile(model, f"low={low}", low=["*"], backend="eager")
+    torch.testing.assert_close(mp(x), model(x), rtol=0.02, atol=0.02)
+    step = mp.train_step(torch.optim.SGD(model.parameters(), lr=0.1), lambda m, x: m(x).mean())
+    assert step(x).stepped.item()
 
 
 @pytest.mark.parametrize("name", BAD_MODELS)

@@ -13,6 +13,7 @@ from mpcompile.aten.capture import export, trace_dynamo
 from mpcompile.aten.exported import inline_regions
 from mpcompile.aten.read import FxCapture, read
 from mpcompile.aten.write import write
+from mpcompile.errors import CaptureError
 
 
 def captured(fn: Any, *args: torch.Tensor) -> FxCapture:
@@ -189,3 +190,64 @@ def test_a_move_to_a_device_is_no_cast() -> None:
 
     casts = [node for node in read_exported(Model(), torch.randn(2, 8)).graph if node.op.startswith("aten.to.")]
     assert [(node.op, node.out_dtype) for node in casts] == [("aten.to.dtype_layout", ""), ("aten.to.dtype", "fp32")]
+
+
+class Branches(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if x.sum() > 0 else x - 1
+
+
+class Packs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 4, batch_first=True)
+
+    def forward(self, x: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True)[0]
+
+
+class Ctc(nn.Module):
+    def forward(self, logs: torch.Tensor, labels: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
+        return F.ctc_loss(logs, labels, lengths, lengths - 2)
+
+
+class Draws(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + torch.randn(x.shape, generator=self.generator)
+
+
+@pytest.mark.parametrize(
+    ("model", "args", "words"),
+    [
+        (Branches(), (torch.ones(3),), "Python decides by what a tensor holds"),
+        (Packs(), (torch.ones(2, 5, 4), torch.tensor([5, 3])), "packed sequence"),
+        (Ctc(), (torch.zeros(9, 2, 5), torch.ones(2, 4).long(), torch.tensor([6, 6])), "lengths are tensors"),
+        (Draws(), (torch.ones(3),), "torch.Generator"),
+        (nn.Linear(4, 4), (torch.ones(2, 3),), "do not fit the model"),
+        (nn.Linear(4, 4), (torch.ones(2, 4), 1), "are not those of forward"),
+    ],
+    ids=lambda one: type(one).__name__ if isinstance(one, nn.Module) else "",
+)
+def test_what_cannot_be_one_graph_says_why(
+    model: nn.Module, args: tuple[Any, ...], words: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(CaptureError, match="MP101") as caught:
+        export(model, args)
+    assert words in caught.value.why
+    assert caught.value.try_
+    if isinstance(model, (Branches, Packs)):
+        assert "test_frontend.py:" in caught.value.where
+    # Torch's own log of the graph is no message.
+    assert len(capfd.readouterr().err) < 500
+
+
+def test_a_transformers_mask_is_read_as_it_is() -> None:
+    model = nn.Transformer(16, 2, 1, 1, 32, dropout=0.0, batch_first=True)
+    a, b, mask = torch.randn(2, 5, 16), torch.randn(2, 6, 16), nn.Transformer.generate_square_subsequent_mask(6)
+    program = export(model, (a, b), {"tgt_mask": mask})
+    torch.testing.assert_close(program.module()(a, b, tgt_mask=mask), model(a, b, tgt_mask=mask))
