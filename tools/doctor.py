@@ -122,6 +122,15 @@ PRIVATE = (
     "torch._inductor.compile_fx.compile_fx", "torch._inductor.compile_fx.compile_fx_inner", "torch._guards.TracingContext",
     "torch._guards.tracing", "torch._dynamo.config", "torch._subclasses.fake_tensor.FakeTensor", "torch._higher_order_ops",
     "torch._foreach_copy_", "torch._foreach_add_", "torch._ops.HigherOrderOperator", "torch._C._dynamo.guards",
+    "torch._inductor.compile_fx.partition_fn", "torch._inductor.compile_fx._recursive_joint_graph_passes",
+    "torch._inductor.decomposition.select_decomp_table", "torch._inductor.virtualized.V", "torch._guards.detect_fake_mode",
+    "torch._functorch.compile_utils.fx_graph_cse", "torch._dynamo.backends.distributed.SubmodCompiler",
+    "torch._dynamo.symbolic_convert.TensorifyState", "torch._dynamo.utils.counters", "torch._decomp.get_decompositions",
+    "torch._dynamo.exc.BackendCompilerFailed", "torch._logging._internal.trace_structured", "torch._ops.OpOverload",
+    "torch._higher_order_ops.wrap.tag_activation_checkpoint", "torch._subclasses.fake_tensor.unset_fake_temporarily",
+    "torch._subclasses.fake_tensor.FakeTensorMode", "torch._subclasses.fake_tensor.DataDependentOutputException",
+    *(f"torch._functorch._aot_autograd.descriptors.{name}" for name in (
+        "GradAOTOutput", "InputMutationAOTOutput", "PlainAOTInput", "TangentAOTInput")),
 )  # fmt: skip
 
 

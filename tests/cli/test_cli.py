@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import re
@@ -252,6 +253,19 @@ def test_doctor() -> None:
     assert by_name["private parts of torch"]["good"]
     assert ("FP16 on cpu" in by_name) == (ratios[1] < 1.0) or 1.0 in ratios
     assert "CPUExecutionProvider" in by_name["onnxruntime providers"]["found"]
+
+
+def test_doctor_asks_for_all_that_is_imported_of_torch_s_private_modules() -> None:
+    from mpcompile.tools import doctor
+
+    used = set[str]()
+    for path in (
+        file for room in ("mpcompile", "passes", "tools") for file in (Path(__file__).parents[2] / room).rglob("*.py")
+    ):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("torch._"):
+                used |= {f"{node.module}.{one.name}" for one in node.names}
+    assert used <= set(doctor.PRIVATE)
 
 
 def test_doctor_names_what_torch_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
