@@ -7,10 +7,11 @@ whatever loss scale, is then known without the tensor.  This room knows no frame
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -130,14 +131,28 @@ class Ranges:
         self.check_graph(graph)
         unfit = unfit_gradients(self.gradients, low)
         values, gradients = dict[str, Measured](), dict[str, str]()
-        for key, node in keyed(graph):
+        for keys, node in self._keys(graph):
             if not node.outputs:
                 continue
-            if key in self.values:
-                values[node.outputs[0]] = self.values[key].measured(low)
-            if reason := unfit.get(key) or unfit.get(f"{key}|parameters"):
+            seen = [self.values[key].measured(low) for key in keys if key in self.values]
+            if seen:
+                values[node.outputs[0]] = functools.reduce(Measured.join, seen)
+            reasons = (unfit.get(key) or unfit.get(f"{key}|parameters") for key in keys)
+            if reason := next(filter(None, reasons), ""):
                 gradients[node.outputs[0]] = reason
         return values, gradients
+
+    def _keys(self, graph: PrecisionGraph) -> Iterator[tuple[list[str], Node]]:
+        """(keys, node) of each node. Where a graph has not as many of an operation in a module as were measured (it is a piece
+        behind a graph break, or has another loss), nobody knows which of them a node is, and all of them count.
+        """
+        measured: defaultdict[str, list[str]] = defaultdict(list)
+        for key in sorted(self.operations):
+            measured[key.rpartition("|")[0]].append(key)
+        here = Counter(key.rpartition("|")[0] for key, _ in keyed(graph))
+        for key, node in keyed(graph):
+            place = key.rpartition("|")[0]
+            yield [key] if here[place] == len(measured[place]) else measured[place], node
 
     def to_dict(self) -> dict[str, Any]:
         return {

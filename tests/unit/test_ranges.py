@@ -79,6 +79,17 @@ def test_ranges_of_another_model_are_refused() -> None:
         made.check_graph(graph("a", "b"))
 
 
+def test_a_piece_of_a_graph_takes_what_was_measured_of_all_the_like() -> None:
+    keys = [key for key, _ in keyed(graph("a", "a", "b"))]
+    made = Ranges({keys[0]: size(0), keys[1]: size(20), keys[2]: size(1)}, {keys[1]: size(40)}, operations=set(keys))
+    whole, _ = made.found(graph("a", "a", "b"), "fp16")
+    assert [whole[name].most for name in ("v0", "v1", "v2")] == [1.0, 2.0**20, 2.0]
+    # Behind a graph break the second of `a` is the first.
+    piece, gradients = made.found(graph("a", "b"), "fp16")
+    assert [piece[name].most for name in ("v0", "v1")] == [2.0**20, 2.0]
+    assert gradients.keys() == {"v0"}
+
+
 def test_a_file_that_holds_none_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     for text in ("", "[]", "{}", '{"schema": "other/1"}', '{"schema": "mpcompile.ranges/1", "values": {"a": 3}}'):
