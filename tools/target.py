@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ from mpcompile.errors import MPCompileError, UsageError, suggest
 
 if TYPE_CHECKING:
     from mpcompile.graph import PrecisionGraph
+    from mpcompile.pipeline import StepRecord
     from mpcompile.report.model import Report
 
 
@@ -52,6 +54,30 @@ class Study:
         _, records = run(self.before, self.passes[: names.index(name) + 1], keep_text([name]))
         return records[-1].text
 
+    def changes(self) -> list[tuple[str, str]]:
+        """(pass, what it changed in the graph's text as a diff) of each pass that changed something."""
+        from difflib import unified_diff
+
+        from mpcompile.pipeline import run
+        from mpcompile.text import print_graph
+
+        texts = [("as read", print_graph(self.before).splitlines())]
+
+        def note(graph: PrecisionGraph, record: StepRecord) -> None:
+            texts.append((record.name, print_graph(graph).splitlines()))
+
+        run(self.before, self.passes, note)
+        return [
+            (
+                name,
+                "\n".join(
+                    unified_diff(old, new, f"after {before}" if at else before, f"after {name}", n=1, lineterm="")
+                ),
+            )
+            for at, ((before, old), (name, new)) in enumerate(pairwise(texts))
+            if old != new
+        ]
+
 
 def is_onnx(target: str) -> bool:
     return target.endswith(".onnx")
@@ -81,6 +107,33 @@ def _study_fx(target: str, policy: str, overrides: dict[str, Any]) -> Study:
     report = build_report(plan.graph, plan.policy, plan.row, steps=plan.steps, before=before, history=plan.history,
                           code=plan.capture.code)  # fmt: skip
     return Study(report, before, plan.passes)
+
+
+def step_report(target: str, policy: str, keep_fp32: Sequence[str] | None = (), low: Sequence[str] | None = (),
+                ranges: Path | None = None, fp8: Sequence[str] | None = ()) -> Report:  # fmt: skip
+    """The report of a whole training step of the model with AdamW: forward, backward and update. One step is run, op by op.
+
+    Raises:
+      MPCompileError: MP801 for ONNX, MP802 to MP804 for the target, and what `train_step` has to say (a model without a loss).
+    """
+    from mpcompile import mpcompile
+
+    if is_onnx(target):
+        raise UsageError("MP801", f"{target} has a forward alone", try_="--phase forward, or a factory")
+    import torch
+
+    made = load(target)
+    overrides = {
+        "keep_fp32": tuple(keep_fp32 or ()),
+        "low": tuple(low or ()),
+        "fp8": tuple(fp8 or ()),
+        "ranges": ranges,
+    }
+    mp = mpcompile(made.model, policy, backend="eager", **overrides)
+    step = mp.train_step(torch.optim.AdamW(made.model.parameters()))
+    step(*made.args, **made.kwargs)
+    report: Report = step.report()
+    return report
 
 
 def _study_onnx(target: str, policy: str, overrides: dict[str, Any]) -> Study:

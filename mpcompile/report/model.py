@@ -158,13 +158,23 @@ class Report:
         return replace(self, nodes=tuple(row for row in rows if where is None or where(row)))
 
     def sort(self, by: str, *, descending: bool = True) -> Report:
-        """The report with its nodes ordered by a column.
+        """The report with its nodes ordered by a column, by "cost" (estimated seconds), or by "name" (from a to z).
 
         Raises:
           UsageError: MP801, for a column that does not exist.
         """
-        _check(by, "a column", NodeRow.__slots__)
+        _check(by, "a column", (*NodeRow.__slots__, "cost", "name"))
+        if by == "name":
+            return replace(self, nodes=tuple(sorted(self.nodes, key=lambda row: row.id, reverse=not descending)))
+        if by == "cost":
+            return self._by_cost(descending)
         return replace(self, nodes=tuple(sorted(self.nodes, key=lambda row: getattr(row, by), reverse=descending)))
+
+    def _by_cost(self, descending: bool) -> Report:
+        from mpcompile.report.columns import node_seconds
+
+        taken = dict(zip([row.id for row in self.nodes], node_seconds(self), strict=True))
+        return replace(self, nodes=tuple(sorted(self.nodes, key=lambda row: taken[row.id], reverse=descending)))
 
     def __rich__(self) -> Group:
         from mpcompile.report.table import node_table

@@ -48,6 +48,12 @@ class Branch:
 
 def module_tree(rows: Sequence[NodeRow], seconds: Sequence[float], modules: Sequence[str]) -> list[Any]:
     """The tree of `Branch.to_list`, whose root is the model; `modules` are the paths that numbers stand for."""
+    numbers = {path: at for at, path in enumerate(modules)}
+    return folded_tree(rows, seconds).to_list(lambda path: numbers.get(path, -1))
+
+
+def folded_tree(rows: Sequence[NodeRow], seconds: Sequence[float]) -> Branch:
+    """The modules of `rows`, which take `seconds`; the root is the model, and blocks that are decided alike are one."""
     root = Branch("(model)", [""])
     for row, taken in zip(rows, seconds, strict=True):
         at = root
@@ -58,8 +64,7 @@ def module_tree(rows: Sequence[NodeRow], seconds: Sequence[float], modules: Sequ
             at.add(row, taken)
         at.rows.append(row)
     _fold(root, {})
-    numbers = {path: at for at, path in enumerate(modules)}
-    return root.to_list(lambda path: numbers.get(path, -1))
+    return root
 
 
 def _fold(branch: Branch, shapes: dict[tuple[object, ...], int]) -> int:
