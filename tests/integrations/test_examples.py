@@ -13,7 +13,7 @@ NAMES = ("graph", "vision", "diffusion", "gan", "ppo", "speech")
 
 
 def test_every_example_is_here() -> None:
-    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*NAMES, "curves", "lora_llama"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*NAMES, "curves", "lora_llama", "train_gpt"}
 
 
 @pytest.mark.parametrize("name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])])
