@@ -94,7 +94,8 @@ def _on_cuda(x: Tensor, form: str, lies: bool, transposed: bool, rowwise: bool) 
     if kernels is None or rowwise or x.numel() == 0 or x.dtype not in kernels.TYPES:
         return _plain(x, form, lies, transposed, rowwise)
     made = _shapes(x, form, lies, transposed, rowwise)
-    kernels.quantise(x.contiguous(), *made, form, lies, transposed)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # Triton launches on the current one
+        kernels.quantise(x.contiguous(), *made, form, lies, transposed)
     return made
 
 

@@ -47,8 +47,9 @@ def loss_rows(
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows:
         launch: Any = loss_triton.loss_row[(rows,)]
-        launch(logits, targets, unit, gradient, losses, logits.stride(0), classes, width, ignore, smoothing,
-               BLOCK=BLOCK, SMOOTH=smoothing != 0, num_warps=WARPS)  # fmt: skip
+        with torch.cuda.device_of(logits):  # type: ignore[no-untyped-call]  # Triton launches on the current one
+            launch(logits, targets, unit, gradient, losses, logits.stride(0), classes, width, ignore, smoothing,
+                   BLOCK=BLOCK, SMOOTH=smoothing != 0, num_warps=WARPS)  # fmt: skip
     return losses, gradient
 
 
