@@ -71,6 +71,7 @@ def test_frozen_weights_and_inference_need_no_gradient(monkeypatch: pytest.Monke
     assert model[2].weight.grad is not None
 
 
+@pytest.mark.slow
 def test_a_backward_holds_no_gradient_twice() -> None:
     """Six weights of 16 MB: their FP32 gradients, and one low one at a time beside them, not all."""
     torch.manual_seed(0)

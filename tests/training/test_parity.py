@@ -53,7 +53,9 @@ def test_training_follows_fp32(name: str, policy: str) -> None:
     compare(name, policy, "eager")
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert", "resnet"])
+@pytest.mark.parametrize(
+    "name", [pytest.param("gpt2", marks=pytest.mark.slow), "bert", pytest.param("resnet", marks=pytest.mark.slow)]
+)
 def test_compiled_training_follows_fp32(name: str) -> None:
     compare(name, "bf16", "inductor")
 

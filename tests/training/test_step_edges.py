@@ -542,6 +542,7 @@ def test_no_gradient_goes_from_fp32_to_low_and_back():
     assert not [before for before in producers if before is not None and before.is_cast]
 
 
+@pytest.mark.slow
 def test_what_the_compiler_renames_still_reaches_the_backward() -> None:
     """Inductor's own passes replace saved nodes by others (its online softmax on a GPU does)."""
 
