@@ -9,10 +9,8 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import resources
 
 # Control characters, those of C1 and the marks that turn the order of text: a terminal obeys them.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -93,6 +91,10 @@ class Page:
 @functools.cache
 def pages() -> dict[str, Page]:
     """Code -> page, sorted: read from `errors.toml` when somebody asks."""
+    # Nobody pays for the reader who meets no error.
+    import tomllib
+    from importlib import resources
+
     rows = tomllib.loads(resources.files("mpcompile").joinpath("errors.toml").read_text(encoding="utf-8"))
     return {code: Page(code, **row) for code, row in sorted(rows.items())}
 

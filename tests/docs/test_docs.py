@@ -16,6 +16,8 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
 HOW_TO = ["docs/how-to.md", "docs/coming-from.md", "docs/how-to-onnx.md", "docs/how-to-distributed.md"]
 TAUGHT = ["README.md", "docs/tutorial.md", *HOW_TO, "docs/explanation/training-step.md"]
+# A minute of compilation each: run with what is slow.
+LATER = {"docs/coming-from.md", "docs/how-to-distributed.md", "docs/explanation/training-step.md"}
 HOSTS = [f"docs/hosts/{name}.md" for name in ("accelerate", "lightning", "peft", "transformers")]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
@@ -24,7 +26,10 @@ def blocks(page: Path, language: str) -> list[str]:
     return [text for name, text in FENCE.findall(page.read_text(encoding="utf-8")) if name == language]
 
 
-@pytest.mark.parametrize("name", [*TAUGHT, *(pytest.param(one, marks=pytest.mark.slow) for one in HOSTS)])
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(one, marks=[pytest.mark.slow] if one in LATER or one in HOSTS else []) for one in [*TAUGHT, *HOSTS]],
+)
 def test_every_python_block_runs(name: str, tmp_path: Path) -> None:
     """One process a page, as a reader would: its blocks in order, in an empty directory with a model.onnx."""
     code = blocks(ROOT / name, "python")

@@ -89,6 +89,7 @@ def planted(seed: int) -> Case:
                 events=((1, events[0]), (1, PLANTED), (2, events[1])), clip=5.0)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_planted_difference_is_found_and_shrunk_to_a_script(tmp_path: Path) -> None:
     what, distance, _ = attempt(planted(3))
     assert what == "differs"

@@ -180,6 +180,7 @@ def test_steps_overflow_and_state(tmp_path: Path) -> None:
     assert steps[1](*tokens(0)).loss.item() > changed + 0.5
 
 
+@pytest.mark.slow
 def test_twenty_steps_with_learning_rates(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Net()

@@ -131,6 +131,7 @@ TOLD = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_autocast_column_is_what_cuda_autocast_does() -> None:
     compared, wrong = 0, {}
     for node in nodes(1):
