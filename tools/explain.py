@@ -47,8 +47,8 @@ def explain(
     if not node:
         raise UsageError("MP806", f"which node or module of {what}?", try_=f"mpcompile explain {what} NODE")
     report = target.study(what, policy, keep_fp32, low, ranges, fp8).report
-    if node in report.graph.nodes:
-        facts = node_facts(report, report.graph.nodes[node])
+    if one := _node(report, node):
+        facts = node_facts(report, one)
         options.print_json(facts) if json else options.say(_node_text(facts))
         return
     facts = _module(report, node)
@@ -64,6 +64,12 @@ def _page(code: str) -> Page:
 
 def _page_text(found: Page) -> str:
     return f"{found.code}: {found.title}\n\n  cause:  {found.cause}\n  remedy: {found.remedy}"
+
+
+def _node(report: Report, name: str) -> Node | None:
+    """The node of that name, or the one that makes the value of that name."""
+    graph = report.graph
+    return graph.nodes.get(name) or (graph.producer(name) if name in graph.values else None)
 
 
 def _module(report: Report, name: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def headline_lines(report: Report) -> list[str]:
         lines.append(f"FP32, {_nodes(head.more)} more, for other reasons")
     if head.hazards:
         more = f" and {len(head.hazards) - _HAZARDS} more" if len(head.hazards) > _HAZARDS else ""
-        lines.append(f"hazards: {', '.join(head.hazards[:_HAZARDS])}{more} (--only hazard)")
+        lines.append(f"hazards: {', '.join(head.hazards[:_HAZARDS])}{more} (--hazards)")
     if head.unknown_ops:
         lines.append(f"no rule for: {', '.join(head.unknown_ops)}")
     return lines

@@ -132,3 +132,19 @@ def test_every_read_and_cast_is_said(report: Any) -> None:
         (one["value"], node.id) for node in graph if not node.is_cast for one in reads_of(graph, node) if one["cast"]
     }
     assert read == {(cast.value, reader) for cast in report.casts for reader in cast.readers}
+
+
+def test_a_node_by_its_value_and_a_module_of_the_same_name(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    nodes = [
+        onnx.helper.make_node("MatMul", ["x", "x"], ["h"], "l"),
+        onnx.helper.make_node("Relu", ["h"], ["y"], "/l/Relu"),
+    ]
+    ports = [onnx.helper.make_tensor_value_info(name, 1, [64, 64]) for name in ("x", "y")]
+    onnx.save(onnx.helper.make_model(onnx.helper.make_graph(nodes, "net", ports[:1], ports[1:])), tmp_path / "net.onnx")
+    target = str(tmp_path / "net.onnx")
+    by_value, by_name = call(target, "h").stdout, call(target, "l").stdout
+    assert by_value == by_name
+    assert by_name.startswith("l = onnx::MatMul")
+    assert by_name.splitlines()[-1].endswith("explain TARGET l.")
+    assert call(target, "l.").stdout.startswith("module l: 1 node\n")
