@@ -117,7 +117,8 @@ def test_usage_errors_come_before_torch() -> None:
     """In a process of its own: neither a file that is not there nor a word that no report knows waits for torch."""
     code = (
         "import sys; from typer.testing import CliRunner; from mpcompile.tools.main import app\n"
-        "for words in (['inspect', 'absent.py:make'], ['inspect', 'absent.onnx'], ['explain', 'MP203'], ['explain', 'absent.py:make', 'x'],\n"
+        "for words in (['inspect', 'absent.py:make'], ['inspect', 'absent.onnx'], ['explain', 'MP203'],\n"
+        "              ['explain', 'absent.py:make', 'x'],\n"
         "              ['bisect', 'absent.py:make', '--check', 'loss<1'], ['calibrate', 'absent.py:make']):\n"
         "    print(CliRunner().invoke(app, words).exit_code)\n"
         "assert 'torch' not in sys.modules"
