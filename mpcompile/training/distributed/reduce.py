@@ -38,10 +38,13 @@ class Reducer:
     Fields:
       ranks: whose.
       low: gradients that are low travel so; else all do in FP32.
+      buckets: by (elements, dtype) of the gradients, whose numbers travel together, in the order in which they are sent.
+        The first graph settles it: one of another batch size, which only some ranks may have, must send alike.
     """
 
     ranks: Ranks
     low: bool
+    buckets: dict[tuple[Any, ...], list[list[int]]] = field(default_factory=dict)
 
     def reduce(self, module: fx.GraphModule, grads: Sequence[Sequence[int]], first: int) -> None:
         """Let a graph give the average over the ranks of each gradient, one for each parameter.
@@ -96,18 +99,27 @@ class _Inserter:
 
     def averages(self, parts: Sequence[Sequence[fx.Node]]) -> list[fx.Node]:
         """The average of each parameter's gradients, in the dtype that it travels in."""
-        when = [max(self.order.get(node, 0) for node in part) for part in parts]
-        sent = list[tuple[list[int], fx.Node]]()
-        for members in self._buckets(sorted(range(len(parts)), key=when.__getitem__), parts):
+        sent, place, point = list[tuple[list[int], fx.Node]](), -1, None
+        for members in self._settled(parts):
             last = max((node for i in members for node in parts[i]), key=lambda node: self.order.get(node, 0))
-            # What is made inside goes one after the other behind `last`; without an order, to the graph's end.
-            with self.graph.inserting_before(last.next) if self.order else contextlib.nullcontext():
+            # Behind `last`, but never before a bucket that is sent earlier; without an order, at the graph's end.
+            if self.order and self.order[last] > place:
+                place, point = self.order[last], last.next
+            with self.graph.inserting_before(point) if self.order else contextlib.nullcontext():
                 sent += self._send({i: self._whole(parts[i]) for i in members})
         found = dict[int, fx.Node]()
         for members, node in sent:
             arrived = self.call(_C10D.wait_tensor.default, node)
             found.update(zip(members, self._apart(arrived, [parts[i][0] for i in members]), strict=True))
         return [found[i] for i in range(len(parts))]
+
+    def _settled(self, parts: Sequence[Sequence[fx.Node]]) -> list[list[int]]:
+        key = tuple((_value(part[0]).numel(), _dtype(part[0])) for part in parts)
+        if key not in self.reducer.buckets:
+            when = [max(self.order.get(node, 0) for node in part) for part in parts]
+            ready = sorted(range(len(parts)), key=when.__getitem__)
+            self.reducer.buckets[key] = list(self._buckets(ready, parts))
+        return self.reducer.buckets[key]
 
     def _buckets(self, ready: Sequence[int], parts: Sequence[Sequence[fx.Node]]) -> Iterator[list[int]]:
         members, room = list[int](), FIRST

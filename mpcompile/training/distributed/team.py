@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -58,15 +59,19 @@ class Team:
         if self.ranks is None or sent == self._agreed:
             return
         if self._agreed is not None:
-            gone = dict(self._agreed).items() ^ dict(sent).items()
-            raise TrainingError("MP546", "this batch has gradients of other parameters than the batches before it",
-                                where=sorted(name for name, _ in gone)[0],
+            pairs = itertools.zip_longest(self._agreed, sent, fillvalue=("", None))
+            raise TrainingError("MP546", "this batch has other gradients, or in another order, than the batches before it",
+                                where=next(now[0] or was[0] for was, now in pairs if was != now),
                                 why="the other ranks may not have them, and would wait for others",
                                 try_="let every batch reach the same parameters")  # fmt: skip
         words, tensors = facts()
         gradients = [(f"gradient of {name}", str(dtype)) for name, dtype in sent]
         agree(self.ranks, [*words, *gradients, *tensors_as_facts(tensors.items())])
         self._agreed = sent
+
+    def order_of_buckets(self) -> list[list[int]]:
+        """Which gradients travel together, in the order in which they are sent."""
+        return [] if self.in_graph is None else [one for buckets in self.in_graph.buckets.values() for one in buckets]
 
     def forget(self) -> None:
         """Compare all again before gradients are sent next: the plan is another."""
@@ -97,6 +102,9 @@ def facts_of(step: Any) -> tuple[Facts, dict[str, Tensor]]:
     for artefact in artefacts:
         words += [(f"precision of {node.id}", node.precision) for node in artefact.joint.forward.plan.graph]
     tensors = {f"loss scale's {name}": value for name, value in plan.state._asdict().items()}
+    for bucket, numbers in enumerate(step.team.order_of_buckets()):
+        words.append((f"bucket {bucket} of gradients", repr(numbers)))
+    tensors |= {f"buffer {name}": held for name, held in step.model.named_buffers()}
     tensors |= {name: held for name, held in artefacts.named.items() if isinstance(held, Tensor)}
     names = {id(held): name for name, held in artefacts.named.items()}
     for optimizer in plan.optimizers:
