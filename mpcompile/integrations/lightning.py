@@ -19,11 +19,13 @@ from lightning.pytorch.plugins.precision.amp import MixedPrecision
 from torch import Tensor, nn
 
 from mpcompile import MixedPrecisionModule, Policy, mpcompile
+from mpcompile.formats import LOW
 from mpcompile.integrations.refusals import refused
 
 _STEPS = ("training_step", "validation_step", "test_step", "predict_step", "forward")
 _LOGS = ("log", "log_dict")
-_NAMES = {"fp16": "16-mixed", "bf16": "bf16-mixed"}
+# Lightning's own word for FP16; of the others it is the type's name.
+_SIXTEEN = "16-mixed"
 
 
 class MPCompilePrecision(MixedPrecision):  # type: ignore[misc]
@@ -224,9 +226,9 @@ class FabricPrecision(FabricMixedPrecision):  # type: ignore[misc]
 
 
 def _lightnings(policy: Policy) -> str:
-    if policy.low not in _NAMES:
+    if policy.low not in LOW:
         raise refused(f"the policy {policy} has no low type that Lightning knows", try_="'bf16' or 'fp16'")
-    return _NAMES[policy.low]
+    return _SIXTEEN if policy.low == "fp16" else f"{policy.low}-mixed"
 
 
 def _is_own(module: nn.Module, name: str) -> bool:
