@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json as jsonlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,12 +9,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpcompile.bisection import Search, Trial
-from mpcompile.condition import Condition
 from mpcompile.errors import UsageError
 from mpcompile.tools import options, target
 
 if TYPE_CHECKING:
+    from mpcompile.bisection import Search, Trial
+    from mpcompile.condition import Condition
     from mpcompile.tools.bisect_subjects import Subject
 
 SCHEMA = "mpcompile.bisect/1"
@@ -50,6 +49,8 @@ def bisect(
     units = subject.candidates()
     judge = _judge(subject, condition, check)
     trials = _Log(log, {"target": model, "policy": subject.policy, "check": check, "units": _digest(units)})
+    from mpcompile.bisection import Search
+
     search = Search(units, judge, dict(trials.found), _said(trials, units, quiet=json))
     found = search.run()
     kept = search.named(found) if found else []
@@ -66,6 +67,8 @@ def _condition(check: str, onnx: bool) -> Condition | None:
     if ".py:" in check or (":" in check and " " not in check.strip()):
         target.named(check)
         return None
+    from mpcompile.condition import Condition
+
     return Condition.parse(check, ("output", "finite") if onnx else ("loss", "gradient", "finite"))
 
 
@@ -95,6 +98,8 @@ class _Log:
             if first != self.about:
                 raise UsageError("MP813", f"{path} is the log of another search", why=_differs(first, self.about),
                                  try_="another --log, or delete it")  # fmt: skip
+            from mpcompile.bisection import Trial
+
             trials = [Trial(tuple(one["kept"]), one["passed"], one["measured"], one["seconds"]) for one in lines]
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError("MP813", f"{path} is no log of a search", why=str(error)) from error
@@ -124,6 +129,8 @@ def _differs(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
 
 
 def _digest(units: Mapping[str, Any]) -> str:
+    import hashlib
+
     return hashlib.sha256(jsonlib.dumps(dict(units), sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -64,9 +64,12 @@ def test_import_is_light() -> None:
 
 
 def test_help_is_quick() -> None:
-    """Processor seconds, so that a busy machine does not fail it; the best of three."""
-    best = min(cpu_seconds("-m", "mpcompile", "--help") for _ in range(3))
-    assert best < 0.3
+    """Processor seconds, so that a busy machine does not fail it; the best of five.
+
+    Some 0.2 alone; beside another process on the same core the same work counts up to half as much again.
+    """
+    best = min(cpu_seconds("-m", "mpcompile", "--help") for _ in range(5))
+    assert best < 0.4
 
 
 def cpu_seconds(*arguments: str) -> float:
