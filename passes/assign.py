@@ -30,7 +30,7 @@ from typing import ClassVar
 from mpcompile.cost import CostModel, device
 from mpcompile.cut import INFINITE, SINK, SOURCE, CutProblem
 from mpcompile.formats import CASTABLE, ITEMSIZE, LOW
-from mpcompile.graph import CAST_OP, Node, PrecisionGraph, Value
+from mpcompile.graph import CAST_OP, DecidedBy, Node, PrecisionGraph, Value
 from mpcompile.passes.base import PassResult
 from mpcompile.passes.fp8_reads import FP8Reads
 
@@ -385,9 +385,10 @@ def _keep_storage(node: Node, classes: _Classes, stored: dict[str, str]) -> None
     kept = classes.tied.get(root) or stored.setdefault(root, node.precision)
     if kept == node.precision:
         return
-    node.precision, node.verdict = kept, "propagate" if kept in LOW else "fp32"  # type: ignore[assignment]
-    node.decided_by = "user-cast" if classes.tied.get(root) else "rule"
-    node.reason = f"its storage is {kept}, and an operation in place changes no type"
+    node.precision = kept  # type: ignore[assignment]
+    by: DecidedBy = "user-cast" if classes.tied.get(root) else "rule"
+    reason = f"its storage is {kept}, and an operation in place changes no type"
+    node.decide("propagate" if kept in LOW else "fp32", reason, by)
 
 
 def _widest(values: list[Value], low: str) -> str:
