@@ -22,6 +22,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +262,15 @@ def show(rows: list[dict[str, Any]]) -> None:
         print(f"{'':>13}times as fast as: {versus}\n{'':>13}losses {losses}")
 
 
+def keep(out: Path | None, model: str, device: str, rows: list[dict[str, Any]], profiles: dict[str, Any]) -> None:
+    """Write what is known so far: a rank that hangs later must not cost it."""
+    if out is None:
+        return
+    facts = {"model": model, "ranks": dist.get_world_size(), "torch": torch.__version__,
+             "device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}  # fmt: skip
+    out.write_text(json.dumps({**facts, "ways": rows, "profiles": profiles}, indent=1), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=list(MODELS), default="gpt2")
@@ -270,6 +280,7 @@ def main() -> None:
     parser.add_argument("--profile", default="", help="names of ways whose kernels are looked at")
     parser.add_argument("--no-cuda-graph", action="store_true", help="run the whole steps kernel by kernel")
     parser.add_argument("--tiny", action="store_true", help="a small model on the CPU: says only that it runs")
+    parser.add_argument("--timeout", type=int, default=600, help="seconds after which a rank left waiting ends the job")
     parser.add_argument("--out", type=Path, help="a JSON file")
     given = parser.parse_args()
     device = "cpu" if given.tiny else "cuda"
@@ -277,14 +288,18 @@ def main() -> None:
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.set_float32_matmul_precision("high")
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=given.timeout))
     bench = Bench("tiny" if given.tiny else given.model, device, 2 if given.tiny else given.steps)
     ways = []
     for name in given.only.split(","):
         ways.append(bench.prepare(name))
         if bench.rank == 0:
             print(f"{name}: {ways[-1].error or f'first step in {ways[-1].first:.1f} s'}", flush=True)
+            keep(given.out, given.model, device, table(ways, bench), {})
     bench.rounds(ways, 2 if given.tiny else given.rounds)
+    if bench.rank == 0:
+        keep(given.out, given.model, device, table(ways, bench), {})
     folder = given.out.parent if given.out else Path()
     profiles = {w.name: bench.profile(w, folder) for w in ways if w.step and w.name in given.profile.split(",")}
     rows = table(ways, bench)
@@ -292,10 +307,7 @@ def main() -> None:
         show(rows)
         for name, spans in profiles.items():
             print(name, {what: f"{ms:.2f} ms" for what, ms in spans.items()})
-        if given.out:
-            facts = {"model": given.model, "ranks": dist.get_world_size(), "torch": torch.__version__,
-                     "device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}  # fmt: skip
-            given.out.write_text(json.dumps({**facts, "ways": rows, "profiles": profiles}, indent=1), encoding="utf-8")
+        keep(given.out, given.model, device, rows, profiles)
     dist.destroy_process_group()
 
 
