@@ -224,7 +224,7 @@ def _fit_together(job: Job, candidates: int) -> bool:
         return True
     parameters = sum(p.numel() for p in job.model().parameters())
     _free()
-    return parameters * 18 * candidates < 0.4 * torch.cuda.mem_get_info()[0]
+    return parameters * 18 * candidates < 0.5 * torch.cuda.mem_get_info()[0]
 
 
 def _allocated(job: Job) -> int:
