@@ -1,6 +1,6 @@
 """`python -m mpcompile` is the command line."""
 
-from mpcompile.tools.main import main
+from mpcompile.tools.start import main
 
 if __name__ == "__main__":
     main()

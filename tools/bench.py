@@ -19,13 +19,32 @@ MODELS = (
     *("gpt2", "bert", "vit", "resnet", "llama", "mlp"),
     *("gpt2-by-hand", "gpt2-by-hand-1x256", "llama-by-hand", "bert-by-hand", "vit-by-hand"),
 )
+# Those of a CPU and of a GPU; written down, since help must not wait for torch.
+CANDIDATES = (
+    *("eager FP32", "compile FP32", "eager autocast", "compile+autocast", "pure BF16", "mpcompile", "mpcompile step"),
+    *("eager TF32", "compile TF32", "compile+autocast graphs", "expert", "mpcompile step recompute"),
+)
 PEER = "compile+autocast"
 
 
 def bench(
-    models: Annotated[str, typer.Option(help=f"Of {', '.join(MODELS)}; several with commas.")] = "gpt2,bert,resnet",
-    candidates: Annotated[str, typer.Option(help="Only these ways to train, by name, with commas.")] = "",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    models: Annotated[
+        str,
+        typer.Option(
+            help=f"Of {', '.join(MODELS)}; several with commas.",
+            autocompletion=options.completed(MODELS, several=True),
+        ),
+    ] = "gpt2,bert,resnet",
+    candidates: Annotated[
+        str,
+        typer.Option(
+            help=f"Only these ways to train, several with commas: {', '.join(CANDIDATES)}; the last five on a GPU alone.",
+            autocompletion=options.completed(CANDIDATES, several=True),
+        ),
+    ] = "",
+    device: Annotated[
+        str, typer.Option(help="cpu or cuda.", autocompletion=options.completed(("cpu", "cuda")))
+    ] = "cpu",
     policy: options.Policy = "auto",
     size: Annotated[str, typer.Option(help="small (a CPU's) or full (GPT-2 124M, BERT-base… for a GPU).")] = "small",
     regime: Annotated[
@@ -40,10 +59,15 @@ def bench(
 ) -> None:
     """Measure step time, memory and loss beside its peers."""
     names = _picked(models, MODELS, "model")
+    for word in _split(candidates):
+        _one_of(word, CANDIDATES, "candidate")
     _one_of(device, ("cpu", "cuda"), "device")
     _one_of(size, ("small", "full"), "size")
     _one_of(regime, ("large", "micro"), "regime")
     options.place(output)
+    from mpcompile import Policy
+
+    Policy.parse(policy)
     from mpcompile.tools.bench_loops import candidates_for
 
     ways = _picked(candidates, candidates_for(device), "candidate") if candidates else candidates_for(device)
@@ -84,8 +108,12 @@ def _model(
     return {**facts, "results": [asdict(one) for one in results]}
 
 
+def _split(given: str) -> list[str]:
+    return [word.strip() for word in given.split(",") if word.strip()]
+
+
 def _picked(given: str, known: tuple[str, ...] | list[str], what: str) -> list[str]:
-    names = [word.strip() for word in given.split(",") if word.strip()]
+    names = _split(given)
     for name in names:
         _one_of(name, known, what)
     return names

@@ -39,7 +39,7 @@ def bisect(
     """Find the smallest set to keep in FP32 so that a check passes. Exit code 1 when FP32 itself does not pass."""
     onnx = target.is_onnx(model)
     condition = _condition(check, onnx)
-    target.exists(model)
+    target.usable(model, policy)
     options.place(log)
     from mpcompile.tools import bisect_subjects
 

@@ -23,7 +23,7 @@ def calibrate(
                          try_=f"mpcompile convert {model} OUT --calibrate data.npz")  # fmt: skip
     if batches < 1:
         raise UsageError("MP811", f"--batches {batches}", try_="--batches 1")
-    target.exists(model)
+    target.usable(model)
     options.place(out)
     from mpcompile import mpcompile
     from mpcompile.ranges import Call, unfit_gradients

@@ -42,6 +42,7 @@ def compare(
     if batches < 1:
         raise UsageError("MP811", f"--batches {batches}", try_="--batches 1")
     options.place(html)
+    target.usable(model, policy, ranges)
     overrides = {"keep_fp32": tuple(keep_fp32 or ()), "low": tuple(low or ())}
     if target.is_onnx(model):
         target.refuse_options(model, {"ranges": ranges is not None, "batches": batches > 1, "values": not gradients,

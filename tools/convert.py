@@ -45,11 +45,15 @@ def convert(
     json: options.Json = False,
 ) -> None:
     """Convert an ONNX model. Nothing is written unless the result loads."""
+    from mpcompile import Policy
+
     options.place(out)
+    target.existing(model)
+    Policy.parse(policy)
     from mpcompile import mpcompile
 
     made = mpcompile(
-        target.existing(model),
+        model,
         policy,
         keep_fp32=tuple(keep_fp32 or ()),
         low=tuple(low or ()),

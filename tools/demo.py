@@ -78,6 +78,9 @@ def demo(
     json: options.Json = False,
 ) -> None:
     """Train a byte-level GPT in FP32 and with mpcompile. Exit code 1 when the losses disagree."""
+    from mpcompile import Policy
+
+    Policy.parse(policy)
     if not out.is_dir():
         options.place(out)
         out.mkdir()

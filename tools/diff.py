@@ -26,6 +26,8 @@ def diff(
     from mpcompile.report.difference import difference, write_difference
 
     options.place(html)
+    for what, chosen in ((a, policy), (b, policy_b or policy)):
+        target.existing(what) if what.endswith(".json") else target.usable(what, chosen)
     first, second = _report(a, policy), _report(b, policy_b or policy)
     found = difference(first, second)
     if html:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mpcompile.errors import Page, UsageError, pages, suggest
-from mpcompile.tools import options, target
+from mpcompile.errors import UsageError, suggest
+from mpcompile.tools import codes, options, target
 from mpcompile.tools.explain_module import module_text
 
 if TYPE_CHECKING:
@@ -21,7 +19,11 @@ if TYPE_CHECKING:
 def explain(
     what: Annotated[
         str,
-        typer.Argument(metavar="TARGET|CODE", help="A model (then a node or a module too), or a code such as MP203."),
+        typer.Argument(
+            metavar="TARGET|CODE",
+            help="A model (then a node or a module too), or a code such as MP203; MP5 lists those that begin so.",
+            autocompletion=codes.completions,
+        ),
     ],
     node: Annotated[
         str,
@@ -39,11 +41,10 @@ def explain(
     json: options.Json = False,
 ) -> None:
     """Explain a node's precision, sum up a module's (TARGET NODE|MODULE), or show an error's page (CODE)."""
-    if re.fullmatch(r"(?i)mp\d+", what):
-        found = _page(what.upper())
-        options.print_json(asdict(found)) if json else options.say(_page_text(found))
+    if codes.is_code(what):
+        typer.echo(codes.answer(what, as_json=json))
         return
-    target.exists(what)
+    target.usable(what, policy, ranges)
     if not node:
         raise UsageError("MP806", f"which node or module of {what}?", try_=f"mpcompile explain {what} NODE")
     report = target.study(what, policy, keep_fp32, low, ranges, fp8).report
@@ -53,17 +54,6 @@ def explain(
         return
     facts = _module(report, node)
     options.print_json(facts) if json else options.say(module_text(facts))
-
-
-def _page(code: str) -> Page:
-    known = pages()
-    if code not in known:
-        raise UsageError("MP806", f"there is no error {code}", try_=suggest(code, known) or "a code such as MP203")
-    return known[code]
-
-
-def _page_text(found: Page) -> str:
-    return f"{found.code}: {found.title}\n\n  cause:  {found.cause}\n  remedy: {found.remedy}"
 
 
 def _node(report: Report, name: str) -> Node | None:

@@ -23,6 +23,7 @@ def export(
     if target.is_onnx(model):
         raise UsageError("MP802", f"{model} is ONNX already", try_=f"mpcompile convert {model} {out}")
     options.place(out)
+    target.usable(model, policy)
     from mpcompile import mpcompile
 
     made = target.load(model)

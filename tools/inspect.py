@@ -23,15 +23,6 @@ ONLY = ("low", "propagate", "fp16", "bf16", "fp32", "keep", "rule", "override", 
         "autocast-region")  # fmt: skip
 
 
-def _complete(words: tuple[str, ...]) -> Callable[[str], list[str]]:
-    """What a shell offers for an option."""
-
-    def offered(incomplete: str) -> list[str]:
-        return [word for word in words if word.startswith(incomplete)]
-
-    return offered
-
-
 def inspect(
     model: options.Target,
     policy: options.Policy = "auto",
@@ -42,21 +33,22 @@ def inspect(
     only: Annotated[
         str,
         typer.Option(
-            help=f"Only nodes of this verdict, precision or decider: {', '.join(ONLY)}.", autocompletion=_complete(ONLY)
+            help=f"Only nodes of this verdict, precision or decider: {', '.join(ONLY)}.",
+            autocompletion=options.completed(ONLY),
         ),
     ] = "",
     phase: Annotated[
         str,
         typer.Option(
             help=f"Only nodes of this phase: {', '.join(PHASES)}; the last two run one step of AdamW.",
-            autocompletion=_complete(PHASES),
+            autocompletion=options.completed(PHASES),
         ),
     ] = "",
     sort: Annotated[
         str,
         typer.Option(
             help="Order by bytes, flops, cost (estimated time) or another column, largest first; or by name.",
-            autocompletion=_complete(SORTS),
+            autocompletion=options.completed(SORTS),
         ),
     ] = "",
     depth: Annotated[
@@ -71,7 +63,7 @@ def inspect(
         typer.Option(
             metavar="PASS",
             help=f"Print the graph's text after this pass instead: {', '.join(PASSES)}.",
-            autocompletion=_complete(PASSES),
+            autocompletion=options.completed(PASSES),
         ),
     ] = "",
     print_changed: Annotated[
@@ -88,7 +80,7 @@ def inspect(
     """Show each node's precision, who decided it and why; or modules, operations, casts, hazards."""
     for path in (html, dot):
         options.place(path)
-    target.exists(model)
+    target.usable(model, policy, ranges)
     _check_words(only, sort, phase, after)
     from mpcompile.report.headline_text import headline_lines
 

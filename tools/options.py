@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,12 +13,32 @@ import typer
 from mpcompile.errors import UsageError, printable
 from mpcompile.places import unwritable
 
+
+def completed(words: Sequence[str], *, several: bool = False) -> Callable[[str], list[str]]:
+    """What a shell offers for an option of these words; `several` with commas between them."""
+
+    def offered(incomplete: str) -> list[str]:
+        before, comma, begun = incomplete.rpartition(",") if several else ("", "", incomplete)
+        given = before.split(",")
+        return [f"{before}{comma}{word}" for word in words if word.startswith(begun) and word not in given]
+
+    return offered
+
+
+POLICIES = ("auto", "bf16", "fp16", "fp8", "fp32")
+
 Target = Annotated[
     str, typer.Argument(help="FILE.py:FACTORY, PACKAGE.MODULE:FACTORY or MODEL.onnx", show_default=False)
 ]
 Policy = Annotated[
     str,
-    typer.Option("--policy", "--precision", "-p", help="auto, bf16, fp16, fp8, fp32, or fields: low=fp16,output=low"),
+    typer.Option(
+        "--policy",
+        "--precision",
+        "-p",
+        help=f"{', '.join(POLICIES)}, or fields: low=fp16,output=low",
+        autocompletion=completed(POLICIES),
+    ),
 ]
 KeepFp32 = Annotated[
     list[str] | None, typer.Option("--keep-fp32", help="Glob on module path, op or node to keep FP32.")

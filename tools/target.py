@@ -200,13 +200,20 @@ def function(target: str) -> Any:
     return factory
 
 
-def exists(target: str) -> None:
-    """Refuse now what names nothing, before anything slow is imported.
+def usable(target: str, policy: str = "auto", ranges: Path | None = None) -> None:
+    """Refuse now, before anything slow is imported, a target that names nothing, a policy and ranges that cannot be read.
 
     Raises:
-      UsageError: MP802.
+      UsageError: MP802. RuleError: MP201, MP206, MP208.
     """
     existing(target) if is_onnx(target) else named(target)
+    from mpcompile import Policy
+
+    Policy.parse(policy)
+    if ranges is not None:
+        from mpcompile.ranges import Ranges
+
+        Ranges.load(ranges)
 
 
 def named(target: str) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from mpcompile import Policy
-from mpcompile.tools import bench_loops, bench_run
+from mpcompile.tools import bench, bench_loops, bench_run
 from mpcompile.tools.bench_loops import Job, Plain
 from mpcompile.tools.bench_models import MLP, WORKLOADS, Workload
 from mpcompile.tools.bench_run import Plan, Result
@@ -181,3 +181,11 @@ def test_models_by_hand_train_as_their_parts_say(name: str) -> None:
     model.stream = torch.bfloat16
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert model(**batch).item() == pytest.approx(loss.item(), rel=0.01)
+
+
+def test_help_names_the_candidates_of_each_device() -> None:
+    assert set(bench.CANDIDATES) == set(bench_loops.CANDIDATES)
+    gpu_alone = set(bench_loops.candidates_for("cuda")) - set(bench_loops.candidates_for("cpu"))
+    assert set(bench.CANDIDATES[-5:]) == gpu_alone
+    text = "".join(CliRunner().invoke(app, ["bench", "--help"]).stdout.split())
+    assert [name for name in bench.CANDIDATES if name.replace(" ", "") not in text] == []

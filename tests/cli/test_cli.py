@@ -6,8 +6,6 @@ import ast
 import json
 import os
 import re
-import subprocess
-import sys
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -111,21 +109,6 @@ def test_inspect_opens_with_a_headline_and_says_none() -> None:
     assert any(line.startswith("FP32, ") for line in lines)
     assert "none of the nodes is 'unknown'" in lines
     assert any(re.fullmatch(r"assign: [\d.]+ ms.*", line) for line in lines)
-
-
-def test_usage_errors_come_before_torch() -> None:
-    """In a process of its own: neither a file that is not there nor a word that no report knows waits for torch."""
-    code = (
-        "import sys; from typer.testing import CliRunner; from mpcompile.tools.main import app\n"
-        "for words in (['inspect', 'absent.py:make'], ['inspect', 'absent.onnx'], ['explain', 'MP203'],\n"
-        "              ['explain', 'absent.py:make', 'x'],\n"
-        "              ['bisect', 'absent.py:make', '--check', 'loss<1'], ['calibrate', 'absent.py:make']):\n"
-        "    print(CliRunner().invoke(app, words).exit_code)\n"
-        "assert 'torch' not in sys.modules"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["2", "2", "0", "2", "2", "2"]
 
 
 def test_inspect_overrides() -> None:
