@@ -65,7 +65,7 @@ def hand_table() -> str:
     for model, name in HAND.items():
         ways = by_name(found, model)
         cells = [f"{1e3 * ways[PEER]['seconds']:.1f}"]
-        for way in ("mpcompile", "mpcompile step kernels"):
+        for way in ("mpcompile", "mpcompile step"):
             if way not in ways or ways[way]["seconds"] is None:
                 cells += ["", "", ""]
                 continue
