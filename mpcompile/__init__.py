@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from mpcompile.api import MixedPrecisionModule, mpcompile
     from mpcompile.errors import MPCompileError
     from mpcompile.policy import Policy
+    from mpcompile.ranges import Call
     from mpcompile.training.checkpoint_file import load_checkpoint, save_checkpoint
     from mpcompile.training.loss_scale.scale import LossScale
 
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 
 # Name -> the module that has it: torch and onnx are imported when a name that needs them is first used.
 _HOMES = {
+    "Call": "mpcompile.ranges",
     "mpcompile": "mpcompile.api",
     "MixedPrecisionModule": "mpcompile.api",
     "MPCompileError": "mpcompile.errors",
@@ -40,6 +42,7 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
+    "Call",
     "LossScale",
     "MPCompileError",
     "MixedPrecisionModule",

@@ -331,7 +331,8 @@ class MixedPrecisionModule(nn.Module):
         """Every value and every gradient of the plan beside FP32's, for one batch and the same random numbers.
 
         Nothing is changed. `loss_fn`, `gradients`, `autocast`, `scale` are options
-        (`mpcompile.training.numerics.compare.Options`); the other arguments are the batch.
+        (`mpcompile.training.numerics.compare.Options`); the other arguments are the batch. Where the model has a keyword of
+        such a name, the batch is a `mpcompile.Call`: ``mp.compare(Call((x,), {"scale": s}), scale=1024.0)``.
 
         Raises:
           CaptureError: MP101. TrainingError: MP561, MP562.

@@ -42,7 +42,7 @@ UNCERTAIN = (
 
 @dataclass(frozen=True)
 class Call:
-    """A batch with arguments and keywords, for `calibrate`."""
+    """A batch as a call of the model, with arguments and keywords: for `calibrate`, and for `compare` beside its options."""
 
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)

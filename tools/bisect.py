@@ -30,6 +30,7 @@ def bisect(
     policy: options.Policy = "auto",
     keep_fp32: options.KeepFp32 = None,
     low: options.Low = None,
+    fp8: options.Fp8 = None,
     log: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write each trial there; go on from what it holds already.")
     ] = None,
@@ -40,10 +41,11 @@ def bisect(
     onnx = target.is_onnx(model)
     condition = _condition(check, onnx)
     target.usable(model, policy)
+    target.refuse_options(model, {"fp8": onnx and bool(fp8)})
     options.place(log)
     from mpcompile.tools import bisect_subjects
 
-    overrides = {"keep_fp32": tuple(keep_fp32 or ()), "low": tuple(low or ())}
+    overrides = {"keep_fp32": tuple(keep_fp32 or ()), "low": tuple(low or ()), "fp8": tuple(fp8 or ())}
     kind: Any = bisect_subjects.OfOnnx if onnx else bisect_subjects.OfTorch
     subject: Subject = kind(model, "fp16" if onnx and policy == "auto" else policy, overrides, samples)
     units = subject.candidates()

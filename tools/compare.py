@@ -19,6 +19,7 @@ def compare(
     policy: options.Policy = "auto",
     keep_fp32: options.KeepFp32 = None,
     low: options.Low = None,
+    fp8: options.Fp8 = None,
     ranges: options.Ranges = None,
     batches: Annotated[int, typer.Option(help="How many batches: the factory is called for each.")] = 1,
     autocast: Annotated[
@@ -45,13 +46,13 @@ def compare(
     target.usable(model, policy, ranges)
     overrides = {"keep_fp32": tuple(keep_fp32 or ()), "low": tuple(low or ())}
     if target.is_onnx(model):
-        target.refuse_options(model, {"ranges": ranges is not None, "batches": batches > 1, "values": not gradients,
-                                      "scale": scale is not None})  # fmt: skip
+        given = {"ranges": ranges is not None, "fp8": bool(fp8), "batches": batches > 1, "values": not gradients}
+        target.refuse_options(model, {**given, "scale": scale is not None})
         found = _onnx(model, "fp16" if policy == "auto" else policy, overrides, samples, autocast)
     else:
         target.refuse_options(model, {"samples": samples is not None})
         chosen = {"gradients": gradients, "autocast": autocast, "scale": scale}
-        found = _torch(model, policy, {**overrides, "ranges": ranges}, batches, chosen)
+        found = _torch(model, policy, {**overrides, "fp8": tuple(fp8 or ()), "ranges": ranges}, batches, chosen)
     if html:
         found.to_html(html)
     options.print_json(found.to_dict()) if json else _show(found, rows)

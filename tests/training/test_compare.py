@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mpcompile.api import mpcompile
 from mpcompile.compiler import settings_of
 from mpcompile.errors import MPCompileError
+from mpcompile.ranges import Call
 from mpcompile.report.comparison import Comparison, ErrorRow, headroom, mark_noise
 from mpcompile.training.gradients.batch import Batch
 from mpcompile.training.numerics.compare import Rows, compare
@@ -280,11 +281,33 @@ def test_no_batch_is_refused() -> None:
         compare(Two(), settings_of(f"bf16,{FREE}"), (), {})
 
 
-def test_fp8_is_refused() -> None:
+class Scaled(nn.Module):
+    """Its forward has keywords that `compare` has as options."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Two()
+
+    def forward(self, x: Tensor, scale: float = 1.0, *, autocast: bool = False) -> Tensor:
+        return self.inner(x) * (2.0 if autocast else scale)
+
+
+def test_a_keyword_of_the_model_is_never_taken_for_an_option() -> None:
+    mp, x = mpcompile(Scaled(), f"low=fp16,{FREE}", backend="eager"), torch.randn(8, 32)
+    for name, value in (("scale", 3.0), ("autocast", True)):
+        with pytest.raises(MPCompileError, match="MP562"):
+            mp.compare(x, **{name: value})
+    found = mp.compare(Call((x,), {"scale": 3.0}), scale=256.0)
+    assert found.scale == 256.0
+    plain = mp.compare(x, gradients=False)
+    assert found.row("mul").largest == pytest.approx(3 * plain.row("linear_1").largest, rel=1e-5)
+    twice = mp.compare(Call((x,), {"autocast": True}), autocast=True)
+    assert twice.autocast is not None
+    assert twice.row("mul").largest == pytest.approx(2 * plain.row("linear_1").largest, rel=1e-5)
     with pytest.raises(MPCompileError, match="MP562"):
-        compare(Two(), settings_of(f"fp8,{FREE}"), (torch.ones(1, 32),), {})
+        mp.compare(Call((x,)), mask=None)
     with pytest.raises(MPCompileError, match="MP562"):
-        compare(Two(), settings_of(f"bf16,{FREE}", fp8="a"), (torch.ones(1, 32),), {})
+        mp.compare(x, loss_fn=lambda model, x, gradients=1.0: model(x).sum(), gradients=False)
 
 
 def test_batches_join_to_their_worst() -> None:

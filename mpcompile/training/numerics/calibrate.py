@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from mpcompile.compiler import Settings
 from mpcompile.errors import TrainingError
 from mpcompile.ranges import Call, Ranges, Spread, keyed
 from mpcompile.training.gradients.batch import Batch
-from mpcompile.training.numerics.subject import Differentiable, Subject, phase_of, subject
+from mpcompile.training.numerics.subject import Differentiable, Subject, fp32_settings, phase_of, subject
 
 
 def calibrate(
@@ -29,7 +28,7 @@ def calibrate(
     """
     parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
     found = Ranges(parameters=parameters)
-    plain = replace(settings, policy=replace(settings.policy, low="fp32"), keep_fp32=(), low=(), fp8=(), ranges=None)
+    plain = fp32_settings(settings)
     known: dict[Any, Subject] = {}
     with torch.random.fork_rng():
         for given in batches:

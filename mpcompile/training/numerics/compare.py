@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -13,6 +14,7 @@ from mpcompile.aten.facts import dtype_name, op_name
 from mpcompile.compiler import Settings
 from mpcompile.errors import TrainingError
 from mpcompile.formats import CASTABLE, LOW
+from mpcompile.ranges import Call
 from mpcompile.report.comparison import Comparison, ErrorRow, mark_noise
 from mpcompile.training.gradients.batch import Batch
 from mpcompile.training.numerics.lockstep import Lockstep, is_cast, is_move
@@ -81,16 +83,14 @@ class Options:
 
 
 def compare(model: Any, settings: Settings, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Comparison:
-    """One batch: `kwargs` holds its keywords and the fields of `Options`.
+    """One batch: `kwargs` holds its keywords and the fields of `Options`; or `args` is one `Call`, and they are options alone.
 
     The graph runs op by op, three times over; memory is that of a training step of each run.
 
     Raises:
       CaptureError: MP101. TrainingError: MP561, MP562.
     """
-    names = [one.name for one in fields(Options)]
-    options = Options(**{name: value for name, value in kwargs.items() if name in names})
-    kwargs = {name: value for name, value in kwargs.items() if name not in names}
+    args, kwargs, options = _asked(model, args, kwargs)
     if not args and not kwargs:
         raise TrainingError("MP561", "compare() was given no batch", try_="mp.compare(x), as you would call mp(x)")
     batch = Batch(args, kwargs)
@@ -104,8 +104,42 @@ def compare(model: Any, settings: Settings, args: tuple[Any, ...], kwargs: dict[
     made = run(settings)
     if not options.autocast:
         return made
-    plain = replace(settings, policy=replace(settings.policy, plan="autocast"), keep_fp32=(), low=())
+    policy = replace(settings.policy, plan="autocast", products="low")
+    plain = replace(settings, policy=policy, keep_fp32=(), low=(), fp8=(), ranges=None)
     return replace(made, autocast=run(plain))
+
+
+def _asked(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], Options]:
+    """The batch's arguments and keywords, and the options."""
+    names = {one.name for one in fields(Options)}
+    given = {name: value for name, value in kwargs.items() if name in names}
+    rest = {name: value for name, value in kwargs.items() if name not in names}
+    options = Options(**given)
+    if len(args) == 1 and isinstance(args[0], Call):
+        if rest:
+            raise TrainingError("MP562", f"{sorted(rest)[0]!r} is no option of compare", where="beside a Call",
+                                try_="keywords of the batch belong into the Call: Call((x,), {'mask': mask})")  # fmt: skip
+        return args[0].args, dict(args[0].kwargs), options
+    taken = sorted(name for name in given if name in _keywords(options.loss_fn or model.forward))
+    if taken:
+        raise TrainingError(
+            "MP562", f"{taken[0]!r} is a keyword of the batch and an option of compare",
+            try_=f"from mpcompile import Call; mp.compare(Call((x,), {{{taken[0]!r}: ...}}), {taken[0]}=...)",
+        )  # fmt: skip
+    return args, rest, options
+
+
+def _keywords(call: Callable[..., Any]) -> set[str]:
+    """Names that a batch's keyword may have; ``**kwargs`` names none."""
+    try:
+        return {one.name for one in inspect.signature(call).parameters.values() if one.kind in _NAMED}
+    except (TypeError, ValueError):
+        return set()
+
+
+_NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
 def _loss_is(loss: Any, gradients: bool) -> str:

@@ -1,9 +1,9 @@
 """Two runs of one graph at once: as the plan has it, and with every low type raised to FP32.
 
 The joint graph of a plan is the FP32 program plus casts, so the same graph, with each low type in it read as FP32, *is*
-the FP32 run, node by node.  A third lane says what a node does wrong by itself: it is fed the FP32 run's values, rounded
-as the plan rounds what the node reads.  Values are freed after their last reader, so what is held at any time is what
-one training step holds of each run, and no more.
+the FP32 run, node by node (FP8 copies: `fp8_lanes`).  A third lane says what a node does wrong by itself: it is fed the
+FP32 run's values, rounded as the plan rounds what the node reads.  Values are freed after their last reader, so what is
+held at any time is what one training step holds of each run, and no more.
 
 Random numbers are the same in all lanes: a mask is drawn under one state of the generator, and what is noise from the
 start (`randn`) is the plan's.
@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from mpcompile.aten.facts import LOW_DTYPES, op_name
 from mpcompile.aten.graphs import inputs_of
 from mpcompile.rules.hazards import CASTS, base
+from mpcompile.training.numerics import fp8_lanes
 from mpcompile.training.numerics.measure import Lanes
 
 # They hand on what they read, element by element or in part: no error of their own.
@@ -55,6 +56,7 @@ class Lockstep(fx.Interpreter):
         self.inputs = inputs_of(module)
         self.group, self.rounded, self.observer = group, rounded, observer
         self.held = held_types(module.graph)
+        self.copies = fp8_lanes.copies(module.graph, MOVES)
         self.full_inputs: dict[fx.Node, Any] = {}
 
     def compare(self, inputs: Sequence[Any], full: Sequence[Any]) -> list[Lanes]:
@@ -99,7 +101,7 @@ class Lockstep(fx.Interpreter):
     def _fed(self, read: fx.Node, n: fx.Node) -> Any:
         """What `n` reads in the fed lane: its own group's value, or FP32's rounded as the plan's is."""
         lanes, group = self.env[read], self.group.get(n)
-        if group is not None and self.group.get(read) == group:
+        if read in self.copies or (group is not None and self.group.get(read) == group):
             return lanes.fed
         return _rounded_like(lanes.full, lanes.plan, self.held.get(read))
 
@@ -114,10 +116,15 @@ class Lockstep(fx.Interpreter):
         return self._call(n, lambda a: self.env[a].full, full=True)
 
     def _call(self, n: fx.Node, value: Callable[[fx.Node], Any], *, full: bool = False) -> Any:
-        args, kwargs = fx.node.map_arg(n.args, value), fx.node.map_arg(n.kwargs, value)
+        args: Any = fx.node.map_arg(n.args, value)
+        kwargs: Any = fx.node.map_arg(n.kwargs, value)
         if full:
             args, kwargs = fx.node.map_aggregate((args, kwargs), _raise_type)
             args = _without_widening(n, args)
+            if fp8_lanes.is_quantise(n):
+                return fp8_lanes.full_quantise(*args, **kwargs)
+            if fp8_lanes.is_product(n):
+                return fp8_lanes.full_product(n, args)
         if n.op == "call_module":
             return self.fetch_attr(str(n.target))(*args, **kwargs)
         if n.op == "call_method":
@@ -158,7 +165,9 @@ def held_types(graph: fx.Graph) -> dict[fx.Node, torch.dtype]:
 
 
 def names_low(n: fx.Node) -> bool:
-    """True where the node itself is told to make a low type."""
+    """True where the node itself is told to make a low type, or never makes another."""
+    if fp8_lanes.is_quantise(n) or fp8_lanes.is_product(n):
+        return True
     found = list[Any]()
     fx.node.map_aggregate((n.args, n.kwargs), found.append)
     return any(a in LOW_DTYPES for a in found if isinstance(a, torch.dtype))

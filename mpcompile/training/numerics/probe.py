@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor, fx
 from mpcompile.compiler import Settings
 from mpcompile.training.gradients.batch import Batch
 from mpcompile.training.numerics.compare import scale_of
-from mpcompile.training.numerics.subject import Differentiable, Subject, subject
+from mpcompile.training.numerics.subject import Differentiable, Subject, fp32_settings, subject
 
 MEASURED = ("loss", "gradient", "finite")
 
@@ -32,8 +31,7 @@ class Probe:
 
     def measure(self, settings: Settings) -> dict[str, float]:
         if self._full is None:
-            plain = replace(settings, policy=replace(settings.policy, low="fp32"), keep_fp32=(), low=())
-            self._full = self._run(subject(self.model, self.loss, self.batch, plain), 1.0)
+            self._full = self._run(subject(self.model, self.loss, self.batch, fp32_settings(settings)), 1.0)
         found = subject(self.model, self.loss, self.batch, settings)
         with torch.no_grad():
             scale, _ = scale_of(found, None, found.plan.policy.low)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from mpcompile.aten.facts import LOW_DTYPES
 from mpcompile.compiler import Plan, Settings
-from mpcompile.errors import MPCompileError, TrainingError
+from mpcompile.errors import MPCompileError
 from mpcompile.formats import LOW
 from mpcompile.graph import Node
 from mpcompile.hardware import device_of
@@ -24,7 +24,8 @@ from mpcompile.training.gradients.batch import Batch
 from mpcompile.training.gradients.forward import Forward, capture, loss_in, owned
 from mpcompile.training.gradients.joint import trace
 from mpcompile.training.gradients.specialization import compiling
-from mpcompile.training.numerics.lockstep import is_cast, is_move, raised
+from mpcompile.training.numerics import fp8_lanes
+from mpcompile.training.numerics.lockstep import MOVES, is_cast, is_move, raised
 
 MODEL, GIVEN, PROJECTION = "the model's loss", "loss_fn", "a projection of the outputs"
 
@@ -78,15 +79,8 @@ def subject(model: nn.Module, loss_fn: Callable[..., Any] | None, batch: Batch, 
     The graph ends without the seed's value: callers append it to `inputs` and `full`.
 
     Raises:
-      CaptureError: MP101. TrainingError: MP562, and what the capture of a step may raise.
+      CaptureError: MP101. TrainingError: what the capture of a step may raise.
     """
-    if settings.policy.products == "fp8" or settings.fp8:
-        raise TrainingError(
-            "MP562",
-            "compare, bisect and calibrate do not run FP8 plans",
-            why="FP8 quantises with scales of its own: its graph is not FP32's with casts",
-            try_='the same policy without FP8: mpcompile(model, "bf16").compare(...)',
-        )
     with compiling(), _plain_attention(device_of(model.parameters())):
         named = named or owned(model, loss_fn)[0]
         trained = trained_ones(named) if gradients else set()
@@ -164,6 +158,12 @@ def phase_of(node: fx.Node) -> str:
     return "backward" if node.meta.get("partitioner_tag") == "is_backward" else "forward"
 
 
+def fp32_settings(settings: Settings) -> Settings:
+    """The same in FP32."""
+    return replace(settings, policy=replace(settings.policy, low="fp32", products="low"), keep_fp32=(), low=(), fp8=(),
+                   ranges=None)  # fmt: skip
+
+
 def groups(module: fx.GraphModule, plan: Plan, places: dict[str, Place]) -> dict[fx.Node, Any]:
     """Which nodes compute one node of the plan (its forward, or its gradients) together."""
     found = dict[fx.Node, Any]()
@@ -189,9 +189,10 @@ def _rounds_for(plan: Plan, group: Any, cast: fx.Node) -> bool:
 def exits(module: fx.GraphModule, group: dict[fx.Node, Any]) -> dict[fx.Node, fx.Node]:
     """What each group computes and others read: the last node of each such value inside the group -> its operation."""
     found, makers = dict[fx.Node, fx.Node](), set[fx.Node]()
+    copies = fp8_lanes.copies(module.graph, MOVES)  # part of the product that reads them
     for node in module.graph.nodes:
         value = node.meta.get("val")
-        if node not in group or not isinstance(value, Tensor) or not value.is_floating_point():
+        if node not in group or node in copies or not isinstance(value, Tensor) or not value.is_floating_point():
             continue
         readers = [user for user in node.users if group.get(user) != group[node]]
         maker = _maker(node, group)
