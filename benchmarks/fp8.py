@@ -2,6 +2,7 @@
 
 python benchmarks/fp8.py copies
 python benchmarks/fp8.py layers
+python benchmarks/fp8.py looks
 python benchmarks/fp8.py train --models llama-by-hand --rounds 5 --profile --out fp8-llama.json
 python benchmarks/fp8.py train --models llama-3b --apart --seconds 280 --out fp8-llama-3b.json
 python benchmarks/fp8.py converge --steps 1000 --seconds 290 --out fp8-converge.json
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from mpcompile import fp8
 from mpcompile.devices import pinned
-from mpcompile.runtime.fp8_linear import copies_of, multiply
+from mpcompile.runtime.fp8_linear import copies_of, copies_of_input, multiply
 from mpcompile.runtime.quantise import quantise
 from mpcompile.tools import bench_run
 from mpcompile.tools.measure import Clock
@@ -123,9 +124,37 @@ def layers(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield found
 
 
+def looks(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What makes an operand, compiled with its copies: the largest number found by the maker, or by a kernel of its own.
+
+    Predicted on an H200: a norm of 8192 x 2048 8 us less, a SwiGLU of 8192 x 8192 32 us less (2 bytes an element).
+    """
+    found: dict[str, Any] = {}
+    rows, width = (64, 128) if args.tiny else (8192, 2048)
+    weight = torch.ones(width, device=DEVICE)
+    makers: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+        "norm": (lambda x: F.rms_norm(x.float(), (width,), weight).bfloat16(), width),
+        "swiglu": (lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1], 8 * width),
+        "swiglu's gradient": (lambda x: torch.cat([x * x.sigmoid(), x + 1], -1), 4 * width),
+    }
+    for name, (maker, columns) in makers.items():
+        x, row = torch.randn(rows, columns, device=DEVICE).bfloat16(), dict[str, float]()
+        for way, take in (("apart_us", copies_of), ("fused_us", copies_of_input)):
+            call = _one(maker, take)
+            with torch.no_grad():
+                row[way] = least(call if args.tiny else torch.compile(call), x) * 1e6
+        found[name] = row
+        print(f"{name:20} " + "  ".join(f"{k} {v:8.2f}" for k, v in row.items()), flush=True)
+        yield found
+
+
+def _one(maker: Callable[[Tensor], Tensor], take: Callable[..., Any]) -> Callable[[Tensor], Any]:
+    return lambda x: take(maker(x), True, True, "tensorwise")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["copies", "layers", "train", "converge"])
+    parser.add_argument("what", choices=["copies", "layers", "looks", "train", "converge"])
     parser.add_argument("--tiny", action="store_true", help="small, for a CPU")
     parser.add_argument("--row", default="h200", help="row of devices.toml whose prices are printed beside")
     parser.add_argument("--pin", action="store_true", help="plan for that row")
@@ -143,7 +172,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="train, converge: as long in all")
     parser.add_argument("--out", default="")
     args = parser.parse_args()
-    runs = {"copies": copies, "layers": layers, "train": train, "converge": converge}
+    runs = {"copies": copies, "layers": layers, "looks": looks, "train": train, "converge": converge}
     begun = time.monotonic()
     found: dict[str, Any] = {"versions": bench_run.versions(DEVICE)}
     for result in runs[args.what](args):

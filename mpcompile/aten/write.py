@@ -53,11 +53,13 @@ class FP8Linear:
     """What a linear layer that reads FP8 calls in the graph.
 
     Fields:
-      quantise: (value, as it lies, transposed, recipe) -> its copies; `transposed` is made for a backward alone.
+      quantise: (an input, as it lies, transposed, recipe) -> its copies; `transposed` is made for a backward alone.
+      quantise_weight: the same of a weight.
       multiply: (input, weight, bias, the input's copies, the weight's, passes in FP8, recipe) -> the result.
     """
 
     quantise: Callable[..., Any]
+    quantise_weight: Callable[..., Any]
     multiply: Callable[..., Any]
 
 
@@ -126,9 +128,10 @@ class _Writer:
         bias = given[2] if len(given) > 2 else None
         meta = {k: node.meta[k] for k in _COPIED_META if k in node.meta}
         quantised = []
-        for name, source in zip(planned.inputs[:2], given, strict=False):
+        ways = (linear.quantise, linear.quantise_weight)
+        for name, source, way in zip(planned.inputs[:2], given, ways, strict=False):
             if name not in self.made:
-                self.made[name] = call(linear.quantise, (source, *self._layouts()[name], self.recipe))
+                self.made[name] = call(way, (source, *self._layouts()[name], self.recipe))
                 self.made[name].meta = dict(meta)
             quantised.append(self.made[name])
         new = call(linear.multiply, (given[0], given[1], bias, *quantised, tuple(planned.fp8), self.recipe))

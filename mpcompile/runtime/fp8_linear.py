@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from mpcompile import fp8
 from mpcompile.aten.write import FP8Linear
-from mpcompile.runtime.quantise import quantise, scaled_product
+from mpcompile.runtime.quantise import look, quantise, scaled_product
 
 # As it lies, its scale, transposed, its scale.
 Copies = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -25,15 +25,20 @@ _INPUT = fp8.form(fp8.Copy("", False), "")
 
 
 def copies_of(value: Tensor, lies: bool, transposed: bool, recipe: str) -> Copies:
-    """The copies of an input [.., columns] or weight; a transposed one is for the backward, so not made without grad."""
-    transposed = transposed and torch.is_grad_enabled()
-    return _copies(value, _INPUT, lies, transposed, recipe)
+    """The copies of a weight; a transposed one is for the backward, so not made without grad."""
+    return _copies(value, _INPUT, lies, transposed and torch.is_grad_enabled(), recipe, made_here=False)
 
 
-def _copies(value: Tensor, form: str, lies: bool, transposed: bool, recipe: str) -> Copies:
+def copies_of_input(value: Tensor, lies: bool, transposed: bool, recipe: str) -> Copies:
+    """The copies of an input [.., columns], which the graph makes: its maker can find the largest magnitude."""
+    return _copies(value, _INPUT, lies, transposed and torch.is_grad_enabled(), recipe, made_here=True)
+
+
+def _copies(value: Tensor, form: str, lies: bool, transposed: bool, recipe: str, *, made_here: bool) -> Copies:
     with torch.no_grad():
         flat = value.detach().reshape(-1, value.shape[-1])
-        return quantise(flat, form, lies, transposed, recipe == "rowwise")
+        largest = look(flat) if made_here and recipe == "tensorwise" else None
+        return quantise(flat, form, lies, transposed, recipe == "rowwise", largest)
 
 
 class _FP8Linear(torch.autograd.Function):
@@ -63,7 +68,7 @@ class _FP8Linear(torch.autograd.Function):
         want_x, want_w = ctx.needs_input_grad[:2]
         lies, turned = want_x and "grad_input" in ctx.passes, want_w and "grad_weight" in ctx.passes
         form = fp8.form(fp8.Copy(":gradient", False), ctx.recipe)
-        copies = _copies(grad, form, lies, turned, ctx.recipe) if lies or turned else None
+        copies = _copies(grad, form, lies, turned, ctx.recipe, made_here=True) if lies or turned else None
         grad_x = grad_w = grad_bias = None
         if want_x:
             made = grad @ weight if copies is None or not lies else _product(copies[0], weight, copies[1], w_scale)
@@ -117,6 +122,6 @@ def multiply(
 
 
 # What `mpcompile.aten.write` puts into the graph.
-FP8_LINEAR = FP8Linear(copies_of, multiply)
+FP8_LINEAR = FP8Linear(copies_of_input, copies_of, multiply)
 
-__all__ = ["FP8_LINEAR", "copies_of", "multiply"]
+__all__ = ["FP8_LINEAR", "copies_of", "copies_of_input", "multiply"]

@@ -25,13 +25,14 @@ FLOOR = 2.0**-100
 
 _LIBRARY: Any = torch.library.Library("mpcompile", "FRAGMENT")  # type: ignore[no-untyped-call]
 _LIBRARY.define(
-    "quantise(Tensor x, str form, bool lies, bool transposed, bool rowwise) -> (Tensor, Tensor, Tensor, Tensor)"
+    "quantise(Tensor x, str form, bool lies, bool transposed, bool rowwise, Tensor? largest=None)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _LIBRARY.define("scaled_product(Tensor a, Tensor b, Tensor scale_a, Tensor scale_b, Tensor? bias) -> Tensor")
 
 
 def quantise(
-    x: Tensor, form: str, lies: bool, transposed: bool, rowwise: bool = False
+    x: Tensor, form: str, lies: bool, transposed: bool, rowwise: bool = False, largest: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """FP8 copies of a matrix.
 
@@ -40,12 +41,25 @@ def quantise(
       form: name of the format ("float8_e4m3fn", "float8_e5m2").
       lies, transposed: which copies are wanted; one that is not has no elements.
       rowwise: a scale for each row of a copy instead of one for all of `x`.
+      largest: the largest magnitude in `x` where it is known already, FP32 of one element (see `look`); not by rows.
 
     Returns:
       [rows, columns], its scale ([1, 1]; [rows, 1] by rows), [columns, rows], its scale ([1, 1]; [columns, 1] by rows).
       A copy times its scale is the matrix.
     """
-    return torch.ops.mpcompile.quantise.default(x, form, lies, transposed, rowwise)  # type: ignore[no-any-return]
+    return torch.ops.mpcompile.quantise.default(x, form, lies, transposed, rowwise, largest)  # type: ignore[no-any-return]
+
+
+def look(x: Tensor) -> Tensor | None:
+    """The largest magnitude in a matrix, FP32 [1]; None in an empty one. A NaN is the largest of all.
+
+    Plain operations, row by row first: a compiler takes each row's in the kernel that makes the row (a norm's, an
+    activation's), which spares reading all of `x` again.  There it sees numbers before they are rounded to BF16, so the
+    largest may be half a unit below that of `x`; formats round what lies so little beyond their end back to it.
+    """
+    if x.numel() == 0:
+        return None
+    return x.abs().amax(1).amax(0, keepdim=True).to(torch.float32)
 
 
 def scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -59,9 +73,11 @@ def inverse_scale(largest: Tensor, form: str) -> Tensor:
     return torch.full_like(largest, most) / largest.clamp(min=FLOOR)
 
 
-def _copy(wide: Tensor, form: str, rowwise: bool) -> tuple[Tensor, Tensor]:
+def _copy(wide: Tensor, form: str, rowwise: bool, largest: Tensor | None) -> tuple[Tensor, Tensor]:
     """The copy of an FP32 matrix as it lies, and its scale."""
-    largest = wide.abs().amax(1, keepdim=True) if rowwise else wide.abs().amax().reshape(1, 1)
+    if largest is None or rowwise:
+        largest = wide.abs().amax(1, keepdim=True) if rowwise else wide.abs().amax()
+    largest = largest if rowwise else largest.reshape(1, 1)
     inverse = inverse_scale(largest, form)
     most = torch.finfo(TORCH_DTYPES[form]).max
     # No finite element reaches beyond; clamp keeps NaN, and the cast alone would make NaN of 449.
@@ -69,17 +85,21 @@ def _copy(wide: Tensor, form: str, rowwise: bool) -> tuple[Tensor, Tensor]:
     return copy.contiguous(), inverse.reciprocal()
 
 
-def _plain(x: Tensor, form: str, lies: bool, transposed: bool, rowwise: bool) -> tuple[Tensor, ...]:
+def _plain(
+    x: Tensor, form: str, lies: bool, transposed: bool, rowwise: bool, largest: Tensor | None = None
+) -> tuple[Tensor, ...]:
     wide = x.to(torch.float32)
     none = x.new_empty((0,), dtype=TORCH_DTYPES[form]), x.new_empty((0,), dtype=torch.float32)
     if x.numel() == 0:
         return _shapes(x, form, lies, transposed, rowwise)
-    first = _copy(wide, form, rowwise) if lies else none
-    second = _copy(wide.t(), form, rowwise) if transposed else tuple(one.clone() for one in none)
+    first = _copy(wide, form, rowwise, largest) if lies else none
+    second = _copy(wide.t(), form, rowwise, largest) if transposed else tuple(one.clone() for one in none)
     return *first, *second
 
 
-def _shapes(x: Tensor, form: str, lies: bool, transposed: bool, rowwise: bool) -> tuple[Tensor, ...]:
+def _shapes(
+    x: Tensor, form: str, lies: bool, transposed: bool, rowwise: bool, largest: Tensor | None = None
+) -> tuple[Tensor, ...]:
     rows, columns = x.shape
     made = []
     for wanted, shape in ((lies, (rows, columns)), (transposed, (columns, rows))):
@@ -89,13 +109,15 @@ def _shapes(x: Tensor, form: str, lies: bool, transposed: bool, rowwise: bool) -
     return tuple(made)
 
 
-def _on_cuda(x: Tensor, form: str, lies: bool, transposed: bool, rowwise: bool) -> tuple[Tensor, ...]:
+def _on_cuda(
+    x: Tensor, form: str, lies: bool, transposed: bool, rowwise: bool, largest: Tensor | None = None
+) -> tuple[Tensor, ...]:
     kernels = _kernels()
     if kernels is None or rowwise or x.numel() == 0 or x.dtype not in kernels.TYPES:
-        return _plain(x, form, lies, transposed, rowwise)
+        return _plain(x, form, lies, transposed, rowwise, largest)
     made = _shapes(x, form, lies, transposed, rowwise)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # Triton launches on the current one
-        kernels.quantise(x.contiguous(), *made, form, lies, transposed)
+        kernels.quantise(x.contiguous(), *made, form, lies, transposed, largest)
     return made
 
 
@@ -124,4 +146,4 @@ torch.library.register_fake(
     lib=_LIBRARY,
 )
 
-__all__ = ["FLOOR", "inverse_scale", "quantise", "scaled_product"]
+__all__ = ["FLOOR", "inverse_scale", "look", "quantise", "scaled_product"]

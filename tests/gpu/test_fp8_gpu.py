@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mpcompile import fp8, mpcompile
 from mpcompile.runtime import quantise as definition
-from mpcompile.runtime.fp8_linear import copies_of, multiply
+from mpcompile.runtime.fp8_linear import copies_of, copies_of_input, multiply
 from mpcompile.tools.bench_by_hand import Llama
 
 pytestmark = [
@@ -57,6 +57,41 @@ def test_the_kernels_give_the_definition_s_bits(shape: tuple[int, int], form: st
         for name, a, b in zip(("lies", "scale", "turned", "its scale"), got, want, strict=True):
             assert a.shape == b.shape
             assert same_bits(a, b), (kind, name)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["plain", "nan", "inf", "zero"])
+def test_a_known_largest_magnitude_gives_the_definition_s_bits(form: str, kind: str) -> None:
+    x = matrix(1040, 272)
+    if kind in ("nan", "inf"):
+        x[7, 9] = float(kind)
+    if kind == "zero":
+        x.zero_()
+    want, top = CPU(x, form, True, True, False), definition.look(x.cuda())
+    for one in (top, -top) if kind == "nan" else (top,):
+        got = CPU(x.cuda(), form, True, True, False, one)
+        assert all(same_bits(a, b) for a, b in zip(got, want, strict=True))
+
+
+def test_a_norm_and_its_copies_are_read_once() -> None:
+    """The largest magnitude comes from the norm's kernel: no launch reads what it wrote but that of the copies."""
+    norm, x = nn.RMSNorm(2048).cuda().bfloat16(), matrix(4096, 2048).cuda()
+
+    @torch.compile
+    def run(x: Tensor) -> tuple[Tensor, ...]:
+        return copies_of_input(norm(x), True, True, "tensorwise")
+
+    with torch.no_grad():
+        got = run(x)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            run(x)
+            torch.cuda.synchronize()
+        names = [event.key for event in profile.key_averages() if event.self_device_time_total]
+        want = CPU(norm(x), FORMS[0], True, True, False)
+    # The norm with each row's largest, the largest of these, the copies.
+    assert len(names) <= 3, names
+    off = (got[0].float() * got[1] - want[0].float() * want[1]).norm() / (want[0].float() * want[1]).norm()
+    assert off < 0.02
 
 
 def test_one_layout_alone_is_as_both() -> None:

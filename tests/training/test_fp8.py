@@ -86,7 +86,7 @@ def test_what_reads_one_value_shares_its_copies() -> None:
     model, batch = made(blocks=1)
     mp = mpcompile(model, "bf16", fp8=["blocks"], backend="eager")
     graph = mp.graph(*batch)
-    calls = [node for node in graph.graph.nodes if getattr(node.target, "__name__", "") == "copies_of"]
+    calls = [node for node in graph.graph.nodes if getattr(node.target, "__name__", "").startswith("copies_of")]
     assert len(calls) == 2 + 3  # the inputs of a and b (one) and out; three weights
 
 

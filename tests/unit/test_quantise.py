@@ -9,7 +9,7 @@ from torch import Tensor
 from mpcompile import fp8
 from mpcompile.formats import FORMAT
 from mpcompile.runtime.fp8_linear import copies_of, multiply
-from mpcompile.runtime.quantise import FLOOR, quantise, scaled_product
+from mpcompile.runtime.quantise import FLOOR, look, quantise, scaled_product
 
 FORMS = ("float8_e4m3fn", "float8_e5m2")
 
@@ -78,6 +78,33 @@ def test_zeros_and_the_smallest_numbers_have_a_finite_scale(form: str) -> None:
     assert (quantise(torch.zeros(16, 16), form, True, False)[0].float() == 0).all()
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("bad", [None, float("nan"), float("-inf")])
+def test_a_largest_magnitude_that_is_known_gives_the_same_copies(form: str, bad: float | None) -> None:
+    x = matrix()
+    if bad is not None:
+        x[3, 4] = bad
+    largest = look(x)
+    assert largest is not None
+    assert largest.dtype == torch.float32
+    for got, want in zip(quantise(x, form, True, True, False, largest), quantise(x, form, True, True), strict=True):
+        assert torch.equal(got.float(), want.float()) or (torch.isnan(want.float()) == torch.isnan(got.float())).all()
+    assert look(x[:0]) is None
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_half_a_unit_beyond_the_largest_magnitude_is_still_in_the_format(form: str) -> None:
+    """A compiler that fuses `look` with what made the matrix sees it before it is rounded to BF16."""
+    x = matrix()
+    largest = look(x)
+    assert largest is not None
+    lies, *_ = quantise(x, form, True, False, False, largest * (1 - 2.0**-8))
+    assert lies.float().abs().max() == FORMAT[form].largest
+    # Without the bound that the definition has, too: kernels rely on it.
+    beyond = torch.tensor(FORMAT[form].largest * (1 + 2.0**-7))
+    assert beyond.to(getattr(torch, form)).float() == FORMAT[form].largest
+
+
 def test_copies_that_are_not_wanted_have_no_elements() -> None:
     lies, scale, turned, turned_scale = quantise(matrix(), FORMS[0], False, True)
     assert lies.numel() == scale.numel() == 0
@@ -92,6 +119,7 @@ def test_fakes_have_the_shapes_of_what_is_computed() -> None:
     for rowwise in (False, True):
         given = (matrix(), FORMS[0], True, True, rowwise)
         torch.library.opcheck(torch.ops.mpcompile.quantise.default, given, test_utils=fakes)
+    torch.library.opcheck(torch.ops.mpcompile.quantise.default, (*given[:4], False, torch.ones(1)), test_utils=fakes)
     a = quantise(matrix(), FORMS[0], True, False)
     given = (a[0], a[0], a[1], a[1], torch.ones(48))
     torch.library.opcheck(torch.ops.mpcompile.scaled_product.default, given, test_utils=fakes)

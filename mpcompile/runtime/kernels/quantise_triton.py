@@ -1,5 +1,7 @@
 """FP8 copies of a matrix on a CUDA device, in two launches: the largest magnitude, then both layouts from one read.
 
+Where the kernel that made the matrix has told the largest magnitude, the first is spared.
+
 `mpcompile.runtime.quantise` defines what is computed, to the bit.  Magnitudes are compared as the integers that their
 bits are: an infinity is above every number and a NaN above infinity, so both reach the scale, and everything after it.
 The first launch leaves one number per program; each program of the second reads them all (a few KB, from L2), which
@@ -48,7 +50,8 @@ def copies(
 ):  # fmt: skip
     """One tile of the copies."""
     places = tl.arange(0, PROGRAMS)
-    bits = tl.max(tl.load(partials + places, mask=places < programs, other=0), axis=0)
+    # Without signs: a NaN of another kernel's may have one.
+    bits = tl.max(tl.load(partials + places, mask=places < programs, other=0) & 0x7FFFFFFF, axis=0)
     # Bits in order are magnitudes in order: the floor too, and a NaN stays one.
     floor = tl.full([], FLOOR, tl.float32).to(tl.int32, bitcast=True)
     top = tl.maximum(bits, floor).to(tl.float32, bitcast=True)
@@ -83,12 +86,19 @@ def quantise(
     form: str,
     want: bool,
     want_turned: bool,
+    known: Tensor | None = None,
 ) -> None:
-    """Fill the copies of a contiguous matrix `x` and their scales ([1, 1]); those that are not wanted are not touched."""
+    """Fill the copies of a contiguous matrix `x` and their scales ([1, 1]); those that are not wanted are not touched.
+
+    `known` is the largest magnitude (FP32, one element) where something has found it already.
+    """
     rows, columns = x.shape
-    programs = min(triton.cdiv(x.numel(), BLOCK), PROGRAMS)
-    partials = torch.empty(programs, dtype=torch.int32, device=x.device)
-    largest[(programs,)](x, partials, x.numel(), BLOCK=BLOCK, num_warps=8)
+    programs = min(triton.cdiv(x.numel(), BLOCK), PROGRAMS) if known is None else 1
+    if known is None:
+        partials = torch.empty(programs, dtype=torch.int32, device=x.device)
+        largest[(programs,)](x, partials, x.numel(), BLOCK=BLOCK, num_warps=8)
+    else:
+        partials = known.view(torch.int32)
     grid = (triton.cdiv(rows, TILE_ROWS) * triton.cdiv(columns, TILE_COLUMNS),)
     copies[grid](
         x, partials, lies, scale, turned, turned_scale, rows, columns, programs,
