@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -384,10 +385,10 @@ class MixedPrecisionModule(nn.Module):
 
         With backend="onnxruntime" it is an `mpcompile.onnx.train_step.OrtTrainStep`.
         """
-        from mpcompile.training.options import check_names
+        from mpcompile.training.options import Options, check_names
         from mpcompile.training.step import TrainStep
 
-        known = dict(inspect.signature(TrainStep).parameters)
+        known = {one.name: one for one in dataclasses.fields(Options)}
         if options.get("backend", self.backend) == "onnxruntime":
             from mpcompile.onnx.train_step import OrtTrainStep
 

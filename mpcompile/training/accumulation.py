@@ -51,10 +51,11 @@ class Window:
     Fields:
       sums: of every parameter that ever had a gradient; those outside `present` hold what an earlier window left.
       present: the parameters with a gradient in this window.
+      epoch: how often the sums, or the ways to them, became others.
     """
 
     def __init__(self, size: int, low: bool) -> None:
-        self.size, self.low, self.count = size, low, 0
+        self.size, self.low, self.count, self.epoch = size, low, 0, 0
         self.sums: dict[str, Tensor] = {}
         self.present: frozenset[str] = frozenset()
         self._ways: dict[Layout, _Way] = {}
@@ -72,6 +73,7 @@ class Window:
         Args:
           order: ids of the parameters as the optimizer lists them, which is how the sums lie in memory.
         """
+        self.epoch += 1
         if any(name not in self.sums for name, _ in layout):
             self._allocate(layout, parameters, order)
             self._ways = {known: self._way(known) for known in self._ways}
@@ -143,6 +145,7 @@ class Window:
 
     def forget(self, names: Iterable[str]) -> None:
         """These names stand for other parameters now: what was summed is not theirs."""
+        self.epoch += 1
         self.sums = {name: held for name, held in self.sums.items() if name not in set(names)}
         self.present &= frozenset(self.sums)
         self._ways.clear()
@@ -170,6 +173,7 @@ class Window:
           TrainingError: MP514, for an open window without its sums, or one of other parameters or another size.
         """
         self._refuse(saved["count"], saved["sums"], parameters)
+        self.epoch += 1
         self.count, self.present = saved["count"], frozenset(saved["sums"])
         self._ways.clear()
         self.sums = {}

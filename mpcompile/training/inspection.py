@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +20,13 @@ from mpcompile.training.gradients.joint import Joint
 from mpcompile.training.gradients.specialization import Artefact, Artefacts, compiling
 from mpcompile.training.loss_scale.overflow import Overflow, explain
 from mpcompile.training.loss_scale.scale import LossScale
-from mpcompile.training.optimizer.build import Plan, Update
+from mpcompile.training.optimizer.build import Plan
+from mpcompile.training.optimizer.update_cache import Like, UpdateCache
+from mpcompile.training.runner import Runner
 from mpcompile.training.step_log import StepLog, writer_of
 
 if TYPE_CHECKING:
     from mpcompile.ranges import Ranges
-
-Like = Callable[[], Sequence[Tensor]]
 
 
 class Inspection:
@@ -35,14 +35,11 @@ class Inspection:
     artefacts: Artefacts
     plan: Plan
     rule: LossScale
-    _last: tuple[Artefact, Layout, Like] | None
-    _emitted: dict[Any, tuple[Emitted, Joint]]
+    runner: Runner
+    updates: UpdateCache
     _log: StepLog | None = None
     ranks: Ranks | None
     sums_reducer: Reducer | None
-
-    def _updater(self, layout: Layout, strides: Any, like: Like) -> Update:
-        raise NotImplementedError
 
     @property
     def graph(self) -> fx.GraphModule:
@@ -58,13 +55,15 @@ class Inspection:
     def emitted(self) -> tuple[Emitted, Joint]:
         """The emitted step with its live inputs, and the joint graph that it was woven from."""
         artefact, layout, like = self._latest()
-        updater = self._updater(layout, artefact.strides if self.plan.accumulate == 1 else None, like)
+        updater = self.updates.find(layout, artefact.strides if self.plan.accumulate == 1 else None, like)
         key = id(artefact), id(updater)
-        if key not in self._emitted:
+        if key not in self.updates.emitted:
             window = dict(zip((n for n, _ in layout), like(), strict=True)) if self.plan.accumulate > 1 else None
             with compiling():
-                self._emitted = {key: emit(artefact, updater, window, self.sums_reducer)}
-        return self._emitted[key]
+                made = emit(artefact, updater, window, self.sums_reducer)
+            self.updates.emitted.clear()
+            self.updates.emitted[key] = made
+        return self.updates.emitted[key]
 
     @property
     def compile_seconds(self) -> float:
@@ -179,6 +178,6 @@ class Inspection:
         Raises:
           TrainingError: MP542.
         """
-        if self._last is None:
+        if self.runner.last is None:
             raise TrainingError("MP542", "the step has no graph yet", try_="call it once with a batch")
-        return self._last
+        return self.runner.last

@@ -6,6 +6,7 @@ import math
 import numbers
 import operator
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from mpcompile.errors import TrainingError, suggest
@@ -26,6 +27,22 @@ class StepOptions(TypedDict, total=False):
     recompute: Literal["auto"] | bool
     process_group: Any
     mesh: Any
+
+
+@dataclass(frozen=True)
+class Options:
+    """`StepOptions` with the defaults of what was not given, and the backend; `check_options` says what is possible."""
+
+    scale: str | float | LossScale = "auto"
+    max_grad_norm: float | None = None
+    accumulate: int = 1
+    masters: Literal["full", "split"] = "full"
+    backend: str | None = None
+    cuda_graph: Literal["auto"] | bool = "auto"
+    chunk_loss: bool = True
+    recompute: Literal["auto"] | bool = "auto"
+    process_group: Any = None
+    mesh: Any = None
 
 
 _POSSIBLE: dict[str, tuple[Any, ...]] = {

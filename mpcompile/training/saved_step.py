@@ -13,6 +13,7 @@ from mpcompile.training.loss_scale.floor_monitor import FloorWatch
 from mpcompile.training.loss_scale.scale import LossScale, ScaleState, from_dict, to_dict
 from mpcompile.training.optimizer.build import Plan
 from mpcompile.training.optimizer.hosts import Optimizers
+from mpcompile.training.runner import Runner
 
 
 class SavedStep:
@@ -23,8 +24,8 @@ class SavedStep:
     plan: Plan
     rule: LossScale
     state: ScaleState
-    _window: Window
-    _floor: FloorWatch
+    window: Window
+    runner: Runner
     _made_of: tuple[Any, Any, Any, dict[str, Any]]
 
     def full_masters(self) -> contextlib.AbstractContextManager[None]:
@@ -33,12 +34,9 @@ class SavedStep:
     def join_masters(self) -> None:
         raise NotImplementedError
 
-    def _forget_updates(self) -> None:
-        raise NotImplementedError
-
     def state_dict(self) -> dict[str, Any]:
         """Loss scale (every field, and GradScaler's five keys) and the open window. Reads the device."""
-        return {**to_dict(self.rule, self.state), "window": self._window.state()}
+        return {**to_dict(self.rule, self.state), "window": self.window.state()}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Put back what `state_dict` gave, or what a `torch.amp.GradScaler` did.
@@ -48,13 +46,12 @@ class SavedStep:
         """
         rule, state = from_dict(saved, self.rule)
         window, order = saved.get("window", {"count": 0, "sums": {}}), list(map(id, self.optimizers.params()))
-        self._window.load(window, self.artefacts.named, order)
+        self.window.load(window, self.artefacts.named, order)
         for mine, value in zip(self.state, state, strict=True):
             mine.fill_(value)
         self.plan.seed.copy_(self.state.scale * (1.0 / self.plan.added))
-        self._forget_updates()
         self.rule = self.plan.rule = rule
-        self._floor = FloorWatch(rule, self.state)
+        self.runner.floor = FloorWatch(rule, self.state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A step of the same state on copies of model and optimizer; what is compiled is made again."""

@@ -172,7 +172,7 @@ def test_a_replayed_step_is_the_step(policy: str, accumulate: int) -> None:
         for _ in range(16):
             results += [step(**batch) for _ in range(accumulate)]
             schedule.step()
-        assert len(step._replays._steps) == graphs * (1 if accumulate == 1 else 3)
+        assert len(step.updates.replays._steps) == graphs * (1 if accumulate == 1 else 3)
         curves[graphs] = [(r.loss.item(), r.scale.item(), r.stepped.item()) for r in results]
     for (loss, scale, stepped), (other, scale_too, stepped_too) in zip(curves[True], curves[False], strict=True):
         assert (scale, stepped) == (scale_too, stepped_too)
@@ -238,7 +238,7 @@ def test_a_fused_update_in_pieces_is_torchs(layout: torch.memory_format, monkeyp
         twin(x).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert isinstance(next(iter(step._updaters.values())), fused.FusedUpdate)
+    assert isinstance(next(iter(step.updates)), fused.FusedUpdate)
     for (name, mine), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4, msg=name)
 

@@ -141,8 +141,8 @@ def test_a_replayed_step_is_as_atens(options: dict[str, Any], monkeypatch: pytes
                     optimizers[0].state[p][key].copy_(optimizers[1].state[q][key])
         for optimizer in optimizers:
             optimizer.param_groups[0]["lr"] *= 0.9
-    assert all(isinstance(one, KernelUpdate) for one in steps[0]._updaters.values())
-    assert not any(isinstance(one, KernelUpdate) for one in steps[1]._updaters.values())
-    assert steps[0]._replays._steps
+    assert all(isinstance(one, KernelUpdate) for one in steps[0].updates)
+    assert not any(isinstance(one, KernelUpdate) for one in steps[1].updates)
+    assert steps[0].updates.replays._steps
     if not options:
-        assert all(isinstance(one, FusedUpdate) for one in steps[1]._updaters.values())
+        assert all(isinstance(one, FusedUpdate) for one in steps[1].updates)

@@ -125,7 +125,7 @@ def test_replayed_windows_are_the_step_bit_for_bit(accumulate: int) -> None:
 
         def everything(step: Any = step, optimizer: Any = optimizer, module: nn.Module = module) -> list[Tensor]:
             states = [t for state in optimizer.state.values() for t in state.values()]
-            held = [*module.parameters(), *states, *step._window.sums.values(), *step.plan.shadows.shadows]
+            held = [*module.parameters(), *states, *step.window.sums.values(), *step.plan.shadows.shadows]
             counts = [t for one in step.watch.counters[0]._classes for pair in one.states.values() for t in pair]
             return [*held, *step.state, step.plan.seed, *counts]
 
@@ -140,7 +140,7 @@ def test_replayed_windows_are_the_step_bit_for_bit(accumulate: int) -> None:
                     tensor.copy_(was)
             return Remembered(run, results), results
 
-        step._replays = Replays("auto" if replayed else False, CPU, record)
+        step.updates.replays = Replays("auto" if replayed else False, CPU, record)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 / (1 + i))
         curve = []
         for turn in range(accumulate * (WARM + 4)):
@@ -166,12 +166,12 @@ class Remembering:
         self.step = mpcompile(self.module, "bf16", low=["*"], backend="eager").train_step(
             self.optimizer, task or (lambda m, x: m(x).square().mean()), accumulate=accumulate, scale=1.0
         )
-        self.step._replays = Replays("auto", CPU, self.record)
+        self.step.updates.replays = Replays("auto", CPU, self.record)
 
     def record(self, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Remembered, tuple[Tensor, ...]]:
         self.recorded += 1
         states = [t for state in self.optimizer.state.values() for t in state.values()]
-        held = [*self.module.parameters(), *states, *self.step._window.sums.values(), *self.step.plan.shadows.shadows]
+        held = [*self.module.parameters(), *states, *self.step.window.sums.values(), *self.step.plan.shadows.shadows]
         before = [t.detach().clone() for t in held]
         results = run()
         with torch.no_grad():
@@ -216,7 +216,7 @@ def test_what_a_replaced_update_recorded_is_dropped(accumulate: int) -> None:
     for turn in range(4):
         bench.optimizer.param_groups[0]["weight_decay"] = 0.1 * (turn % 2)
         bench.run(WARM + 2, (4,) * accumulate)
-    parts = {part for key in bench.step._replays._runs for part in key if isinstance(part, int) and part > 1}
-    alive = [*bench.step._updaters.values(), *bench.step.artefacts]
+    parts = {part for key in bench.step.updates.replays._runs for part in key if isinstance(part, int) and part > 1}
+    alive = [*bench.step.updates, *bench.step.artefacts]
     assert parts == set(map(id, alive))
     assert bench.recorded > WARM

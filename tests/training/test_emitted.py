@@ -119,7 +119,7 @@ def test_fused_update_equals_torchs_loop_and_skips_bit_for_bit(kind, accumulate,
             other.zero_grad()
         for o in (own, other):
             o.param_groups[0]["lr"] *= 0.9
-    assert isinstance(next(iter(step._updaters.values())), fused.FusedUpdate)
+    assert isinstance(next(iter(step.updates)), fused.FusedUpdate)
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
     before = copy.deepcopy((model.state_dict(), own.state_dict()["state"]))
@@ -145,7 +145,7 @@ def test_a_fused_update_follows_other_numbers_and_gives_way_when_they_keep_movin
         other.step()
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
-    assert not isinstance(next(iter(step._updaters.values())), fused.FusedUpdate)
+    assert not isinstance(next(iter(step.updates)), fused.FusedUpdate)
 
 
 @pytest.mark.parametrize("room", [1 << 20, 100])
@@ -166,7 +166,7 @@ def test_channels_last_weights_reach_the_fused_kernel_as_they_lie(room, monkeypa
         twin(x).square().mean().backward()
         other.step()
         other.zero_grad()
-    assert isinstance(next(iter(step._updaters.values())), fused.FusedUpdate)
+    assert isinstance(next(iter(step.updates)), fused.FusedUpdate)
     for a, b in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
     assert model[0].weight.stride() == twin[0].weight.stride()
@@ -252,7 +252,7 @@ def test_weights_larger_than_the_buffer_are_updated_in_pieces(kind, clip, monkey
             optimizer, lambda m, x: m(x).square().mean(), max_grad_norm=clip
         )
         results = [step(torch.full((4, 32), 0.1 * i)) for i in range(1, 4)]
-        updater = next(iter(step._updaters.values()))
+        updater = next(iter(step.updates))
         runs.append((len(updater.flow.groups), results, model.state_dict(), optimizer.state_dict()["state"]))
     (many, small, weights, states), (one, large, other_weights, other_states) = runs
     assert many > 10
@@ -318,5 +318,5 @@ def test_the_gradient_of_a_sum_reaches_the_fused_update(backend, monkeypatch):
         optim.SGD(model.parameters(), lr=0.5, fused=True), lambda m, x: m.weight.sum() + (m.bias * x).sum()
     )
     assert step(torch.randn(2, 8)).finite
-    assert isinstance(next(iter(step._updaters.values())), fused.FusedUpdate)
+    assert isinstance(next(iter(step.updates)), fused.FusedUpdate)
     torch.testing.assert_close(model.weight, before - 0.5)

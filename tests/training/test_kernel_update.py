@@ -125,7 +125,7 @@ class Pair:
 
     def by_kernels(self) -> list[bool]:
         """Per step, whether all of its updates run by our kernels."""
-        return [all(isinstance(one, KernelUpdate) for one in step._updaters.values()) for step in self.steps]
+        return [all(isinstance(one, KernelUpdate) for one in step.updates) for step in self.steps]
 
 
 def near(got: Tensor, want: Tensor, before: Tensor) -> bool:
@@ -158,9 +158,9 @@ def test_steps_skips_clips_and_schedules_as_atens(pair: Callable[..., Pair], nam
     # Betas and decay are numbers too.
     for optimizer in both.optimizers:
         optimizer.param_groups[0]["weight_decay"] = 0.3
-    made = list(both.steps[0]._updaters.values())
+    made = list(both.steps[0].updates)
     both.run()
-    assert list(both.steps[0]._updaters.values()) == made
+    assert list(both.steps[0].updates) == made
     assert both.compared == 4
 
 

@@ -142,7 +142,7 @@ def test_one_cycle_moves_lr_and_betas_without_a_new_trace():
     made = set()
     for x, y in batches(10):
         step(x, y)
-        made |= {id(u) for u in step._updaters.values()}
+        made |= {id(u) for u in step.updates}
         theirs.zero_grad()
         twin(x, y).backward()
         theirs.step()
@@ -220,7 +220,7 @@ def test_an_update_that_rounds_itself_is_told_apart(kind, rounds):
     model = Net(matrices_alone=True)
     step = mpcompile(model, "bf16", backend="eager", low=["first"]).train_step(kind(model.parameters()))
     step(*batches(1)[0])
-    (updater,) = step._updaters.values()
+    (updater,) = step.updates
     assert rounds_itself(updater.make().module) == rounds
     assert list(laws.breaches(precision_graph(*step.emitted()))) == []
     rows = [n for n in step.report().to_dict()["nodes"] if n["phase"] == "optimizer" and n["precision"] == "bf16"]

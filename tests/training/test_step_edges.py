@@ -137,10 +137,10 @@ def test_two_tasks_with_a_head_each_share_the_trunk_s_counters(kind):
         task = "aab"[turn % 3] if turn < 6 else "ab"[turn % 2]
         step(x, y, task)
         plainly(twin, other, x, y, task, loss=lambda model, *batch: model(*batch))
-        made |= {id(updater) for updater in step._updaters.values()} if turn > 7 else set()
+        made |= {id(updater) for updater in step.updates} if turn > 7 else set()
     same(model, twin)
     assert counts(own) == counts(other)
-    assert len(made) == len(step._updaters) == 2
+    assert len(made) == len(step.updates) == 2
 
 
 @pytest.mark.parametrize("fused", [False, True])

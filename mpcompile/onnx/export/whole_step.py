@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +18,6 @@ from mpcompile.policy import Policy
 from mpcompile.training.emitted.weave import Emitted, emit
 from mpcompile.training.gradients.batch import Batch
 from mpcompile.training.gradients.specialization import compiling
-from mpcompile.training.optimizer.build import MOST_FUSED
 
 
 class Step(Protocol):
@@ -45,8 +43,7 @@ def emit_step(step: Step, batch: Batch) -> tuple[Emitted, Any]:
 
 def _traced(step: Step, artefact: Any) -> Any:
     """The update in elementary operations: fused optimizer kernels have no ONNX form."""
-    plan = replace(step.plan, builds={artefact.layout: MOST_FUSED}, kernels=False)
-    return plan.build(artefact.layout, artefact.gradients())
+    return step.plan.build(artefact.layout, artefact.gradients(), fused=False)
 
 
 def export_step(step: Step, artefact: Any, path: str | os.PathLike[str]) -> OnnxStep:

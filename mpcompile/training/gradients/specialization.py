@@ -162,7 +162,11 @@ def _settled(size: int | torch.SymInt) -> int | None:
 
 @dataclass
 class Artefacts:
-    """Finds, or makes, the artefact for a batch."""
+    """Finds, or makes, the artefact for a batch.
+
+    Fields:
+      epoch: how often another one was made, or all became void.
+    """
 
     model: nn.Module
     loss_fn: Callable[..., Any] | None
@@ -180,6 +184,7 @@ class Artefacts:
     around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
     # Averages the gradients in the graph itself; None for one process, and where a window's sums are averaged.
     reducer: Reducer | None = None
+    epoch: int = 0
     _exact: dict[Any, Artefact] = field(default_factory=dict)
     _alike: dict[Any, list[Artefact]] = field(default_factory=dict)
     _seen: dict[Any, list[tuple[torch.Size, ...]]] = field(default_factory=dict)
@@ -191,6 +196,7 @@ class Artefacts:
     def clear(self) -> None:
         """What was compiled is void: the model, or what of it is trained, is another."""
         self.__post_init__()
+        self.epoch += 1
         for table in (self._exact, self._alike, self._seen):
             table.clear()
 
@@ -261,6 +267,7 @@ class Artefacts:
             if not moving:
                 raise
             artefact = self._captured(batch, [])
+        self.epoch += 1
         self.on_new(artefact)
         log_plan(artefact.joint.forward.plan)
         return artefact
@@ -301,7 +308,8 @@ class Artefacts:
         layout = tuple((forward.inputs[i].name, value.dtype) for i, value in zip(joint.grads, values, strict=True))
         with roundings_kept(has_user_low_cast(forward.plan.graph)):
             run, saved = run_joint(joint, self.backend, recompute=self.recompute, sends=self.reducer is not None)
-        return Artefact(joint, run, fixed, places, layout, buffers_, writes, self.named, saved, reducer=self.reducer)
+        return Artefact(joint=joint, run=run, fixed=fixed, args=places, layout=layout, buffers=buffers_, writes=writes,
+                        named=self.named, saved=saved, reducer=self.reducer)  # fmt: skip
 
     def _fixed(self, one: Input, tensors: dict[str, Tensor]) -> Any:
         if one.kind in ("arg", "seed"):

@@ -18,8 +18,7 @@ from mpcompile.shadows.step_shadows import ShadowSet
 from mpcompile.training.accumulation import Layout
 from mpcompile.training.gradients.compile import Run, decompositions, run_update
 from mpcompile.training.loss_scale.scale import LossScale, ScaleState
-from mpcompile.training.optimizer import fused_update as fused
-from mpcompile.training.optimizer import kernel_update
+from mpcompile.training.optimizer import fused_update, kernel_update
 from mpcompile.training.optimizer.binding import Binding, bind, can_fuse, follow
 from mpcompile.training.optimizer.hosts import Optimizers
 from mpcompile.training.optimizer.split import SplitMasters
@@ -65,7 +64,23 @@ class Updater:
         return seen is not None
 
 
-Update = Updater | fused.FusedUpdate | kernel_update.KernelUpdate
+Update = Updater | fused_update.FusedUpdate | kernel_update.KernelUpdate
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What one update is built of.
+
+    Fields:
+      halves: parameter's number -> int16 low half, of its shape; shadows: those that the update writes.
+      grads: examples of the gradients, in the layout's order.
+    """
+
+    spec: Spec
+    binding: Binding
+    halves: dict[int, Tensor]
+    shadows: list[Tensor]
+    grads: Sequence[Tensor]
 
 
 @dataclass
@@ -87,15 +102,34 @@ class Plan:
     # Parameters that a graph reads in FP32: these are never split.
     whole: set[int] = field(default_factory=set)
     builds: dict[Layout, int] = field(default_factory=dict)
-    # False: the update in elementary operations, to be exported.
-    kernels: bool = True
 
-    def build(self, layout: Layout, grads: Sequence[Tensor]) -> Update:
-        """The update for gradients of `layout`; `grads` are examples of them.
+    def build(self, layout: Layout, grads: Sequence[Tensor], *, fused: bool = True) -> Update:
+        """The update for gradients of `layout`.
+
+        Args:
+          grads: examples of them.
+          fused: False gives the update in elementary operations, to be exported.
 
         Raises:
           TrainingError: MP521, MP522.
         """
+        parts = self._parts(layout, grads)
+        if not fused:
+            return self._traced(parts, self.backend)
+        # What is emitted is never run by us: nothing compiles it.
+        ours = kernel_update.build(
+            parts.spec,
+            parts.binding,
+            self.state,
+            self.seed,
+            parts.halves,
+            parts.shadows,
+            grads,
+            lambda: self._aten(layout, parts, "eager"),
+        )
+        return ours or self._aten(layout, parts, self.backend)
+
+    def _parts(self, layout: Layout, grads: Sequence[Tensor]) -> _Parts:
         parameters = self.named()
         parts: dict[int, list[int]] = {}
         for position, (name, _) in enumerate(layout):
@@ -116,35 +150,18 @@ class Plan:
             self.added,
             tuple(halves),
         )
-        shadows = [shadow for _, shadow in held]
+        return _Parts(spec, binding, halves, [shadow for _, shadow in held], grads)
 
-        def aten(backend: str) -> Updater | fused.FusedUpdate:
-            return self._aten(layout, spec, binding, halves, shadows, grads, backend)
-
-        # What is emitted is never run by us: nothing compiles it.
-        ours = self.kernels and kernel_update.build(
-            spec, binding, self.state, self.seed, halves, shadows, grads, lambda: aten("eager")
-        )
-        return ours or aten(self.backend)
-
-    def _aten(
-        self,
-        layout: Layout,
-        spec: Spec,
-        binding: Binding,
-        halves: dict[int, Tensor],
-        shadows: list[Tensor],
-        grads: Sequence[Tensor],
-        backend: str,
-    ) -> Updater | fused.FusedUpdate:
+    def _aten(self, layout: Layout, parts: _Parts, backend: str) -> Updater | fused_update.FusedUpdate:
         """The update in ATen's operations."""
         # A fused kernel holds betas and weight decay as constants: a schedule that moves them gets the traced update.
         self.builds[layout] = self.builds.get(layout, 0) + 1
-        often = self.builds[layout] > MOST_FUSED or halves
-        if not often and can_fuse(self.optimizers, binding.params) and fused.serves(binding):
+        often = self.builds[layout] > MOST_FUSED or parts.halves
+        binding = parts.binding
+        if not often and can_fuse(self.optimizers, binding.params) and fused_update.serves(binding):
             binding.fused = True
-            return fused.build(spec, binding, self.state, self.seed, shadows, grads, backend)
-        return self._traced(spec, binding, list(halves.values()), list(grads), shadows, backend)
+            return fused_update.build(parts.spec, binding, self.state, self.seed, parts.shadows, parts.grads, backend)
+        return self._traced(parts, backend)
 
     def _halves(
         self, binding: Binding, held: list[tuple[int, Tensor]]
@@ -163,19 +180,18 @@ class Plan:
                 halves[i] = low
         return halves, rest
 
-    def _traced(
-        self,
-        spec: Spec,
-        binding: Binding,
-        low: list[Tensor],
-        grads: list[Tensor],
-        shadows: list[Tensor],
-        backend: str,
-    ) -> Updater:
+    def _traced(self, parts: _Parts, backend: str) -> Updater:
+        spec, binding, shadows = parts.spec, parts.binding, parts.shadows
         now = binding.numbers()
         numbers = torch.tensor(now, dtype=torch.float64, device=self.seed.device)
         given = Operands(
-            numbers, self.state, [s.value for s in binding.shared], binding.params, binding.state_tensors(), low, grads
+            numbers,
+            self.state,
+            [s.value for s in binding.shared],
+            binding.params,
+            binding.state_tensors(),
+            list(parts.halves.values()),
+            list(parts.grads),
         )
         bases = [s.base for s in binding.shared]
 

@@ -44,10 +44,14 @@ class OptimizerWatch:
 
     A step of an optimizer's own (the drop-in way, between two of ours) moves its counters; that they still move
     together is then read from the device once.
+
+    Fields:
+      epoch: how often something changed that updates are made for; moves: how often a number of a group may have moved.
     """
 
     def __init__(self, optimizers: Optimizers) -> None:
         self.optimizers = optimizers
+        self.epoch = self.moves = 0
         self.counters: list[Counters] = [counters_of(one) for one in optimizers]
         self._take_groups()
         self.settle()
@@ -80,7 +84,7 @@ class OptimizerWatch:
             seen |= Seen.NUMBERS if flags == self._flags else Seen.NUMBERS | Seen.GROUPS
         if seen:
             self._take_groups()
-        return seen
+        return self._noted(seen)
 
     def look_at_state(self) -> Seen:
         """What changed in the optimizers' state since `settle`."""
@@ -88,7 +92,7 @@ class OptimizerWatch:
             if one.stepped or one.edited():
                 one.look_again()
         same = all(one.same() for one in self._states)
-        return (Seen.NOTHING if same else Seen.STATE) | self.settle(keep=same)
+        return self._noted(Seen.NOTHING if same else Seen.STATE) | self.settle(keep=same)
 
     def settle(self, *, keep: bool = False) -> Seen:
         """Things are as they should be from here on; COUNTERS when counters that were one have parted before.
@@ -101,7 +105,12 @@ class OptimizerWatch:
         generations = [one.generation for one in self.counters]
         parted = generations != getattr(self, "_generations", generations)
         self._generations = generations
-        return Seen.COUNTERS if parted else Seen.NOTHING
+        return self._noted(Seen.COUNTERS if parted else Seen.NOTHING)
+
+    def _noted(self, seen: Seen) -> Seen:
+        self.moves += Seen.NUMBERS in seen
+        self.epoch += bool(seen & ~Seen.NUMBERS)
+        return seen
 
     def _take_groups(self) -> None:
         groups = self.optimizers.groups

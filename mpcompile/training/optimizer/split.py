@@ -35,10 +35,14 @@ def split(full: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class SplitMasters:
-    """The parameters of a model that are split, and when they are whole again."""
+    """The parameters of a model that are split, and when they are whole again.
+
+    Fields:
+      epoch: how often a parameter was made whole.
+    """
 
     def __init__(self, model: nn.Module, optimizers: Optimizers, watch: OptimizerWatch) -> None:
-        self._watch = watch
+        self._watch, self.epoch = watch, 0
         self._held: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._open = contextlib.ExitStack()
         # A state dict holds FP32, and what is loaded is split again; torch casts an optimizer's loaded state to its
@@ -73,11 +77,13 @@ class SplitMasters:
         for key in [k for k in self._held if k not in wanted]:
             parameter, high, low = self._held.pop(key)
             parameter.data = join(high, low)
+            self.epoch += 1
 
     def drop_replaced(self) -> None:
         """Someone gave a parameter other data: that is the weight now, and it is whole."""
         for key in [k for k, (p, high, _) in self._held.items() if p.data_ptr() != high.data_ptr()]:
             del self._held[key]
+            self.epoch += 1
 
     @contextlib.contextmanager
     def joined(self) -> Iterator[None]:

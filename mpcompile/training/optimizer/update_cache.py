@@ -1,0 +1,109 @@
+"""The updates of a step: made once for each set of gradients, and void together when the step's epoch is another."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from mpcompile.training.accumulation import Layout, Window
+from mpcompile.training.cuda_graph import Replays, Run
+from mpcompile.training.emitted.weave import Emitted
+from mpcompile.training.gradients.joint import Joint
+from mpcompile.training.gradients.specialization import Artefacts, compiling
+from mpcompile.training.optimizer.build import Plan, Update
+from mpcompile.training.optimizer.monitor import OptimizerWatch
+
+Like = Callable[[], Sequence[Tensor]]
+
+
+class UpdateCache:
+    """Finds, or builds, the update for gradients of a layout; holds what stands on updates: recordings, emitted graphs.
+
+    An update is made for tensors, groups, shadows and sums that it holds by identity. Whoever owns one of these counts
+    its changes; `epoch` is all of the counts, and what was made in another epoch is let go of before anything is found.
+
+    Fields:
+      replays: what was recorded with these updates; emitted: what was emitted of them, by (specialization, update).
+    """
+
+    def __init__(
+        self,
+        *,
+        plan: Plan,
+        watch: OptimizerWatch,
+        artefacts: Artefacts,
+        window: Window,
+        replays: Replays,
+        on_built: Callable[[], None],
+    ) -> None:
+        self._plan, self._watch, self._artefacts, self._window = plan, watch, artefacts, window
+        self._on_built = on_built
+        self.replays = replays
+        self.emitted: dict[tuple[int, int], tuple[Emitted, Joint]] = {}
+        self._updates: dict[Any, Update] = {}
+        self._epoch = self.epoch()
+
+    def __iter__(self) -> Iterator[Update]:
+        return iter(self._updates.values())
+
+    def __len__(self) -> int:
+        return len(self._updates)
+
+    def epoch(self) -> tuple[Any, ...]:
+        """What every update stands on, as one value: graphs, groups and state, sums, split masters, rule of the scale."""
+        split = self._plan.split.epoch if self._plan.split is not None else 0
+        return self._artefacts.epoch, self._watch.epoch, self._window.epoch, split, self._plan.rule
+
+    def find(self, layout: Layout, strides: Any, like: Like) -> Update:
+        """The update for gradients of `layout`, its numbers (learning rates …) as the groups have them now.
+
+        Args:
+          strides: how the gradients lie in memory; None where they lie as their parameters do.
+          like: gives examples of them, where one must be built.
+        """
+        self._watch.look()
+        self._watch.look_at_state()
+        self._let_go()
+        update = self._updates.get((layout, strides))
+        if update is None or not (update.epoch == self._watch.moves or update.holds()):
+            update = self._build(layout, strides, like)
+        update.epoch = self._watch.moves
+        if any(counters.ran is None or counters.ran() is not update for counters in self._watch.counters):
+            update.binding.resync()
+            for counters in self._watch.counters:
+                counters.ran = weakref.ref(update)
+        return update
+
+    def replayed(self, key: tuple[Any, ...], run: Run, tensors: Sequence[Tensor], fixed: Like) -> Run:
+        """`run`, or its replay; see `Replays.find`."""
+        self._let_go()
+        return self.replays.find(key, run, tensors, fixed)
+
+    def _build(self, layout: Layout, strides: Any, like: Like) -> Update:
+        with compiling():
+            update = self._plan.build(layout, like())
+        # Parameters that moved together may part here: updates that took their counters for one are of another epoch.
+        self._watch.settle()
+        self._let_go()
+        self._on_built()
+        replaced = self._updates.get((layout, strides))
+        self._updates[layout, strides] = update
+        if replaced is not None:
+            self.replays.forget(id(replaced))
+        return update
+
+    def _let_go(self) -> None:
+        """What was made in another epoch is void, and nothing of it is kept alive."""
+        now = self.epoch()
+        if now == self._epoch:
+            return
+        self._epoch = now
+        self._updates.clear()
+        self.emitted.clear()
+        self.replays.clear()
+
+
+__all__ = ["UpdateCache"]
