@@ -15,7 +15,7 @@ from torch import nn
 
 from mpcompile.training.identity import ModelIdentity
 from mpcompile.training.optimizer.hosts import Optimizers
-from mpcompile.training.optimizer.monitor import OptimizerWatch
+from mpcompile.training.optimizer.monitor import OptimizerMonitor
 from mpcompile.training.plain_values import PlainValues
 
 
@@ -42,7 +42,7 @@ def main() -> None:
         p.grad = torch.zeros_like(p)
     optimizer.step()
     optimizers = Optimizers(optimizer)
-    identity, watch = ModelIdentity([model], optimizers.params), OptimizerWatch(optimizers)
+    identity, watch = ModelIdentity([model], optimizers.params), OptimizerMonitor(optimizers)
     values = PlainValues(None)
     with values.capturing():
         layers_in_turn = torch.zeros(1, 2, 16, device=given.device)

@@ -72,10 +72,10 @@ def prepared(workload: Any, options: dict[str, Any]) -> tuple[Callable[..., Any]
     step = mpcompile(model, "bf16").train_step(optimizer, **options)
 
     def held() -> int:
-        tensors = [*model.parameters(), *model.buffers(), *step.plan.shadows.shadows]
+        tensors = [*model.parameters(), *model.buffers(), *step.context.shadows.shadows]
         tensors += [t for state in optimizer.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
-        if step.plan.split is not None:
-            tensors += [low for p in model.parameters() if (low := step.plan.split.low_of(p)) is not None]
+        if step.context.split is not None:
+            tensors += [low for p in model.parameters() if (low := step.context.split.low_of(p)) is not None]
         storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
         return sum(storages.values())
 

@@ -18,7 +18,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from mpcompile.admission import check_model, check_overrides
 from mpcompile.aten.capture import export
 from mpcompile.aten.exported import inline_regions, without_dtype_checks
-from mpcompile.aten.recurrent import traced_whole
+from mpcompile.aten.recurrent import rnn_kept_opaque
 from mpcompile.aten.write import write
 from mpcompile.compiler import Plan, Settings, decide, log_plan, settings_of
 from mpcompile.errors import CaptureError, MPCompileError, OnnxError, RuleError
@@ -223,7 +223,7 @@ class MixedPrecisionModule(nn.Module):
 
     def _run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
-            with hooks_guarded(), graphs_whole(), traced_whole() if self._recurrent else contextlib.nullcontext():
+            with hooks_guarded(), graphs_whole(), rnn_kept_opaque() if self._recurrent else contextlib.nullcontext():
                 return call(*args, **kwargs)
         except BackendCompilerFailed as error:
             raise _own(error) from error

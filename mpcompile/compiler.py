@@ -17,7 +17,7 @@ from mpcompile.aten.read import FxCapture, read
 from mpcompile.devices import pinned
 from mpcompile.errors import RuleError
 from mpcompile.graph import PrecisionGraph
-from mpcompile.hardware import row_name, settle_policy
+from mpcompile.hardware import resolve_policy, row_name
 from mpcompile.passes.base import Pass
 from mpcompile.passes.classify import refuse_both
 from mpcompile.passes.measured_hazards import MeasuredHazards
@@ -102,7 +102,7 @@ def decide(
       held: placeholder of `module` -> the parameter or buffer that it stands for, where its numbers are there.
     """
     start = time.perf_counter()
-    policy = settle_policy(settings.policy, device)
+    policy = resolve_policy(settings.policy, device)
     row = row_name(policy, device)
     capture = read(module, {"device": row, "policy": str(policy)})
     narrow = policy.low == "fp16"  # the others reach as far as FP32

@@ -139,7 +139,7 @@ class CostModel:
         if not node.flops and not private:
             return 0.0
         seconds = node.flops / self.device.rate(precision, node.kind)
-        seconds += self.device.low_call.get(precision, 0.0) if node.flops else 0.0
+        seconds += self.device.low_call_overhead.get(precision, 0.0) if node.flops else 0.0
         return seconds + 2 * private * ITEMSIZE[precision] / self.device.bandwidth
 
     def private(self, node: Node) -> int:

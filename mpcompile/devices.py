@@ -45,7 +45,7 @@ class Device:
     bandwidth: float
     launch: float
     speedup: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
-    low_call: Mapping[str, float] = field(default_factory=dict)
+    low_call_overhead: Mapping[str, float] = field(default_factory=dict)
     fp8: Mapping[str, float] = field(default_factory=dict)
     quantise: float = 0.0
     family: str = "cpu"

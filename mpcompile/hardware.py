@@ -38,7 +38,7 @@ def emulated_kinds(device: str, low: str, *, compiled: bool) -> tuple[str, ...]:
     return (*MATRIX_KINDS, *norms)
 
 
-def settle_policy(policy: Policy, device: str) -> Policy:
+def resolve_policy(policy: Policy, device: str) -> Policy:
     """Replace low="auto": what the pinned or the user's own row does faster; else BF16 where native, else FP16 on CUDA
     with tensor cores, else FP32 with a warning.
 

@@ -273,7 +273,7 @@ class _Plan:
             return f"too small: low precision would save {gain:.3g} us, less than its casts cost"
         rates = [self.cost.device.rate(precision, node.kind) for precision in (self.low, "fp32")]
         if rates[0] > rates[1]:
-            call = self.cost.device.low_call.get(self.low, 0.0) * 1e6
+            call = self.cost.device.low_call_overhead.get(self.low, 0.0) * 1e6
             return f"too small: a {self.low} call takes {call:.3g} us more on this device than its work saves"
         return f"{node.kind} kernels for {self.low} are no faster than for FP32 on this device"
 

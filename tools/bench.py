@@ -86,12 +86,12 @@ def _model(
     name: str, ways: list[str], device: str, settings: dict[str, Any], max_seconds: float, *, quiet: bool
 ) -> dict[str, Any]:
     from mpcompile import Policy
-    from mpcompile.hardware import settle_policy
+    from mpcompile.hardware import resolve_policy
     from mpcompile.tools import bench_run
     from mpcompile.tools.bench_loops import Job
     from mpcompile.tools.bench_models import WORKLOADS
 
-    settled = settle_policy(Policy.parse(settings["policy"]), device)
+    settled = resolve_policy(Policy.parse(settings["policy"]), device)
     workload = WORKLOADS[name](settings["size"] == "full")
     micro = 8 if settings["regime"] == "micro" else 1
     bench_run.fresh()

@@ -102,11 +102,11 @@ def _auto(kind: str) -> Check:
 
     from mpcompile import Policy
     from mpcompile.devices import own_path, own_rows
-    from mpcompile.hardware import settle_policy
+    from mpcompile.hardware import resolve_policy
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        low = settle_policy(Policy(), kind).low
+        low = resolve_policy(Policy(), kind).low
     if kind in own_rows():
         why = f"the row [{kind}] of {own_path()} says that it is faster"
     elif low == "fp32":

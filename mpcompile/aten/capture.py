@@ -38,7 +38,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
 
 from mpcompile.aten.facts import DTYPES
-from mpcompile.aten.recurrent import traced_whole
+from mpcompile.aten.recurrent import rnn_kept_opaque
 from mpcompile.aten.transforms import transformed, with_transforms_apart
 from mpcompile.errors import CaptureError, MPCompileError
 from mpcompile.torch_internals import masks_taken_as_given
@@ -254,7 +254,7 @@ def export(
     Raises:
       CaptureError: MP101, with torch's own message.
     """
-    with autocast_off(), traced_whole(), masks_taken_as_given():
+    with autocast_off(), rnn_kept_opaque(), masks_taken_as_given():
         program = _guarded(
             lambda: torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
         )

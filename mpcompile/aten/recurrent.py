@@ -194,7 +194,7 @@ _TRACED = _Traced()
 
 
 @contextlib.contextmanager
-def traced_whole() -> Iterator[None]:
+def rnn_kept_opaque() -> Iterator[None]:
     """While tracing: recurrent layers are one step, whatever the length of the sequence.
 
     Dynamo traces `nn.LSTM`, `nn.GRU` and `nn.RNN` here; by default it leaves the rest of a function that touches one to
@@ -228,4 +228,4 @@ for _target in _TARGETS:
             _in_traces(_target, _key)
 
 
-__all__ = ["recurrent", "traced_whole", "with_whole_layers"]
+__all__ = ["recurrent", "rnn_kept_opaque", "with_whole_layers"]

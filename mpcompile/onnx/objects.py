@@ -77,7 +77,7 @@ def _typed(value: ir.Value, proto: onnx.TypeProto, seen: Types) -> None:
     value.type, value.shape = seen[key]
 
 
-def settle_cast_like(node: ir.Node) -> None:
+def resolve_cast_like(node: ir.Node) -> None:
     """CastLike takes its type from a value that may change its own: write down the type that it has now."""
     if node.op_type != "CastLike" or node.domain or node.outputs[0].dtype is None:
         return
@@ -97,4 +97,4 @@ def _replace(old: ir.Node, new: ir.Node) -> None:
     graph.remove(old, safe=True)
 
 
-__all__ = ["graphs", "infer", "opset", "settle_cast_like", "subgraphs"]
+__all__ = ["graphs", "infer", "opset", "resolve_cast_like", "subgraphs"]

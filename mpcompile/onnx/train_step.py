@@ -121,7 +121,7 @@ class OrtTrainStep:
                     state.live.copy_(_tensor(state.now).reshape(state.live.shape))
                     state.written = False
         self._note_versions()
-        for counters in self.torch_step.watch.counters:
+        for counters in self.torch_step.monitor.counters:
             counters.note()
 
     def state_dict(self) -> dict[str, Any]:
@@ -145,13 +145,13 @@ class OrtTrainStep:
         return step
 
     @property
-    def plan(self) -> Any:
-        return self.torch_step.plan
+    def context(self) -> Any:
+        return self.torch_step.context
 
     # -------------------------------------------------------------------------------------------------------- inside
 
     def _find(self, batch: Batch) -> Compiled:
-        if self.torch_step.follow() or self.torch_step.watch.look_at_state():
+        if self.torch_step.follow() or self.torch_step.monitor.look_at_state():
             # Another model, or another state of the optimizer, than what ONNX Runtime holds.
             self._take_edits()
             self.sync()
@@ -182,7 +182,7 @@ class OrtTrainStep:
         for tensor in live.values():
             self._adopt(tensor)
         self._note_versions()
-        self.torch_step.watch.settle()
+        self.torch_step.monitor.settle()
         return Compiled(step, made, updater, live, batched, numbers)
 
     def _input(self, held: Compiled, name: str, batch: Batch) -> ort.OrtValue:
@@ -204,7 +204,7 @@ class OrtTrainStep:
         for state in edited:
             state.written = False  # the edit counts, not what the last step wrote
         self.sync()
-        self.torch_step.plan.shadows.refresh()
+        self.torch_step.context.shadows.refresh()
         for state in self._state.values():
             state.now = _ortvalue(state.live)
         self._note_versions()

@@ -46,7 +46,7 @@ def measure_device(kind: str) -> Device:
         fp16=rates["fp16"],
         bandwidth=2 * BYTES[kind] / _copy(kind),
         launch=_launch(kind),
-        low_call={"bf16": call} if kind == "cpu" and call > 0 else {},
+        low_call_overhead={"bf16": call} if kind == "cpu" and call > 0 else {},
         fp8={recipe: rate * rates["bf16"] / packaged.bf16 for recipe, rate in packaged.fp8.items()}
         if _has_fp8(kind)
         else {},

@@ -42,7 +42,7 @@ class _Way:
         return found
 
 
-class Window:
+class GradAccumulator:
     """Sums over `size` microbatches: FP32, or in the gradients' own type where `low`.
 
     A gradient that is not finite leaves its sum so; the check at the end of the window sees it, and the whole window

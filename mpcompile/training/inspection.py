@@ -17,10 +17,10 @@ from mpcompile.training.distributed.reduce import Reducer
 from mpcompile.training.emitted.weave import Emitted, emit, origins, precision_graph
 from mpcompile.training.gradients.batch import Batch
 from mpcompile.training.gradients.joint import Joint
-from mpcompile.training.gradients.specialization import Artefact, Artefacts, compiling
+from mpcompile.training.gradients.specialization import Specialization, SpecializationCache, compiling
 from mpcompile.training.loss_scale.overflow import Overflow, explain
 from mpcompile.training.loss_scale.scale import LossScale
-from mpcompile.training.optimizer.build import Plan
+from mpcompile.training.optimizer.build import UpdateContext
 from mpcompile.training.optimizer.update_cache import Like, UpdateCache
 from mpcompile.training.runner import Runner
 from mpcompile.training.step_log import StepLog, writer_of
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 class Inspection:
     """The views of a step; it runs nothing of them in a call."""
 
-    artefacts: Artefacts
-    plan: Plan
+    specializations: SpecializationCache
+    context: UpdateContext
     rule: LossScale
     runner: Runner
     updates: UpdateCache
@@ -54,13 +54,13 @@ class Inspection:
 
     def emitted(self) -> tuple[Emitted, Joint]:
         """The emitted step with its live inputs, and the joint graph that it was woven from."""
-        artefact, layout, like = self._latest()
-        updater = self.updates.find(layout, artefact.strides if self.plan.accumulate == 1 else None, like)
-        key = id(artefact), id(updater)
+        specialization, layout, like = self._latest()
+        updater = self.updates.find(layout, specialization.strides if self.context.accumulate == 1 else None, like)
+        key = id(specialization), id(updater)
         if key not in self.updates.emitted:
-            window = dict(zip((n for n, _ in layout), like(), strict=True)) if self.plan.accumulate > 1 else None
+            window = dict(zip((n for n, _ in layout), like(), strict=True)) if self.context.accumulate > 1 else None
             with compiling():
-                made = emit(artefact, updater, window, self.sums_reducer)
+                made = emit(specialization, updater, window, self.sums_reducer)
             self.updates.emitted.clear()
             self.updates.emitted[key] = made
         return self.updates.emitted[key]
@@ -68,7 +68,7 @@ class Inspection:
     @property
     def compile_seconds(self) -> float:
         """Seconds that the passes took for the graphs compiled so far."""
-        return sum(artefact.joint.forward.plan.seconds for artefact in self.artefacts)
+        return sum(specialization.joint.forward.plan.seconds for specialization in self.specializations)
 
     @property
     def saved_bytes(self) -> tuple[int, int]:
@@ -138,11 +138,11 @@ class Inspection:
         from mpcompile.training.numerics.calibrate import calibrate
 
         whole: Any = self
-        owner, artefacts = whole._made_of[0], self.artefacts
+        owner, specializations = whole._made_of[0], self.specializations
         with whole.full_masters():
-            found = calibrate(artefacts.model, artefacts.settings, batches, artefacts.loss_fn)
+            found = calibrate(specializations.model, specializations.settings, batches, specializations.loss_fn)
         found = found if self.ranks is None else joined(self.ranks, found)
-        artefacts.settings = replace(artefacts.settings, ranges=found)
+        specializations.settings = replace(specializations.settings, ranges=found)
         owner.__dict__["settings"] = replace(owner.settings, ranges=found)
         whole._renew()
         whole.team.forget()
@@ -160,19 +160,21 @@ class Inspection:
 
     def _own_overflow(self, args: Any, kwargs: Any) -> Overflow | None:
         batch = Batch(args, kwargs)
-        artefact = self.artefacts.find(batch)
+        specialization = self.specializations.find(batch)
         with compiling():
-            joint = artefact.plain_joint()
+            joint = specialization.plain_joint()
         with torch.random.fork_rng(), torch.no_grad():
-            inputs = [t.clone() if isinstance(t, Tensor) else t for t in artefact.inputs(batch.tensors)]
+            inputs = [t.clone() if isinstance(t, Tensor) else t for t in specialization.inputs(batch.tensors)]
             names = origins(joint)
             for factor in (1.0 / self.rule.backoff, 1.0) if self.rule.kind == "dynamic" else (1.0,):
-                found = explain(joint, artefact.seeded(inputs, self.plan.seed * factor), self.plan.seed * factor, names)
+                found = explain(
+                    joint, specialization.seeded(inputs, self.context.seed * factor), self.context.seed * factor, names
+                )
                 if found is not None:
                     return found
         return None
 
-    def _latest(self) -> tuple[Artefact, Layout, Like]:
+    def _latest(self) -> tuple[Specialization, Layout, Like]:
         """What the last update ran.
 
         Raises:

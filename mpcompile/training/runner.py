@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpcompile.training.accumulation import Layout, Window
+from mpcompile.training.accumulation import Layout
 from mpcompile.training.cuda_graph import Run
 from mpcompile.training.distributed.team import Team
 from mpcompile.training.gradients.batch import Batch
-from mpcompile.training.gradients.specialization import Artefact
-from mpcompile.training.loss_scale.floor_monitor import FloorWatch
-from mpcompile.training.optimizer.build import Plan, Update
-from mpcompile.training.optimizer.monitor import OptimizerWatch
+from mpcompile.training.gradients.specialization import Specialization
+from mpcompile.training.loss_scale.floor_monitor import LossScaleFloorMonitor
+from mpcompile.training.optimizer.build import Update
 from mpcompile.training.optimizer.update_cache import Like, UpdateCache
 from mpcompile.training.result import StepResult
 from mpcompile.training.skipped_buffers import SkippedBuffers
@@ -29,79 +28,83 @@ class Runner:
       no, yes, nan: bool [], bool [] and FP32 [] on the step's device, for results that say nothing else.
     """
 
-    def __init__(self, *, plan: Plan, window: Window, updates: UpdateCache, watch: OptimizerWatch, team: Team) -> None:
-        self._plan, self._window, self._updates, self._watch, self._team = plan, window, updates, watch, team
+    def __init__(self, updates: UpdateCache, team: Team) -> None:
+        self._updates, self._team = updates, team
+        self._context, self._accumulator, self._monitor = updates.context, updates.accumulator, updates.monitor
+        context = self._context
         self.buffers = SkippedBuffers(team.ranks)
-        self.floor = FloorWatch(plan.rule, plan.state)
-        self.last: tuple[Artefact, Layout, Like] | None = None
-        self._recent: Artefact | None = None
-        device = plan.seed.device
+        self.floor = LossScaleFloorMonitor(context.rule, context.state)
+        self.last: tuple[Specialization, Layout, Like] | None = None
+        self._recent: Specialization | None = None
+        device = context.seed.device
         self.no, self.yes = (torch.tensor(value, device=device) for value in (False, True))
         self.nan = torch.full((), float("nan"), device=device)
 
-    def run(self, artefact: Artefact, batch: Batch) -> StepResult:
+    def run(self, specialization: Specialization, batch: Batch) -> StepResult:
         """One (micro)batch; the masters are updated where it ends a window."""
-        self._plan.shadows.bring_up_to_date()
-        self.buffers.remember(artefact, artefact.written(), first=self._window.count == 0)
-        if self._plan.accumulate == 1:
-            self.last = artefact, artefact.layout, artefact.gradients
-            result = self._whole(artefact, batch)
+        self._context.shadows.bring_up_to_date()
+        self.buffers.remember(specialization, specialization.written(), first=self._accumulator.count == 0)
+        if self._context.accumulate == 1:
+            self.last = specialization, specialization.layout, specialization.gradients
+            result = self._whole(specialization, batch)
         else:
-            result = self._in_window(artefact, batch)
-        if artefact.writes:
+            result = self._in_window(specialization, batch)
+        if specialization.writes:
             batch.write_back()
         return result
 
     def end_window(self) -> StepResult:
         """The update of the open window as it is; where none is open, nothing is done."""
-        return self._close(self.nan) if self._window.count else self._not_yet(self.nan)
+        return self._close(self.nan) if self._accumulator.count else self._not_yet(self.nan)
 
     # ------------------------------------------------------------------------------------------------- batch by batch
 
-    def _whole(self, artefact: Artefact, batch: Batch) -> StepResult:
+    def _whole(self, specialization: Specialization, batch: Batch) -> StepResult:
         """Forward, backward and update of a batch, as a replayed CUDA graph where there is one."""
         self._before_update()
-        if artefact.strides is None:
+        if specialization.strides is None:
             # Only the gradients themselves show how the compiler lays them out.
-            loss, grads = artefact(batch.tensors, self._plan.seed)
-            updater = self._updates.find(artefact.layout, artefact.strides, artefact.gradients)
+            loss, grads = specialization(batch.tensors, self._context.seed)
+            updater = self._updates.find(specialization.layout, specialization.strides, specialization.gradients)
             return self._updated(updater, lambda: (loss, *updater(grads)))
-        updater = self._updates.find(artefact.layout, artefact.strides, artefact.gradients)
+        updater = self._updates.find(specialization.layout, specialization.strides, specialization.gradients)
 
         def run(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-            loss, grads = artefact(tensors, self._plan.seed)
+            loss, grads = specialization(tensors, self._context.seed)
             return loss, *updater(grads)
 
-        key = id(artefact), id(updater), batch.shapes()
-        call = self._replayed(artefact, key, run, batch.tensors, lambda: [*artefact.tensors(), *self._written(updater)])
+        key = id(specialization), id(updater), batch.shapes()
+        call = self._replayed(
+            specialization, key, run, batch.tensors, lambda: [*specialization.tensors(), *self._written(updater)]
+        )
         return self._updated(updater, lambda: call(batch.tensors))
 
-    def _in_window(self, artefact: Artefact, batch: Batch) -> StepResult:
-        if artefact.layout not in self._window:
-            order = list(map(id, self._plan.optimizers.params()))
-            self._window.prepare(artefact.layout, self._plan.named(), order)
+    def _in_window(self, specialization: Specialization, batch: Batch) -> StepResult:
+        if specialization.layout not in self._accumulator:
+            order = list(map(id, self._context.optimizers.params()))
+            self._accumulator.prepare(specialization.layout, self._context.named(), order)
 
         def run(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-            loss, grads = artefact(tensors, self._plan.seed)
-            self._window.add(artefact.layout, grads)
+            loss, grads = specialization(tensors, self._context.seed)
+            self._accumulator.add(specialization.layout, grads)
             return (loss,)
 
-        sums = list(self._window.sums.values())
-        key = id(artefact), self._window.count == 0, batch.shapes()
-        call = self._replayed(artefact, key, run, batch.tensors, lambda: [*artefact.tensors(), *sums])
+        sums = list(self._accumulator.sums.values())
+        key = id(specialization), self._accumulator.count == 0, batch.shapes()
+        call = self._replayed(specialization, key, run, batch.tensors, lambda: [*specialization.tensors(), *sums])
         (loss,) = call(batch.tensors)
-        self._window.note(artefact.layout)
-        self._recent = artefact
-        return self._close(loss) if self._window.full else self._not_yet(loss)
+        self._accumulator.note(specialization.layout)
+        self._recent = specialization
+        return self._close(loss) if self._accumulator.full else self._not_yet(loss)
 
     def _close(self, loss: Tensor) -> StepResult:
         """The update at the end of a window."""
-        self._window.close()
+        self._accumulator.close()
         self._before_update()
-        layout = self._window.layout()
-        held = self._window.held(layout)
+        layout = self._accumulator.layout()
+        held = self._accumulator.held(layout)
         if self._recent is not None:
-            self.last = self._recent, layout, lambda: self._window.held(layout)
+            self.last = self._recent, layout, lambda: self._accumulator.held(layout)
         updater = self._updates.find(layout, None, lambda: held)
 
         def end(_: Sequence[Tensor]) -> tuple[Tensor, ...]:
@@ -115,22 +118,22 @@ class Runner:
 
     def _not_yet(self, loss: Tensor) -> StepResult:
         """What a call gives that updates nothing."""
-        return StepResult(loss, self.no, self.yes, self._plan.state.scale.clone(), self.nan)
+        return StepResult(loss, self.no, self.yes, self._context.state.scale.clone(), self.nan)
 
     def _replayed(
-        self, artefact: Artefact, key: tuple[Any, ...], run: Run, tensors: Sequence[Tensor], fixed: Like
+        self, specialization: Specialization, key: tuple[Any, ...], run: Run, tensors: Sequence[Tensor], fixed: Like
     ) -> Run:
         """`run`, or its replay. A recording reads a copy of the batch: what the model writes to it would be lost."""
-        return run if artefact.writes else self._updates.replayed(key, run, tensors, fixed)
+        return run if specialization.writes else self._updates.replayed(key, run, tensors, fixed)
 
     def _written(self, updater: Update) -> list[Tensor]:
-        """What an update writes at fixed addresses; a master that only its shadow stands for is in no artefact."""
-        return [*updater.binding.params, *self._plan.shadows.shadows]
+        """What an update writes at fixed addresses; a master that only its shadow stands for is in no specialization."""
+        return [*updater.binding.params, *self._context.shadows.shadows]
 
     def _before_update(self) -> None:
         """Run the optimizers' own hooks, before the groups' numbers are read: a hook may set them."""
-        with self._watch.own():
-            for one in self._plan.optimizers:
+        with self._monitor.own():
+            for one in self._context.optimizers:
                 for hook in one._optimizer_step_pre_hooks.values():
                     hook(one, (), {})
 
@@ -140,12 +143,12 @@ class Runner:
         self.buffers.settle(finite)
         # Compiled code raises no version; other shadows of these masters, and autograd, go by it.
         torch.autograd.graph.increment_version(updater.binding.params)
-        self._plan.shadows.note_update()
-        self._plan.optimizers.note_step()
-        for counters in self._watch.counters:
+        self._context.shadows.note_update()
+        self._context.optimizers.note_step()
+        for counters in self._monitor.counters:
             counters.note()
-        with self._watch.own():
-            for one in self._plan.optimizers:
+        with self._monitor.own():
+            for one in self._context.optimizers:
                 for hook in one._optimizer_step_post_hooks.values():
                     hook(one, (), {})
         self.floor.look()

@@ -7,11 +7,11 @@ import copy
 from typing import Any
 
 from mpcompile.errors import TrainingError
-from mpcompile.training.accumulation import Window
-from mpcompile.training.gradients.specialization import Artefacts
-from mpcompile.training.loss_scale.floor_monitor import FloorWatch
+from mpcompile.training.accumulation import GradAccumulator
+from mpcompile.training.gradients.specialization import SpecializationCache
+from mpcompile.training.loss_scale.floor_monitor import LossScaleFloorMonitor
 from mpcompile.training.loss_scale.scale import LossScale, ScaleState, from_dict, to_dict
-from mpcompile.training.optimizer.build import Plan
+from mpcompile.training.optimizer.build import UpdateContext
 from mpcompile.training.optimizer.hosts import Optimizers
 from mpcompile.training.runner import Runner
 
@@ -19,12 +19,12 @@ from mpcompile.training.runner import Runner
 class SavedStep:
     """State, copies and pickles of a `TrainStep`."""
 
-    artefacts: Artefacts
+    specializations: SpecializationCache
     optimizers: Optimizers
-    plan: Plan
+    context: UpdateContext
     rule: LossScale
     state: ScaleState
-    window: Window
+    accumulator: GradAccumulator
     runner: Runner
     _made_of: tuple[Any, Any, Any, dict[str, Any]]
 
@@ -36,7 +36,7 @@ class SavedStep:
 
     def state_dict(self) -> dict[str, Any]:
         """Loss scale (every field, and GradScaler's five keys) and the open window. Reads the device."""
-        return {**to_dict(self.rule, self.state), "window": self.window.state()}
+        return {**to_dict(self.rule, self.state), "window": self.accumulator.state()}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Put back what `state_dict` gave, or what a `torch.amp.GradScaler` did.
@@ -46,12 +46,12 @@ class SavedStep:
         """
         rule, state = from_dict(saved, self.rule)
         window, order = saved.get("window", {"count": 0, "sums": {}}), list(map(id, self.optimizers.params()))
-        self.window.load(window, self.artefacts.named, order)
+        self.accumulator.load(window, self.specializations.named, order)
         for mine, value in zip(self.state, state, strict=True):
             mine.fill_(value)
-        self.plan.seed.copy_(self.state.scale * (1.0 / self.plan.added))
-        self.rule = self.plan.rule = rule
-        self.runner.floor = FloorWatch(rule, self.state)
+        self.context.seed.copy_(self.state.scale * (1.0 / self.context.added))
+        self.rule = self.context.rule = rule
+        self.runner.floor = LossScaleFloorMonitor(rule, self.state)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A step of the same state on copies of model and optimizer; what is compiled is made again."""

@@ -57,19 +57,19 @@ class SkippedBuffers:
         self._seen: dict[int, Any] = {}
 
     @torch.no_grad()
-    def remember(self, artefact: Any, held: Sequence[Tensor], *, first: bool) -> None:
-        """Before `artefact` runs.
+    def remember(self, specialization: Any, held: Sequence[Tensor], *, first: bool) -> None:
+        """Before `specialization` runs.
 
         Args:
           held: what it writes of the model.
           first: it opens a window.
         """
-        fresh = self._of(artefact, held) if id(artefact) not in self._seen else []
+        fresh = self._of(specialization, held) if id(specialization) not in self._seen else []
         for group in self._groups if first else fresh:
             group.remember()
 
-    def _of(self, artefact: Any, held: Sequence[Tensor]) -> list[_Group]:
-        self._seen[id(artefact)] = artefact
+    def _of(self, specialization: Any, held: Sequence[Tensor]) -> list[_Group]:
+        self._seen[id(specialization)] = specialization
         alike = defaultdict[Any, list[Tensor]](list)
         for one in held:
             if id(one) not in self._known:

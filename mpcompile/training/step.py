@@ -1,7 +1,7 @@
 """The training step: forward, backward and update, emitted as one graph and run without asking the device anything.
 
 `TrainStep` is what users call. It owns what lives between steps (loss scale, sums of gradients, shadows) and says when
-what was compiled is void; `Runner` runs a batch, `Artefacts` holds one forward and backward per signature of the batch,
+what was compiled is void; `Runner` runs a batch, `SpecializationCache` holds one forward and backward per signature of the batch,
 `UpdateCache` one update per set of gradients.  Everything per step is a fixed number of calls, however many parameters
 there are.
 """
@@ -18,21 +18,21 @@ from torch import Tensor
 
 from mpcompile.aten.capture import autocast_off
 from mpcompile.errors import TrainingError
-from mpcompile.hardware import settle_policy
+from mpcompile.hardware import resolve_policy
 from mpcompile.shadows.step_shadows import ShadowSet
-from mpcompile.training.accumulation import Window
+from mpcompile.training.accumulation import GradAccumulator
 from mpcompile.training.cuda_graph import Replays
 from mpcompile.training.distributed.ranks import find_ranks, plain
 from mpcompile.training.distributed.team import Team, facts_of
 from mpcompile.training.gradients.batch import Batch
 from mpcompile.training.gradients.forward import OUTSIDE
-from mpcompile.training.gradients.specialization import Artefact, Artefacts
+from mpcompile.training.gradients.specialization import Specialization, SpecializationCache
 from mpcompile.training.identity import ModelIdentity
 from mpcompile.training.inspection import Inspection
 from mpcompile.training.loss_scale.scale import LossScale
-from mpcompile.training.optimizer.build import Plan
+from mpcompile.training.optimizer.build import UpdateContext
 from mpcompile.training.optimizer.hosts import Optimizers
-from mpcompile.training.optimizer.monitor import OptimizerWatch, Seen
+from mpcompile.training.optimizer.monitor import OptimizerMonitor, Seen
 from mpcompile.training.optimizer.split import SplitMasters
 from mpcompile.training.optimizer.update_cache import UpdateCache
 from mpcompile.training.options import Options, StepOptions, check_options
@@ -81,7 +81,7 @@ class TrainStep(SavedStep, Inspection):
         self.optimizers = Optimizers(optimizer)
         self.optimizers.refuse_untrained(self.model.parameters() if loss_fn is None else None)
         self.device = self._where()
-        self.policy = settle_policy(owner.settings.policy, self.device.type)
+        self.policy = resolve_policy(owner.settings.policy, self.device.type)
         check_options(self.policy.low, **{**vars(options), "backend": self.backend}, loss_fn=loss_fn)
         self.team = Team(find_ranks(owner.model, options.process_group, options.mesh, self.device),
                          self.policy.reduce == "low", int(options.accumulate))  # fmt: skip
@@ -90,21 +90,27 @@ class TrainStep(SavedStep, Inspection):
         self.identity = ModelIdentity([self.model, loss_fn], self.optimizers.params)
         self.rule = LossScale.of(options.scale, self.policy.low)
         self.state = self.rule.initial(self.device)
-        self.watch = OptimizerWatch(self.optimizers)
-        self.window = Window(int(options.accumulate), self.policy.grads == "low")
-        self.plan = self._plan(options)
-        self.artefacts = self._artefacts(loss_fn, options)
+        self.monitor = OptimizerMonitor(self.optimizers)
+        self.accumulator = GradAccumulator(int(options.accumulate), self.policy.grads == "low")
+        self.context = self._context(options)
+        self.specializations = self._specializations(loss_fn, options)
         replays = Replays(False if self.backend == "eager" else options.cuda_graph, self.device)
-        self.updates = UpdateCache(plan=self.plan, watch=self.watch, artefacts=self.artefacts, window=self.window,
-                                   replays=replays, on_built=self._after_split)  # fmt: skip
-        self.runner = Runner(plan=self.plan, window=self.window, updates=self.updates, watch=self.watch, team=self.team)
+        self.updates = UpdateCache(
+            context=self.context,
+            monitor=self.monitor,
+            specializations=self.specializations,
+            accumulator=self.accumulator,
+            replays=replays,
+            on_built=self._after_split,
+        )
+        self.runner = Runner(self.updates, self.team)
 
-    def _plan(self, options: Options) -> Plan:
+    def _context(self, options: Options) -> UpdateContext:
         """What all updates share."""
         added = int(options.accumulate) * self.team.size
-        return Plan(
+        return UpdateContext(
             optimizers=self.optimizers,
-            named=lambda: self.artefacts.named,
+            named=lambda: self.specializations.named,
             rule=self.rule,
             state=self.state,
             seed=self.state.scale * (1.0 / added),
@@ -113,13 +119,13 @@ class TrainStep(SavedStep, Inspection):
             max_grad_norm=options.max_grad_norm,
             accumulate=int(options.accumulate),
             added=added,
-            split=SplitMasters(self.model, self.optimizers, self.watch) if options.masters == "split" else None,
+            split=SplitMasters(self.model, self.optimizers, self.monitor) if options.masters == "split" else None,
         )
 
-    def _artefacts(self, loss_fn: Callable[..., Any] | None, options: Options) -> Artefacts:
+    def _specializations(self, loss_fn: Callable[..., Any] | None, options: Options) -> SpecializationCache:
         """The table of forwards and backwards, empty."""
-        owner, plan = self._made_of[0], self.plan
-        return Artefacts(
+        owner, plan = self._made_of[0], self.context
+        return SpecializationCache(
             model=self.model,
             loss_fn=loss_fn,
             settings=owner.settings,
@@ -150,9 +156,9 @@ class TrainStep(SavedStep, Inspection):
     def _call(self, args: Any, kwargs: Any) -> StepResult:
         self.follow()
         batch = Batch(args, kwargs)
-        artefact = self.artefacts.find(batch)
-        self.team.agree(artefact.layout, lambda: facts_of(self))
-        result = self.runner.run(artefact, batch)
+        specialization = self.specializations.find(batch)
+        self.team.agree(specialization.layout, lambda: facts_of(self))
+        result = self.runner.run(specialization, batch)
         if self._log is not None:
             self._log.note(result, result.stepped is not self.runner.no, (args, kwargs))
         return result
@@ -160,7 +166,7 @@ class TrainStep(SavedStep, Inspection):
     @property
     def pending(self) -> int:
         """Microbatches that are summed in the open window, and in no update yet. Asks no device anything."""
-        return self.window.count
+        return self.accumulator.count
 
     def end_window(self) -> StepResult:
         """Update now, on the open window as it is: the last of an epoch may be short.
@@ -185,7 +191,7 @@ class TrainStep(SavedStep, Inspection):
         """
         self.team.check()
         self.optimizers.refuse()
-        seen = self.watch.look()
+        seen = self.monitor.look()
         renewed = self.identity.changed() or Seen.PARAMS in seen
         if renewed:
             self._renew()
@@ -200,39 +206,39 @@ class TrainStep(SavedStep, Inspection):
                 why="the step's loss scale, sums and graphs are where it was",
                 try_="make another step: mp.train_step(optimizer, …), and load this one's state_dict()",
             )
-        before = self.artefacts.named
-        if self.plan.split is not None:
-            self.plan.split.drop_replaced()
-        self.artefacts.shadows = self.plan.shadows = ShadowSet()
-        self.artefacts.clear()
+        before = self.specializations.named
+        if self.context.split is not None:
+            self.context.split.drop_replaced()
+        self.specializations.shadows = self.context.shadows = ShadowSet()
+        self.specializations.clear()
         self.runner.buffers.clear()
         self.identity.take()
-        named = self.artefacts.named
-        self.window.forget([name for name, held in before.items() if named.get(name) is not held])
+        named = self.specializations.named
+        self.accumulator.forget([name for name, held in before.items() if named.get(name) is not held])
 
     @contextlib.contextmanager
     def full_masters(self) -> Iterator[None]:
         """With ``masters="split"``: the model's parameters are FP32 inside, for use apart from the step."""
-        with self.plan.split.joined() if self.plan.split is not None else contextlib.nullcontext():
+        with self.context.split.joined() if self.context.split is not None else contextlib.nullcontext():
             yield
 
     def join_masters(self) -> None:
         """With ``masters="split"``: the model's parameters are FP32 from here on, until the step is called again."""
-        if self.plan.split is not None:
-            self.plan.split.keep_only(set())
+        if self.context.split is not None:
+            self.context.split.keep_only(set())
             self._after_split()
 
-    def _on_new(self, artefact: Artefact) -> None:
+    def _on_new(self, specialization: Specialization) -> None:
         """Another graph: updates may lack its shadows, and what it reads in FP32 cannot be split."""
-        pairs = zip(artefact.joint.forward.inputs, artefact.fixed, strict=True)
-        self.plan.whole |= {id(held) for one, held in pairs if one.kind == "param"}
-        if self.plan.split is not None:
-            self.plan.split.keep_only({id(p) for p in self.model.parameters()} - self.plan.whole)
+        pairs = zip(specialization.joint.forward.inputs, specialization.fixed, strict=True)
+        self.context.whole |= {id(held) for one, held in pairs if one.kind == "param"}
+        if self.context.split is not None:
+            self.context.split.keep_only({id(p) for p in self.model.parameters()} - self.context.whole)
         self._after_split()
 
     def _after_split(self) -> None:
         """Splitting gives parameters another type: that is no change from outside."""
-        if self.plan.split is not None:
+        if self.context.split is not None:
             self.identity.take()
 
     def _where(self) -> torch.device:

@@ -169,8 +169,8 @@ def test_a_low_product_has_a_price_however_small_where_the_device_says_so(flops:
     row = device("cpu")
     saved = flops / row.fp32 - flops / row.bf16
     graph = chain("aten.linear.default", numel=64, flops=flops)
-    assert (decided(graph)["n0"] == LOW) == (saved > row.low_call["bf16"])
-    assert device("cuda").low_call == {}
+    assert (decided(graph)["n0"] == LOW) == (saved > row.low_call_overhead["bf16"])
+    assert device("cuda").low_call_overhead == {}
 
 
 def test_an_override_is_not_a_wish() -> None:

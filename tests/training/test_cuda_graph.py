@@ -125,9 +125,9 @@ def test_replayed_windows_are_the_step_bit_for_bit(accumulate: int) -> None:
 
         def everything(step: Any = step, optimizer: Any = optimizer, module: nn.Module = module) -> list[Tensor]:
             states = [t for state in optimizer.state.values() for t in state.values()]
-            held = [*module.parameters(), *states, *step.window.sums.values(), *step.plan.shadows.shadows]
-            counts = [t for one in step.watch.counters[0]._classes for pair in one.states.values() for t in pair]
-            return [*held, *step.state, step.plan.seed, *counts]
+            held = [*module.parameters(), *states, *step.accumulator.sums.values(), *step.context.shadows.shadows]
+            counts = [t for one in step.monitor.counters[0]._classes for pair in one.states.values() for t in pair]
+            return [*held, *step.state, step.context.seed, *counts]
 
         def record(run: Any, everything: Any = everything) -> tuple[Remembered, tuple[Tensor, ...]]:
             """A recording runs nothing: what the run did is undone."""
@@ -171,7 +171,12 @@ class Remembering:
     def record(self, run: Callable[[], tuple[Tensor, ...]]) -> tuple[Remembered, tuple[Tensor, ...]]:
         self.recorded += 1
         states = [t for state in self.optimizer.state.values() for t in state.values()]
-        held = [*self.module.parameters(), *states, *self.step.window.sums.values(), *self.step.plan.shadows.shadows]
+        held = [
+            *self.module.parameters(),
+            *states,
+            *self.step.accumulator.sums.values(),
+            *self.step.context.shadows.shadows,
+        ]
         before = [t.detach().clone() for t in held]
         results = run()
         with torch.no_grad():
@@ -203,7 +208,7 @@ def test_an_update_is_recorded_once_whatever_batch_ends_the_window() -> None:
     """The two batches read different parameters; the update writes those of both."""
     bench = Remembering(accumulate=2, task=lambda m, x: (m(x) if len(x) == 4 else m[0](x)).square().mean())
     bench.run(2 * WARM, (4, 5, 5, 4))
-    assert len(bench.step.artefacts) == 2
+    assert len(bench.step.specializations) == 2
     recorded = bench.recorded
     bench.run(4, (4, 5, 5, 4))
     assert bench.recorded == recorded
@@ -217,6 +222,6 @@ def test_what_a_replaced_update_recorded_is_dropped(accumulate: int) -> None:
         bench.optimizer.param_groups[0]["weight_decay"] = 0.1 * (turn % 2)
         bench.run(WARM + 2, (4,) * accumulate)
     parts = {part for key in bench.step.updates.replays._runs for part in key if isinstance(part, int) and part > 1}
-    alive = [*bench.step.updates, *bench.step.artefacts]
+    alive = [*bench.step.updates, *bench.step.specializations]
     assert parts == set(map(id, alive))
     assert bench.recorded > WARM

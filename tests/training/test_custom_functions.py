@@ -223,7 +223,9 @@ def test_a_rule_for_it_is_followed():
             torch.optim.SGD(model.parameters(), 0.1)
         )
         plan(*batches()[0])
-        (node,) = [n for n in plan.artefacts.__iter__().__next__().joint.forward.plan.graph if n.op == "autograd.Gelu"]
+        (node,) = [
+            n for n in plan.specializations.__iter__().__next__().joint.forward.plan.graph if n.op == "autograd.Gelu"
+        ]
         assert node.kind == "activation"
         assert node.precision == "bf16"
     finally:

@@ -184,7 +184,7 @@ def test_chunked_loss_gives_the_same_gradients(policy, scale, monkeypatch):
         x, y = batches(1)[0]
         y[0, :9] = -100
         result = step(x, y)
-        graph = next(iter(step.artefacts._exact.values())).joint.forward.module.graph
+        graph = next(iter(step.specializations._exact.values())).joint.forward.module.graph
         assert bool(graph.find_nodes(op="call_function", target=loss_region.chunked_loss)) == chunks
         results.append((result, dict(model.named_parameters())))
     (mine, weights), (whole, others) = results
@@ -292,7 +292,7 @@ def test_a_window_sums_tied_absent_and_large_gradients(piece, monkeypatch):
     parameters = {"tied": torch.zeros(30, 20), "bias": torch.zeros(7), "late": torch.zeros(5, 6)}
     order = [id(p) for p in parameters.values()]
     whole = (("tied", torch.bfloat16), ("bias", torch.float32), ("tied", torch.float32), ("late", torch.bfloat16))
-    summed = window.Window(3, low=False)
+    summed = window.GradAccumulator(3, low=False)
     for _ in range(2):  # the second window starts over the sums of the first
         expected = {name: torch.zeros_like(p) for name, p in parameters.items()}
         for layout in (whole[:3], whole, whole[:3]):

@@ -110,7 +110,7 @@ class Pair:
         torch.testing.assert_close(a.grad_norm, b.grad_norm, rtol=1e-5, atol=0, equal_nan=True)
         assert [t.item() for t in (a.finite, a.stepped, a.scale)] == [t.item() for t in (b.finite, b.stepped, b.scale)]
         assert [t.item() for t in self.steps[0].state] == [t.item() for t in self.steps[1].state]
-        assert torch.equal(self.steps[0].plan.seed, self.steps[1].plan.seed)
+        assert torch.equal(self.steps[0].context.seed, self.steps[1].context.seed)
         self.level()
         return results
 

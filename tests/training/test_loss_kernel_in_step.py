@@ -39,10 +39,10 @@ def op_by_op(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def run(joint: Any, _backend: str, *, recompute: bool, sends: bool) -> Any:
         joints.append(joint)
-        return compiling.run_joint(joint, "eager", recompute=recompute, sends=sends)
+        return compiling.compile_joint(joint, "eager", recompute=recompute, sends=sends)
 
     monkeypatch.setattr(loss_region, "WORTH_BYTES", 1)
-    monkeypatch.setattr(specialization, "run_joint", run)
+    monkeypatch.setattr(specialization, "compile_joint", run)
     return joints
 
 

@@ -86,7 +86,7 @@ def test_equals_torchs_own_loop(kind, options):
     # And the state goes on in plain training.
     theirs.load_state_dict(mine.state_dict())
     theirs.step()
-    assert len(step.artefacts) == 1
+    assert len(step.specializations) == 1
 
 
 @pytest.mark.parametrize(("kind", "options"), CASES, ids=lambda c: getattr(c, "__name__", None))

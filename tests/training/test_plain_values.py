@@ -116,7 +116,7 @@ CHANGES = {
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_a_value_that_changes_makes_a_graph_of_its_own(name):
-    assert len(race(CHANGES[name]).artefacts) == 2
+    assert len(race(CHANGES[name]).specializations) == 2
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_a_value_that_changes_makes_a_graph_of_its_own(name):
     ],
 )
 def test_values_outside_of_the_model(monkeypatch, owner, name, value):
-    assert len(race(lambda m, loss: monkeypatch.setattr(owner, name, value)).artefacts) == 2
+    assert len(race(lambda m, loss: monkeypatch.setattr(owner, name, value)).specializations) == 2
 
 
 def closed_over():
@@ -152,24 +152,24 @@ def closed_over():
 @pytest.mark.parametrize("kind", ["cell", "dict"])
 def test_what_a_loss_closes_over(kind):
     loss, change = closed_over()
-    assert len(race(lambda m, _: change(kind), loss).artefacts) == 2
+    assert len(race(lambda m, _: change(kind), loss).specializations) == 2
 
 
 def test_defaults_partials_and_methods():
     def loss(model, x, by=1.0):
         return weighed(model, x, by)
 
-    assert len(race(lambda m, _: setattr(loss, "__defaults__", (3.0,)), loss).artefacts) == 2
+    assert len(race(lambda m, _: setattr(loss, "__defaults__", (3.0,)), loss).specializations) == 2
     before = weighed.__kwdefaults__
     try:
         half = functools.partial(functools.partial(weighed), by=0.5)
         race(lambda m, _: setattr(weighed, "__kwdefaults__", {"power": 1.5}), half)
-        assert len(race(lambda m, _: half.keywords.update(by=2.0), half).artefacts) == 2
+        assert len(race(lambda m, _: half.keywords.update(by=2.0), half).specializations) == 2
     finally:
         weighed.__kwdefaults__ = before
     held = Loss()
-    assert len(race(lambda m, _: setattr(held, "weight", 2.0), lambda model, x: held(model, x)).artefacts) == 2
-    assert len(race(lambda m, _: setattr(held, "weight", 3.0), held.__call__).artefacts) == 2
+    assert len(race(lambda m, _: setattr(held, "weight", 2.0), lambda model, x: held(model, x)).specializations) == 2
+    assert len(race(lambda m, _: setattr(held, "weight", 3.0), held.__call__).specializations) == 2
 
 
 def test_what_is_not_read_makes_no_graph_and_old_values_find_theirs():
@@ -182,7 +182,7 @@ def test_what_is_not_read_makes_no_graph_and_old_values_find_theirs():
         model.alpha = float(str(0.5 + turn % 2))
         model.train(turn % 4 < 2)
         step(x)
-    assert len(step.artefacts) == 4
+    assert len(step.specializations) == 4
 
 
 class Counts(nn.Module):
@@ -206,7 +206,7 @@ def test_a_counter_is_said_and_makes_no_graph_after_graph():
         for turn in range(6):
             model.alpha = 1.0 + (turn % 2 if turn > 1 else 0)
             step(torch.randn(4, 6))
-    assert len(step.artefacts) == 2
+    assert len(step.specializations) == 2
 
 
 def test_a_value_that_moves_at_each_call_is_said():

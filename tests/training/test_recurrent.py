@@ -136,7 +136,7 @@ def test_the_training_step_has_it_whole(forwards: list[recurrent.Kept]) -> None:
         plain.zero_grad()
         torch.testing.assert_close(step(x).loss, loss.detach(), rtol=0.03, atol=1e-3)
     assert len(forwards) == 4
-    assert len(step.artefacts) == 2
+    assert len(step.specializations) == 2
 
 
 def test_what_cannot_be_run_again_is_a_clear_error() -> None:

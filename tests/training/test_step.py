@@ -190,7 +190,7 @@ def test_changing_sizes_cost_one_more_compilation(backend):
     for rows in (6, 4, 9, 3, 12):
         data = batches(1, rows)
         torch.testing.assert_close(step(*data[0]).loss.item(), step_plain(twin, other, data[0]), rtol=1e-4, atol=1e-5)
-    assert len(step.artefacts) == 2
+    assert len(step.specializations) == 2
 
 
 def step_plain(model, optimizer, batch):
@@ -212,7 +212,7 @@ def test_train_and_eval_are_two_graphs_and_masters_edited_by_hand_are_seen():
         model.norm.bias.zero_()
         model.body.bias.zero_()
     b = step(*batch).loss
-    assert len(step.artefacts) == 2
+    assert len(step.specializations) == 2
     assert not torch.equal(a, b)
 
 
@@ -244,7 +244,7 @@ def test_keyword_arguments_and_constants():
     step = mpcompile(model, "fp32", backend="eager").train_step(optim.SGD(model.parameters(), 0.0))
     for options in ({}, {"power": 3}, {"target": {"a": y}}):
         torch.testing.assert_close(step(x, **options).loss, model(x, **options).detach())
-    assert len(step.artefacts) == 3
+    assert len(step.specializations) == 3
 
 
 @given(st.lists(st.booleans(), max_size=6), st.integers(1, 3), st.sampled_from(["growth", "clean-step"]))

@@ -16,7 +16,7 @@ from mpcompile import laws
 from mpcompile.api import mpcompile
 from mpcompile.errors import CaptureError, TrainingError
 from mpcompile.training.emitted.weave import precision_graph
-from mpcompile.training.gradients import specialization as artefact
+from mpcompile.training.gradients import specialization as specialization
 
 BACKENDS = ["eager", pytest.param("inductor", marks=pytest.mark.slow)]
 
@@ -72,7 +72,7 @@ def test_batches_of_any_layout_need_no_graph_of_their_own(backend):
         step(x, y)
         plainly(twin, other, x, y)
     same(model, twin)
-    assert len(step.artefacts) == 1
+    assert len(step.specializations) == 1
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -88,7 +88,7 @@ def test_a_small_convolutional_net_trains_in_both_memory_formats(backend):
         step(x.to(memory_format=torch.channels_last) if turn % 2 else x, y)
         plainly(twin, other, x, y)
     same(model, twin, 1e-5)
-    assert len(step.artefacts) == 2
+    assert len(step.specializations) == 2
 
 
 @pytest.mark.parametrize("policy", ["fp32", "bf16"])
@@ -313,21 +313,21 @@ def test_true_one_and_one_point_zero_are_three_signatures():
     _, _, _, step = make(loss=lambda model, x, y, factor: (model(x).sum() * factor).float())
     for factor in (True, 1, 1.0, True):
         step(*batches(1)[0], factor)
-    assert len(step.artefacts) == 3
+    assert len(step.specializations) == 3
 
 
 def test_a_number_that_moves_is_told_to_be_a_tensor(monkeypatch):
-    monkeypatch.setattr(artefact, "MANY_VALUES", 3)
+    monkeypatch.setattr(specialization, "MANY_VALUES", 3)
     _, _, _, step = make(loss=lambda model, x, y, weight: loss_of(model, x, y) * weight)
     batch = batches(1)[0]
     for turn in range(2):
         step(*batch, float(turn))
     with pytest.warns(UserWarning, match="MP533"):
         step(*batch, 2.0)
-    assert len(step.artefacts) == 3
+    assert len(step.specializations) == 3
     for turn in range(4):
         step(*batch, torch.tensor(float(turn)))
-    assert len(step.artefacts) == 4
+    assert len(step.specializations) == 4
 
 
 def test_sparse_and_missing_gradients_are_clear_errors():
@@ -381,7 +381,7 @@ def test_activation_checkpoints_reach_the_partitioner_and_train_all(reentrant):
         found.append([step(*batch).loss.item() for batch in batches(3)])
         assert len(own.state_dict()["state"]) == len(list(model.parameters()))
     assert found[0] == found[1]
-    (made,) = step.artefacts._exact.values()
+    (made,) = step.specializations._exact.values()
     tags = [n for n in made.joint.module.graph.nodes if n.meta.get("recompute") is CheckpointPolicy.PREFER_RECOMPUTE]
     assert any("relu" in n.name for n in tags)
     assert not any(n.meta.get("recompute") and "log_softmax" in n.name for n in made.joint.module.graph.nodes)
@@ -420,7 +420,7 @@ def test_a_teacher_may_be_an_argument_or_of_the_loss():
         step(x, y, teacher)
         plainly(twin, other, x, y, teacher, loss=distil)
     same(model, twin)
-    assert len(step.artefacts) == 1
+    assert len(step.specializations) == 1
 
 
 def test_a_gan_of_two_steps():
@@ -462,7 +462,7 @@ def test_a_checkpointed_transformer_keeps_less_and_learns_the_same():
             getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
         _, _, _, step = make("bf16", model.train(), loss=None, backend="inductor")
         losses.append([step(**batch).loss.item() for _ in range(3)])
-        (made,) = step.artefacts._exact.values()
+        (made,) = step.specializations._exact.values()
         kept.append(sum(bool(n.meta.get("recompute")) for n in made.joint.module.graph.nodes))
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=1e-3)
     assert kept[0] == 0 < kept[1]
@@ -482,7 +482,7 @@ def test_a_loss_module_s_mode_is_part_of_the_signature():
     step(*batches(1)[0])
     noisy.eval()
     step(*batches(1)[0])
-    assert len(step.artefacts) == 2
+    assert len(step.specializations) == 2
 
 
 def test_a_ddp_of_one_process_trains_and_one_inside_of_the_model_is_refused(tmp_path):

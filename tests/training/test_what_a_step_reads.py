@@ -65,7 +65,7 @@ def test_objects_and_zeros_are_what_they_hold_now():
         how.by, how.more["list"][0] = by, extra
         wanted = model(x, how, at).item()
         assert step(x, how, at).loss.item() == pytest.approx(wanted, rel=1e-5)
-    assert len(step.artefacts) == 4
+    assert len(step.specializations) == 4
 
 
 def moved(net, h):

@@ -15,7 +15,7 @@ from mpcompile import mpcompile
 from mpcompile.devices import PLACE, Device, built_in, device, own_path, pinned, rows, write_row
 from mpcompile.errors import RuleError
 from mpcompile.formats import LOW
-from mpcompile.hardware import cuda_row, row_name, settle_policy
+from mpcompile.hardware import cuda_row, resolve_policy, row_name
 from mpcompile.policy import Policy
 from mpcompile.tools.doctor import _measured
 
@@ -35,7 +35,7 @@ def test_every_row_is_there_and_says_where_its_numbers_are_from(name: str) -> No
 @pytest.mark.parametrize(("name", "low"), [("cpu", "bf16"), ("h200", "bf16"), ("a100", "bf16"), ("t4", "fp16"),
                                            ("free-low", "bf16")])  # fmt: skip
 def test_auto_is_what_a_pinned_row_does_faster(name: str, low: str) -> None:
-    assert settle_policy(Policy(device=name), "cpu").low == low
+    assert resolve_policy(Policy(device=name), "cpu").low == low
 
 
 def test_emulated_types_are_never_picked() -> None:
@@ -72,9 +72,9 @@ def test_below_8_0_auto_is_fp16_whatever_torch_emulates(capability, low, monkeyp
             monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
         if low == "fp32":
             with pytest.warns(UserWarning, match="stays FP32"):
-                assert settle_policy(Policy(), "cuda").low == low
+                assert resolve_policy(Policy(), "cuda").low == low
         else:
-            assert settle_policy(Policy(), "cuda").low == low
+            assert resolve_policy(Policy(), "cuda").low == low
     finally:
         here.has_native_bf16.cache_clear()
 
@@ -125,12 +125,12 @@ def test_a_file_pins_its_row(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
     path.write_text(f"[cpu]\n{SLOW}")
     policy = Policy(device=str(path))
-    assert settle_policy(policy, "cpu").low == "fp32"
+    assert resolve_policy(policy, "cpu").low == "fp32"
     assert row_name(policy, "cpu") == str(path)
     mp = mpcompile(nn.Linear(512, 512), f"bf16,device={path}", backend="eager")
     assert products(mp.plan(torch.randn(512, 512))) == {"fp32"}
     path.write_text(f"[cpu]\n{ROW.format(bf16='1e15', fp16='1e15')}")
-    assert settle_policy(policy, "cpu").low == "bf16"
+    assert resolve_policy(policy, "cpu").low == "bf16"
 
 
 def test_a_row_of_a_file_with_several(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_the_users_own_file_stands_over_the_packages_rows(tmp_path: Path, monkey
     assert rows() == built_in()
     path.write_text(f"[cpu]\n{SLOW}")
     assert rows()["cpu"].bf16 == 5e10
-    assert settle_policy(Policy(), "cpu").low == "fp32"
+    assert resolve_policy(Policy(), "cpu").low == "fp32"
     monkeypatch.setenv(PLACE, "")
     assert own_path() is None
     assert rows() == built_in()
@@ -195,7 +195,7 @@ def test_a_row_of_the_users_may_be_like_one_of_the_packages(tmp_path: Path) -> N
     file = tmp_path / "mine.toml"
     file.write_text('[cpu]\nlike = "cpu"\nbandwidth = 2e10\n[lab]\nlike = "h100"\n[other]\nlike = "lab"\n')
     mine, shipped = device(f"{file}#cpu"), built_in()["cpu"]
-    assert (mine.bandwidth, mine.fp32, mine.low_call) == (2e10, shipped.fp32, shipped.low_call)
+    assert (mine.bandwidth, mine.fp32, mine.low_call_overhead) == (2e10, shipped.fp32, shipped.low_call_overhead)
     assert device(f"{file}#other").bf16 == built_in()["h100"].bf16
     file.write_text('[cpu]\nlike = "h10"\n')
     with pytest.raises(RuleError, match=r"MP206.*is like 'h10'.*\n.*'h100'"):
@@ -235,4 +235,4 @@ def test_doctor_measures_a_row_and_auto_follows_it(tmp_path: Path, monkeypatch) 
     assert row.source.startswith("measured by")
     monkeypatch.setenv(PLACE, str(path))
     faster = "bf16" if row.bf16 > row.fp32 else "fp32" if "fp16" in row.emulated else row.faster()
-    assert settle_policy(Policy(), "cpu").low == faster
+    assert resolve_policy(Policy(), "cpu").low == faster

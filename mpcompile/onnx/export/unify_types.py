@@ -15,7 +15,7 @@ import onnx_ir as ir
 from onnx_ir.passes import common
 
 from mpcompile.onnx.export.sequences import plain_splits
-from mpcompile.onnx.objects import graphs, infer, opset, settle_cast_like
+from mpcompile.onnx.objects import graphs, infer, opset, resolve_cast_like
 from mpcompile.onnx.schema import signature
 from mpcompile.onnx.tensors import DATA_TYPES, NUMPY_TYPES
 
@@ -37,7 +37,7 @@ def settle(model: ir.Model, provider: str = "") -> int:
     added = sum(_node(model, node, recorded, provider) for graph in graphs(model) for node in list(graph))
     for graph in graphs(model):
         for node in list(graph):
-            settle_cast_like(node)
+            resolve_cast_like(node)
     fold_casts(model)
     return added
 

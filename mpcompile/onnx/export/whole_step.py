@@ -23,8 +23,8 @@ from mpcompile.training.gradients.specialization import compiling
 class Step(Protocol):
     """What is asked of a `mpcompile.training.step.TrainStep`."""
 
-    plan: Any
-    artefacts: Any
+    context: Any
+    specializations: Any
 
     @property
     def policy(self) -> Policy: ...
@@ -34,24 +34,24 @@ def emit_step(step: Step, batch: Batch) -> tuple[Emitted, Any]:
     """The emitted step for `batch` without running it, and the update that it was woven from."""
     # Attention in its elementary operations: fused kernels have no ONNX form of their backward.
     with sdpa_kernel(SDPBackend.MATH), compiling():
-        artefact = step.artefacts.find(batch)
-        step.plan.shadows.bring_up_to_date()
-        updater = _traced(step, artefact)
-        emitted, _ = emit(artefact, updater)
+        specialization = step.specializations.find(batch)
+        step.context.shadows.bring_up_to_date()
+        updater = _traced(step, specialization)
+        emitted, _ = emit(specialization, updater)
     return emitted, updater
 
 
-def _traced(step: Step, artefact: Any) -> Any:
+def _traced(step: Step, specialization: Any) -> Any:
     """The update in elementary operations: fused optimizer kernels have no ONNX form."""
-    return step.plan.build(artefact.layout, artefact.gradients(), fused=False)
+    return step.context.build(specialization.layout, specialization.gradients(), fused=False)
 
 
-def export_step(step: Step, artefact: Any, path: str | os.PathLike[str]) -> OnnxStep:
-    """Write the step that `artefact` is part of; see `TrainStep.export_onnx`."""
+def export_step(step: Step, specialization: Any, path: str | os.PathLike[str]) -> OnnxStep:
+    """Write the step that `specialization` is part of; see `TrainStep.export_onnx`."""
     with sdpa_kernel(SDPBackend.MATH), compiling():
-        updater = _traced(step, artefact)
-        emitted, joint = emit(artefact, updater)
-    batch = {number: joint.forward.fakes[place] for place, number in artefact.args}
+        updater = _traced(step, specialization)
+        emitted, joint = emit(specialization, updater)
+    batch = {number: joint.forward.fakes[place] for place, number in specialization.args}
     tensors = [torch.zeros([int(n) for n in batch[i].shape], dtype=batch[i].dtype) if i in batch else torch.zeros(())
                for i in range(max(batch, default=-1) + 1)]  # fmt: skip
     made = step_to_onnx(emitted.module, emitted.arguments(tensors), step.policy.low)

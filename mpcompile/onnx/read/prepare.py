@@ -50,7 +50,7 @@ def prepare(loaded: Loaded, low: str) -> list[str]:
         found, operators = _survey(loaded.proto.graph)
     loaded.proto = inferred(loaded.proto)
     if ("", "CastLike") in operators:
-        _settle_cast_like(loaded)
+        _resolve_cast_like(loaded)
     found = _survey(loaded.proto.graph)[0] if len(found) > 1 else [loaded.proto.graph]
     lifted = 0
     for graph in reversed(found):  # from the inside out: what is kept of a graph are copies of its nodes
@@ -85,10 +85,10 @@ def _drop_negative(loaded: Loaded) -> bool:
     return True
 
 
-def _settle_cast_like(loaded: Loaded) -> None:
+def _resolve_cast_like(loaded: Loaded) -> None:
     model = loaded.objects()
     for node in [node for graph in objects.graphs(model) for node in graph]:
-        objects.settle_cast_like(node)
+        objects.resolve_cast_like(node)
     loaded.take(model)
 
 

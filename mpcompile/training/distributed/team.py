@@ -88,7 +88,7 @@ class Team:
 
 def facts_of(step: Any) -> tuple[Facts, dict[str, Tensor]]:
     """What the ranks of a `TrainStep` must have alike."""
-    plan, artefacts = step.plan, step.artefacts
+    plan, specializations = step.context, step.specializations
     words: Facts = [
         ("torch", torch.__version__),
         ("policy", str(step.policy)),
@@ -99,14 +99,14 @@ def facts_of(step: Any) -> tuple[Facts, dict[str, Tensor]]:
     ]
     for number, group in enumerate(plan.optimizers.groups):
         words += [(f"{key} of group {number}", repr(v)) for key, v in group.items() if _is_plain(v)]
-    for artefact in artefacts:
-        words += [(f"precision of {node.id}", node.precision) for node in artefact.joint.forward.plan.graph]
+    for specialization in specializations:
+        words += [(f"precision of {node.id}", node.precision) for node in specialization.joint.forward.plan.graph]
     tensors = {f"loss scale's {name}": value for name, value in plan.state._asdict().items()}
     for bucket, numbers in enumerate(step.team.order_of_buckets()):
         words.append((f"bucket {bucket} of gradients", repr(numbers)))
     tensors |= {f"buffer {name}": held for name, held in step.model.named_buffers()}
-    tensors |= {name: held for name, held in artefacts.named.items() if isinstance(held, Tensor)}
-    names = {id(held): name for name, held in artefacts.named.items()}
+    tensors |= {name: held for name, held in specializations.named.items() if isinstance(held, Tensor)}
+    names = {id(held): name for name, held in specializations.named.items()}
     for optimizer in plan.optimizers:
         for held, state in optimizer.state.items():
             mine = {k: v for k, v in state.items() if isinstance(v, Tensor)}

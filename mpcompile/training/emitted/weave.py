@@ -25,7 +25,7 @@ from mpcompile.rules.table import rules_for
 from mpcompile.training.distributed.reduce import Reducer
 from mpcompile.training.gradients.forward import Forward
 from mpcompile.training.gradients.joint import Joint
-from mpcompile.training.gradients.specialization import Artefact
+from mpcompile.training.gradients.specialization import Specialization
 from mpcompile.training.optimizer.build import Update
 
 _CASTS = ("aten._to_copy", "aten.to", "prims.convert_element_type")
@@ -50,7 +50,7 @@ class Emitted:
         return [tensors[self.batch[i]] if held is None else held for i, held in enumerate(self.inputs)]
 
 
-class Weaver:
+class GraphStitcher:
     """Puts graphs one after the other into one, sharing the inputs that are the same tensor."""
 
     def __init__(self) -> None:
@@ -113,7 +113,10 @@ class Weaver:
 
 
 def emit(
-    artefact: Artefact, update: Update, window: dict[str, Tensor] | None = None, reducer: Reducer | None = None
+    specialization: Specialization,
+    update: Update,
+    window: dict[str, Tensor] | None = None,
+    reducer: Reducer | None = None,
 ) -> tuple[Emitted, Joint]:
     """Weave forward, backward and update into one graph.
 
@@ -121,12 +124,12 @@ def emit(
       window: the sums of an accumulation window, by parameter; the emitted step is then the window's last call.
       reducer: averages these sums over the ranks.
     """
-    joint, weaver = artefact.emitted_joint(), Weaver()
-    inputs, seed = inputs_of(joint.module), len(artefact.fixed)
+    joint, weaver = specialization.emitted_joint(), GraphStitcher()
+    inputs, seed = inputs_of(joint.module), len(specialization.fixed)
     module, needs = update.emit()
     given = []
     for place, (node, one) in enumerate(zip(inputs, [*joint.forward.inputs, None], strict=True)):
-        held = update.seed if place == seed else artefact.fixed[place]
+        held = update.seed if place == seed else specialization.fixed[place]
         kind, name = (one.kind, one.name) if one else ("buffer", "seed")
         name = f"{name}.shadow" if kind == "shadow" else name
         given.append(weaver.input(name, held, node.meta["val"], _ROLES[kind], one.index if one else -1))
@@ -136,9 +139,9 @@ def emit(
         weaver.write(given[place], value)
     loss, grads = results[count], results[count + 1 :]
     if window is not None:
-        grads = _summed(weaver, artefact, window, grads)
+        grads = _summed(weaver, specialization, window, grads)
         grads = reducer.in_graph(weaver.graph, grads) if reducer is not None else grads
-    names = _names(joint, artefact, update)
+    names = _names(joint, specialization, update)
     operands = []
     for node, need in zip(inputs_of(module), needs, strict=True):
         if isinstance(need, int):
@@ -148,10 +151,12 @@ def emit(
     return weaver.finish([loss, *weaver.body(module, operands, "optimizer")]), joint
 
 
-def _summed(weaver: Weaver, artefact: Artefact, window: dict[str, Tensor], grads: list[fx.Node]) -> list[fx.Node]:
+def _summed(
+    weaver: GraphStitcher, specialization: Specialization, window: dict[str, Tensor], grads: list[fx.Node]
+) -> list[fx.Node]:
     """The window's sums with this call's gradients added, one per parameter."""
     sums: dict[str, fx.Node] = {}
-    for (name, _), grad in zip(artefact.layout, grads, strict=True):
+    for (name, _), grad in zip(specialization.layout, grads, strict=True):
         if name not in sums:
             sums[name] = weaver.input(f"{name}.grad", window[name], _fake_like(grad, window[name]), "buffer")
         new = weaver.graph.call_function(torch.ops.aten.add.Tensor, (sums[name], grad))
@@ -165,11 +170,11 @@ def _fake_like(node: fx.Node, tensor: Tensor) -> Tensor:
         return torch.empty_like(node.meta["val"], dtype=tensor.dtype)
 
 
-def _names(joint: Joint, artefact: Artefact, update: Update) -> dict[int, str]:
+def _names(joint: Joint, specialization: Specialization, update: Update) -> dict[int, str]:
     """id of a live tensor -> what to call it."""
-    pairs = zip(joint.forward.inputs, artefact.fixed, strict=True)
+    pairs = zip(joint.forward.inputs, specialization.fixed, strict=True)
     names = {id(held): one.name for one, held in pairs if held is not None}
-    names.update({id(p): name for name, p in artefact.named.items()})
+    names.update({id(p): name for name, p in specialization.named.items()})
     binding = update.binding
     for (i, key), state in zip(binding.tensors, binding.state_tensors(), strict=True):
         names[id(state)] = f"{names.get(id(binding.params[i]), 'parameter')}.{key}"

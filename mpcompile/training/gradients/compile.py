@@ -34,7 +34,7 @@ def decompositions(backend: str) -> dict[Any, Callable[..., Any]] | None:
     return select_decomp_table()
 
 
-def run_joint(joint: Joint, backend: str, *, recompute: bool, sends: bool = False) -> tuple[Run, list[Tensor]]:
+def compile_joint(joint: Joint, backend: str, *, recompute: bool, sends: bool = False) -> tuple[Run, list[Tensor]]:
     """A function of (*inputs, seed) that gives (*mutated, loss, *grads), and fakes of what it keeps for the backward.
 
     Run op by op, a joint graph keeps what its next nodes read: no list of it exists.

@@ -28,7 +28,7 @@ from mpcompile.torch_internals import COMPILING
 from mpcompile.training.accumulation import Layout
 from mpcompile.training.distributed.reduce import Reducer
 from mpcompile.training.gradients.batch import Batch, Hole
-from mpcompile.training.gradients.compile import Run, decompositions, run_joint
+from mpcompile.training.gradients.compile import Run, compile_joint, decompositions
 from mpcompile.training.gradients.forward import Forward, Input, capture, owned
 from mpcompile.training.gradients.gradient_hooks import refuse_unseen
 from mpcompile.training.gradients.joint import Joint, trace
@@ -49,7 +49,7 @@ def compiling() -> Iterator[None]:
 
 
 @dataclass
-class Artefact:
+class Specialization:
     """Forward and backward, ready to run.
 
     Fields:
@@ -109,7 +109,7 @@ class Artefact:
         return self._held
 
     def tensors(self) -> list[Tensor]:
-        """The model's tensors and shadows that the artefact reads, at their addresses."""
+        """The model's tensors and shadows that the specialization reads, at their addresses."""
         return [one for one in self.fixed if isinstance(one, Tensor)]
 
     def inputs(self, tensors: Sequence[Tensor]) -> list[Any]:
@@ -161,8 +161,8 @@ def _settled(size: int | torch.SymInt) -> int | None:
 
 
 @dataclass
-class Artefacts:
-    """Finds, or makes, the artefact for a batch.
+class SpecializationCache:
+    """Finds, or makes, the specialization for a batch.
 
     Fields:
       epoch: how often another one was made, or all became void.
@@ -179,14 +179,14 @@ class Artefacts:
     seed: Tensor
     chunk_loss: bool
     recompute: bool
-    on_new: Callable[[Artefact], None]
+    on_new: Callable[[Specialization], None]
     outside: Callable[[], dict[str, Tensor]] = dict
     around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
     # Averages the gradients in the graph itself; None for one process, and where a window's sums are averaged.
     reducer: Reducer | None = None
     epoch: int = 0
-    _exact: dict[Any, Artefact] = field(default_factory=dict)
-    _alike: dict[Any, list[Artefact]] = field(default_factory=dict)
+    _exact: dict[Any, Specialization] = field(default_factory=dict)
+    _alike: dict[Any, list[Specialization]] = field(default_factory=dict)
     _seen: dict[Any, list[tuple[torch.Size, ...]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -203,11 +203,11 @@ class Artefacts:
     def __len__(self) -> int:
         return sum(map(len, self._alike.values()))
 
-    def __iter__(self) -> Iterator[Artefact]:
-        return (artefact for alike in self._alike.values() for artefact in alike)
+    def __iter__(self) -> Iterator[Specialization]:
+        return (specialization for alike in self._alike.values() for specialization in alike)
 
-    def find(self, batch: Batch) -> Artefact:
-        """The artefact for a batch, made now if there is none yet.
+    def find(self, batch: Batch) -> Specialization:
+        """The specialization for a batch, made now if there is none yet.
 
         Raises:
           CaptureError: MP101. TrainingError: MP522, MP523, MP531, MP532, MP534, MP535, MP536.
@@ -259,20 +259,20 @@ class Artefacts:
             return []
         return places if self.dynamic else [(i, d) for i, d in places if len({s[i][d] for s in seen}) > 1]
 
-    def _make(self, batch: Batch, moving: list[tuple[int, int]]) -> Artefact:
+    def _make(self, batch: Batch, moving: list[tuple[int, int]]) -> Specialization:
         _refuse_masters(self.named, self.trained())
         try:
-            artefact = self._captured(batch, moving)
+            specialization = self._captured(batch, moving)
         except MPCompileError:
             if not moving:
                 raise
-            artefact = self._captured(batch, [])
+            specialization = self._captured(batch, [])
         self.epoch += 1
-        self.on_new(artefact)
-        log_plan(artefact.joint.forward.plan)
-        return artefact
+        self.on_new(specialization)
+        log_plan(specialization.joint.forward.plan)
+        return specialization
 
-    def _captured(self, batch: Batch, moving: list[tuple[int, int]]) -> Artefact:
+    def _captured(self, batch: Batch, moving: list[tuple[int, int]]) -> Specialization:
         with stage("reading the step and deciding"):
             forward = self._capture(batch, moving)
         with stage("compiling the step"):
@@ -293,7 +293,7 @@ class Artefacts:
                 compiled=compiled,
             )
 
-    def _compiled(self, forward: Forward) -> Artefact:
+    def _compiled(self, forward: Forward) -> Specialization:
         joint = trace(forward, decompositions(self.backend))
         tensors = {**forward.constants, **owned(self.model, self.loss_fn)[1], **self.named}
         fixed = [self._fixed(one, tensors) for one in forward.inputs]
@@ -307,8 +307,8 @@ class Artefacts:
         values = values_of(outputs_of(joint.module)[len(joint.mutated) + 1 :])
         layout = tuple((forward.inputs[i].name, value.dtype) for i, value in zip(joint.grads, values, strict=True))
         with roundings_kept(has_user_low_cast(forward.plan.graph)):
-            run, saved = run_joint(joint, self.backend, recompute=self.recompute, sends=self.reducer is not None)
-        return Artefact(joint=joint, run=run, fixed=fixed, args=places, layout=layout, buffers=buffers_, writes=writes,
+            run, saved = compile_joint(joint, self.backend, recompute=self.recompute, sends=self.reducer is not None)
+        return Specialization(joint=joint, run=run, fixed=fixed, args=places, layout=layout, buffers=buffers_, writes=writes,
                         named=self.named, saved=saved, reducer=self.reducer)  # fmt: skip
 
     def _fixed(self, one: Input, tensors: dict[str, Tensor]) -> Any:

@@ -11,7 +11,7 @@ from mpcompile.errors import TrainingError
 from mpcompile.training.loss_scale.scale import LossScale, ScaleState
 
 
-class FloorWatch:
+class LossScaleFloorMonitor:
     """Looks at the count of overflows at the floor after each update.
 
     On a CPU the count is read where it lies.  From a device it is copied to pinned memory without waiting, so what is

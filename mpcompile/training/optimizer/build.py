@@ -84,7 +84,7 @@ class _Parts:
 
 
 @dataclass
-class Plan:
+class UpdateContext:
     """What all updates of one step share."""
 
     optimizers: Optimizers

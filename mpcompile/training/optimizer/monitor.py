@@ -39,7 +39,7 @@ class Seen(enum.Flag):
     NUMBERS = enum.auto()
 
 
-class OptimizerWatch:
+class OptimizerMonitor:
     """Compares the optimizers of a step with what they were, by a fixed number of calls of C code.
 
     A step of an optimizer's own (the drop-in way, between two of ours) moves its counters; that they still move

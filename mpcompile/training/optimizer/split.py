@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mpcompile.errors import TrainingError
 from mpcompile.training.optimizer.hosts import Optimizers
-from mpcompile.training.optimizer.monitor import OptimizerWatch
+from mpcompile.training.optimizer.monitor import OptimizerMonitor
 
 
 def join(high: Tensor, low: Tensor) -> Tensor:
@@ -41,8 +41,8 @@ class SplitMasters:
       epoch: how often a parameter was made whole.
     """
 
-    def __init__(self, model: nn.Module, optimizers: Optimizers, watch: OptimizerWatch) -> None:
-        self._watch, self.epoch = watch, 0
+    def __init__(self, model: nn.Module, optimizers: Optimizers, monitor: OptimizerMonitor) -> None:
+        self._monitor, self.epoch = monitor, 0
         self._held: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         self._open = contextlib.ExitStack()
         # A state dict holds FP32, and what is loaded is split again; torch casts an optimizer's loaded state to its
@@ -102,7 +102,7 @@ class SplitMasters:
                 parameter.data = high
 
     def _refuse_step(self, *_: Any) -> None:
-        if not self._watch.ours and any(p.dtype == torch.bfloat16 for p, _, _ in self._held.values()):
+        if not self._monitor.ours and any(p.dtype == torch.bfloat16 for p, _, _ in self._held.values()):
             raise TrainingError(
                 "MP524",
                 "optimizer.step() with split masters",

@@ -8,13 +8,13 @@ from typing import Any
 
 from torch import Tensor
 
-from mpcompile.training.accumulation import Layout, Window
+from mpcompile.training.accumulation import GradAccumulator, Layout
 from mpcompile.training.cuda_graph import Replays, Run
 from mpcompile.training.emitted.weave import Emitted
 from mpcompile.training.gradients.joint import Joint
-from mpcompile.training.gradients.specialization import Artefacts, compiling
-from mpcompile.training.optimizer.build import Plan, Update
-from mpcompile.training.optimizer.monitor import OptimizerWatch
+from mpcompile.training.gradients.specialization import SpecializationCache, compiling
+from mpcompile.training.optimizer.build import Update, UpdateContext
+from mpcompile.training.optimizer.monitor import OptimizerMonitor
 
 Like = Callable[[], Sequence[Tensor]]
 
@@ -32,14 +32,15 @@ class UpdateCache:
     def __init__(
         self,
         *,
-        plan: Plan,
-        watch: OptimizerWatch,
-        artefacts: Artefacts,
-        window: Window,
+        context: UpdateContext,
+        monitor: OptimizerMonitor,
+        specializations: SpecializationCache,
+        accumulator: GradAccumulator,
         replays: Replays,
         on_built: Callable[[], None],
     ) -> None:
-        self._plan, self._watch, self._artefacts, self._window = plan, watch, artefacts, window
+        self.context, self.monitor = context, monitor
+        self._specializations, self.accumulator = specializations, accumulator
         self._on_built = on_built
         self.replays = replays
         self.emitted: dict[tuple[int, int], tuple[Emitted, Joint]] = {}
@@ -54,8 +55,8 @@ class UpdateCache:
 
     def epoch(self) -> tuple[Any, ...]:
         """What every update stands on, as one value: graphs, groups and state, sums, split masters, rule of the scale."""
-        split = self._plan.split.epoch if self._plan.split is not None else 0
-        return self._artefacts.epoch, self._watch.epoch, self._window.epoch, split, self._plan.rule
+        split = self.context.split.epoch if self.context.split is not None else 0
+        return self._specializations.epoch, self.monitor.epoch, self.accumulator.epoch, split, self.context.rule
 
     def find(self, layout: Layout, strides: Any, like: Like) -> Update:
         """The update for gradients of `layout`, its numbers (learning rates …) as the groups have them now.
@@ -64,16 +65,16 @@ class UpdateCache:
           strides: how the gradients lie in memory; None where they lie as their parameters do.
           like: gives examples of them, where one must be built.
         """
-        self._watch.look()
-        self._watch.look_at_state()
+        self.monitor.look()
+        self.monitor.look_at_state()
         self._let_go()
         update = self._updates.get((layout, strides))
-        if update is None or not (update.epoch == self._watch.moves or update.holds()):
+        if update is None or not (update.epoch == self.monitor.moves or update.holds()):
             update = self._build(layout, strides, like)
-        update.epoch = self._watch.moves
-        if any(counters.ran is None or counters.ran() is not update for counters in self._watch.counters):
+        update.epoch = self.monitor.moves
+        if any(counters.ran is None or counters.ran() is not update for counters in self.monitor.counters):
             update.binding.resync()
-            for counters in self._watch.counters:
+            for counters in self.monitor.counters:
                 counters.ran = weakref.ref(update)
         return update
 
@@ -84,9 +85,9 @@ class UpdateCache:
 
     def _build(self, layout: Layout, strides: Any, like: Like) -> Update:
         with compiling():
-            update = self._plan.build(layout, like())
+            update = self.context.build(layout, like())
         # Parameters that moved together may part here: updates that took their counters for one are of another epoch.
-        self._watch.settle()
+        self.monitor.settle()
         self._let_go()
         self._on_built()
         replaced = self._updates.get((layout, strides))
