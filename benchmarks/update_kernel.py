@@ -278,7 +278,7 @@ def parts(kernel: UpdateKernel, state: State, device: str) -> dict[str, float]:
     table = kernel._table.now(grads)
     found = {
         "look": seconds(lambda: kernel._look(table), device),
-        "settle": seconds(lambda: kernel._settle(table, None, None), device),
+        "advance_scale": seconds(lambda: kernel._advance_scale(table, None, None), device),
         "move": seconds(lambda: kernel._move(table), device),
     }
     last = state.grads[-1].view(-1)[-1:]

@@ -28,7 +28,13 @@ from mpcompile.likeness import class_like
 from mpcompile.policy import Policy
 from mpcompile.runtime.buckets import bucket_bytes
 from mpcompile.runtime.compiled import CompiledGraph
-from mpcompile.runtime.coverage import warn_of_eager_call, warn_of_gaps, warn_of_watched_call, watch, watched_method
+from mpcompile.runtime.coverage import (
+    counting_breaks,
+    warn_of_eager_call,
+    warn_of_gaps,
+    warn_of_watched_call,
+    watched_method,
+)
 from mpcompile.runtime.dynamo import Compiler
 from mpcompile.runtime.fp8_linear import FP8_LINEAR
 from mpcompile.runtime.sharded import is_gathered, refuse_sharded
@@ -232,7 +238,7 @@ class MixedPrecisionModule(nn.Module):
         compiled = torch.compile(_entry(self.model), backend=self._compiler, dynamic=self.dynamic)
         self.__dict__["_recurrent"] = any(isinstance(m, nn.RNNBase) for m in self.model.modules())
         refuse_sharded(self.model)
-        with watch() as breaks:
+        with counting_breaks() as breaks:
             result = self._run(compiled, args, kwargs)
         self._compiler.check_overrides()
         # What FSDP2 gathers stands in the model while a part of it runs, and is none of its parameters afterwards.

@@ -176,7 +176,7 @@ class CostModel:
         """What readers save, or views of it that they read."""
         return {self.base(name) for name in self._saved}
 
-    def is_far(self, reader: Node) -> bool:
+    def needs_memory(self, reader: Node) -> bool:
         """True for readers that read memory and cannot take a cast in: kernels, and views that a kernel looks through."""
         if reader.kind not in self._views:
             return reader.kind in self._kernels
@@ -198,11 +198,11 @@ class CostModel:
             )
         return self._far[reader.id]
 
-    def cast(self, value: Value, target: str, *, far: bool) -> float:
-        """Seconds of one cast of `value` to `target`, shared by the readers that are (not) far."""
+    def cast(self, value: Value, target: str, *, in_memory: bool) -> float:
+        """Seconds of one cast of `value` to `target`, shared by the readers that need it in memory (or do not)."""
         if target in LOW and self._root(value).role == "parameter":
             return SHADOW_CAST
-        if not far:
+        if not in_memory:
             return FUSED_CAST
         written = 2 * value.numel * ITEMSIZE[target]
         if self.fused and not self.stands_alone(value.name):
@@ -237,16 +237,16 @@ def plan_parts(graph: PrecisionGraph, model: CostModel, output: str = "keep") ->
     running = [node for node in graph if node.precision not in ("", "keep") and not node.is_cast]
     work = {node.id: model.work(node, node.precision) for node in running if not node.out_dtype or node.inputs}
     asked = {
-        (name, node.reads_at(operand), model.is_far(node)): None
+        (name, node.reads_at(operand), model.needs_memory(node)): None
         for node in running
         for operand, name in enumerate(node.inputs)
     }
     asked.update({(name, output, True): None for name in graph.outputs})
     casts: dict[tuple[str, str], float] = {}
-    for name, wanted, far in asked:
+    for name, wanted, in_memory in asked:
         value = graph.values[name]
         if value.castable and wanted not in ("any", "keep", value.dtype):
-            casts[name, wanted] = casts.get((name, wanted), 0.0) + model.cast(value, wanted, far=far)
+            casts[name, wanted] = casts.get((name, wanted), 0.0) + model.cast(value, wanted, in_memory=in_memory)
     moved = {
         value.name: model.store(value, value.dtype)
         for value in graph.values.values()

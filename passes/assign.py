@@ -66,11 +66,11 @@ class Assign:
         else:
             cost = CostModel(graph, device(self.device), self.low, self.fused)
             reads = FP8Reads(graph, cost, self.fp8, self.fp8_asked) if self.fp8 else None
-            _Plan(graph, cost, self.low, self.output, self.bind).run(reads)
+            _CutProblem(graph, cost, self.low, self.output, self.bind).run(reads)
         return PassResult(before != [(node.precision, node.fp8) for node in graph])
 
 
-def told(node: Node) -> bool:
+def has_fixed_dtype(node: Node) -> bool:
     """The node's own precision is not a question: the program's cast, or a tensor made with a named dtype."""
     return node.op == CAST_OP or (bool(node.out_dtype) and (node.kind in ("cast", "factory") or not node.inputs))
 
@@ -79,7 +79,7 @@ _FIXED = frozenset({SOURCE, SINK})
 
 
 @dataclass
-class _Plan:
+class _CutProblem:
     graph: PrecisionGraph
     cost: CostModel
     low: str
@@ -97,7 +97,7 @@ class _Plan:
         # Castable value -> the vertex whose side says how it is stored.
         self.sides: dict[str, int] = {}
         # Value -> (vertex whose side says how it is read, whether a cast would stand alone), for those not at its side.
-        self.apart: defaultdict[str, list[tuple[int, bool]]] = defaultdict(list)
+        self.mismatched_reads: defaultdict[str, list[tuple[int, bool]]] = defaultdict(list)
         # A model has few reasons and many nodes: each text is made once.
         self._reasons: dict[tuple[str, bool, int], str] = {}
 
@@ -106,22 +106,22 @@ class _Plan:
         self._stored()
         self._readers()
         self._movers()
-        for name, readers in self.apart.items():
+        for name, readers in self.mismatched_reads.items():
             # Paid in every plan, or in none, where nobody is free.
             if (side := self.sides[name]) not in _FIXED or not _FIXED.issuperset([at for at, _ in readers]):
                 self._casts(self.graph.values[name], side, readers)
         if reads is not None:
             reads.add(self.problem, dict(zip(self.graph.nodes, self.places, strict=True)))
         side = self.problem.solve().tolist()
-        self.settle(side)
+        self.write_back(side)
         if reads is not None:
-            reads.settle(side)
+            reads.write_back(side)
 
     def vertices(self) -> None:
         """A vertex per free node or class of nodes; fixed ones are the source or the sink itself."""
         classes, graph = self.classes, self.graph
         known = {root: SOURCE if dtype == self.low else SINK for root, dtype in classes.tied.items()}
-        roots = [classes.root(node.id) if not told(node) and (any_float(values) or graph.has_floats(node)) else None
+        roots = [classes.root(node.id) if not has_fixed_dtype(node) and (any_float(values) or graph.has_floats(node)) else None
                  for node, values in zip(graph, self.made, strict=True)]  # fmt: skip
         for node, root in zip(self.graph, roots, strict=True):
             side = None if root is None else self._fixed_side(node)
@@ -182,21 +182,21 @@ class _Plan:
             self.problem.edge(at, SINK, max(low - fp32, 0.0))
 
     def _readers(self) -> None:
-        """Fill `apart`."""
-        sides, is_far = self.sides, self.cost.is_far
+        """Fill `mismatched_reads`."""
+        sides, needs_memory = self.sides, self.cost.needs_memory
         for node, at in zip(self.graph, self.places, strict=True):
             if node.operands:
                 self._pinned(node, at)
             elif at is not None:
                 for name in node.inputs:
                     if sides.get(name, at) != at:
-                        self.apart[name].append((at, is_far(node)))
+                        self.mismatched_reads[name].append((at, needs_memory(node)))
         if self.output == "keep":
             return
         wanted = SINK if self.output == "fp32" else SOURCE
         for name in self.cost.outputs:
             if sides.get(name, wanted) != wanted:
-                self.apart[name].append((wanted, True))
+                self.mismatched_reads[name].append((wanted, True))
 
     def _pinned(self, node: Node, at: int | None) -> None:
         """Readers with operands of their own: "fp32", or "any", which is at the value's side whatever that is."""
@@ -204,7 +204,7 @@ class _Plan:
             pinned = node.operands.get(slot)
             here = SINK if pinned == "fp32" else None if pinned == "any" else at
             if here is not None and self.sides.get(name, here) != here:
-                self.apart[name].append((here, self.cost.is_far(node)))
+                self.mismatched_reads[name].append((here, self.cost.needs_memory(node)))
 
     def _movers(self) -> None:
         """Law 10: what moves a full value may do so in the low type where each reader rounds it: low only if they are."""
@@ -219,18 +219,18 @@ class _Plan:
     def _casts(self, value: Value, side: int, readers: list[tuple[int, bool]]) -> None:
         """At most one copy per direction and distance: a low one for low readers, an FP32 one for FP32 readers."""
         if len(readers) == 1:
-            at, far = readers[0]
+            at, in_memory = readers[0]
             if side != SOURCE and at != SINK:
-                self.problem.edge(at, side, self.cost.cast(value, self.low, far=far))
+                self.problem.edge(at, side, self.cost.cast(value, self.low, in_memory=in_memory))
             if side != SINK and at != SOURCE:
-                self.problem.edge(side, at, self.cost.cast(value, "fp32", far=far))
+                self.problem.edge(side, at, self.cost.cast(value, "fp32", in_memory=in_memory))
             return
-        for far in (False, True):
-            found = {reader for reader, stands_far in readers if stands_far == far}
+        for in_memory in (False, True):
+            found = {reader for reader, stands in readers if stands == in_memory}
             if side != SOURCE and (low := found - {SINK}):
-                self._copy(side, low, self.cost.cast(value, self.low, far=far), up=False)
+                self._copy(side, low, self.cost.cast(value, self.low, in_memory=in_memory), up=False)
             if side != SINK and (up := found - {SOURCE}):
-                self._copy(side, up, self.cost.cast(value, "fp32", far=far), up=True)
+                self._copy(side, up, self.cost.cast(value, "fp32", in_memory=in_memory), up=True)
 
     def _copy(self, side: int, readers: set[int], price: float, *, up: bool) -> None:
         """Pay `price` once when any of `readers` wants the copy and the value is not stored so."""
@@ -245,15 +245,15 @@ class _Plan:
                 self.problem.edge(copy if up else reader, reader if up else copy, INFINITE)
         self.problem.edge(side if up else copy, copy if up else side, price)
 
-    def settle(self, low_side: Sequence[bool]) -> None:
+    def write_back(self, low_side: Sequence[bool]) -> None:
         """Write each node's precision and the dtypes of its results; `low_side` tells the side of each vertex."""
         for node, at, results in zip(self.graph, self.places, self.made, strict=True):
-            self._settle(node, results, at, at is not None and low_side[at])
+            self._write_back(node, results, at, at is not None and low_side[at])
             _fix_values(node, results)
 
-    def _settle(self, node: Node, results: list[Value], at: int | None, low: bool) -> None:
+    def _write_back(self, node: Node, results: list[Value], at: int | None, low: bool) -> None:
         if at is None:
-            node.precision = node.out_dtype if told(node) and node.out_dtype in CASTABLE else "keep"  # type: ignore[assignment]
+            node.precision = node.out_dtype if has_fixed_dtype(node) and node.out_dtype in CASTABLE else "keep"  # type: ignore[assignment]
             return
         node.precision = self.low if low else "fp32"  # type: ignore[assignment]
         if (tied := self.classes.tied_to(node.id)) in LOW:
@@ -319,7 +319,7 @@ class _Classes:
 
     def _tie(self, graph: PrecisionGraph, first: dict[str, str]) -> None:
         named = [graph.values[name] for name in graph.inputs]
-        named += [graph.values[name] for node in graph if told(node) for name in node.outputs]
+        named += [graph.values[name] for node in graph if has_fixed_dtype(node) for name in node.outputs]
         for value in named:
             if value.castable and f"alias {value.alias}" in first:
                 root = self.root(first[f"alias {value.alias}"])
@@ -361,8 +361,8 @@ def _follow_autocast(graph: PrecisionGraph, low: str) -> None:
     """
     classes, stored = _Classes(graph), dict[str, str]()
     for node, results in zip(graph, made(graph), strict=True):
-        if told(node) or not graph.has_floats(node):
-            node.precision = node.out_dtype if told(node) and node.out_dtype in CASTABLE else "keep"  # type: ignore[assignment]
+        if has_fixed_dtype(node) or not graph.has_floats(node):
+            node.precision = node.out_dtype if has_fixed_dtype(node) and node.out_dtype in CASTABLE else "keep"  # type: ignore[assignment]
         elif node.verdict == "low":
             node.precision = low  # type: ignore[assignment]
         elif node.verdict == "fp32":
@@ -374,7 +374,7 @@ def _follow_autocast(graph: PrecisionGraph, low: str) -> None:
             node.precision = _widest([v for v in read if v.castable], low)  # type: ignore[assignment]
             why = f"{node.reason}; on no autocast list: {node.precision} as its operands"
             node.decide(node.verdict or "propagate", why, "rule")
-        if node.precision in CASTABLE and any(value.alias for value in results) and not told(node):
+        if node.precision in CASTABLE and any(value.alias for value in results) and not has_fixed_dtype(node):
             _keep_storage(node, classes, stored)
         _fix_values(node, results)
 

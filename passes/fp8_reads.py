@@ -96,7 +96,7 @@ class FP8Reads:
                 for y in found.values():
                     problem.edge(kept, y, INFINITE)
 
-    def settle(self, low_side: Sequence[bool]) -> None:
+    def write_back(self, low_side: Sequence[bool]) -> None:
         """Write down which passes read FP8, and why."""
         chosen: defaultdict[str, dict[str, str]] = defaultdict(dict)
         for (name, step), y in self.vertices.items():

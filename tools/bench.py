@@ -98,7 +98,7 @@ def _model(
     with bench_run.threads(settings["threads"] if device == "cpu" else 0):
         job = Job(workload, device, settled, max(1, workload.rows // micro), micro)
         wall = device == "cpu" and settings["threads"] != 1
-        plan = bench_run.Plan(settings["rounds"], settings["check"], max_seconds, wall)
+        plan = bench_run.BenchSettings(settings["rounds"], settings["check"], max_seconds, wall)
         results = bench_run.measure(job, ways, plan, lambda text: typer.echo(f"{name}: {text}", err=True))
     facts = {"rows": job.rows, "microbatches": micro, "unit": workload.unit, "policy": str(settled)}
     if device == "cuda":

@@ -28,7 +28,7 @@ class Result:
 
     Fields:
       first: seconds of the first step, compilation included; `ours` of them are mpcompile's own.
-      loss: after `Plan.check` steps from the same weights; `difference` is relative to eager FP32's.
+      loss: after `BenchSettings.check` steps from the same weights; `difference` is relative to eager FP32's.
       saved, saved_fp32: bytes kept for the backward of one microbatch, parameters and shadows apart.
       peak: most bytes held during the second step beyond those held before it.
       state: bytes held between steps: parameters, optimizer state, shadows (CUDA only).
@@ -57,7 +57,7 @@ class Result:
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchSettings:
     """How to measure: rounds, steps before the loss is compared, and the seconds that one model may take."""
 
     rounds: int = 7
@@ -75,7 +75,7 @@ class Prepared:
     repeat: int = 1
 
 
-def measure(job: Job, names: list[str], plan: Plan, say: Callable[[str], None]) -> list[Result]:
+def measure(job: Job, names: list[str], plan: BenchSettings, say: Callable[[str], None]) -> list[Result]:
     """One result per candidate, in the order of `names`; one that fails carries its error, and the rest go on."""
     end = time.monotonic() + plan.max_seconds
     together = _fit_together(job, len(names))
@@ -100,7 +100,7 @@ def measure(job: Job, names: list[str], plan: Plan, say: Callable[[str], None]) 
     return results
 
 
-def _rounds(ready: list[Prepared], job: Job, plan: Plan, end: float) -> None:
+def _rounds(ready: list[Prepared], job: Job, plan: BenchSettings, end: float) -> None:
     """Every candidate in turn, starting with another one each round."""
     clock = Clock(job.device, wall=plan.wall)
     for number in range(plan.rounds):
@@ -116,7 +116,7 @@ def _repeat(one: Prepared) -> None:
         one.loop.step()
 
 
-def _prepare(name: str, job: Job, plan: Plan, end: float) -> Prepared:
+def _prepare(name: str, job: Job, plan: BenchSettings, end: float) -> Prepared:
     result = Result(name)
     if time.monotonic() > end:
         result.error = "not run: out of time (--max-seconds)"
@@ -128,7 +128,7 @@ def _prepare(name: str, job: Job, plan: Plan, end: float) -> Prepared:
         return Prepared(result, None)  # type: ignore[arg-type]
 
 
-def _prepared(result: Result, job: Job, plan: Plan) -> Prepared:
+def _prepared(result: Result, job: Job, plan: BenchSettings) -> Prepared:
     before = _allocated(job)
     loop = CANDIDATES[result.candidate](job)
     start = time.perf_counter()

@@ -1,6 +1,6 @@
 """The training step on ONNX Runtime: the emitted step as one model, its state kept between steps.
 
-State lives in two buffers per tensor: a step reads one and writes the other, and then they change places; nothing is
+DoubleBuffer lives in two buffers per tensor: a step reads one and writes the other, and then they change places; nothing is
 copied.  The torch parameters and the optimizer's state are brought up to date on demand (`sync`), and taken in again
 when somebody edited them.  Where no provider has the low type's kernels, the step's simulation runs: FP32 operators
 and rounded values, the same numbers.
@@ -41,7 +41,7 @@ ONNX_TYPES = {
 
 
 @dataclass
-class Compiled:
+class CompiledStep:
     """The step for one signature of the batch.
 
     Fields:
@@ -57,7 +57,7 @@ class Compiled:
 
 
 @dataclass
-class State:
+class DoubleBuffer:
     """Two buffers of one tensor: `now` is read, `then` is written."""
 
     now: ort.OrtValue
@@ -87,8 +87,8 @@ class OrtTrainStep:
         self.low, self.optimizer, self.providers = self.torch_step.policy.low, optimizer, providers
         # Counts the steps for dropout: part of the state, so that a step that is run again drops the same.
         self.dropout_seed = torch.tensor(torch.initial_seed() % 2**31)
-        self._compiled: dict[Any, Compiled] = {}
-        self._state: dict[int, State] = {}
+        self._compiled: dict[Any, CompiledStep] = {}
+        self._state: dict[int, DoubleBuffer] = {}
         self._versions: dict[int, int] = {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> StepResult:
@@ -150,21 +150,21 @@ class OrtTrainStep:
 
     # -------------------------------------------------------------------------------------------------------- inside
 
-    def _find(self, batch: Batch) -> Compiled:
+    def _find(self, batch: Batch) -> CompiledStep:
         if self.torch_step.follow() or self.torch_step.monitor.look_at_state():
             # Another model, or another state of the optimizer, than what ONNX Runtime holds.
             self._take_edits()
             self.sync()
             self._compiled.clear()
             self._state.clear()
-        key = (batch.kind(), batch.shapes(), self.torch_step.identity.modes())
+        key = (batch.signature(), batch.shapes(), self.torch_step.identity.modes())
         held = self._compiled.get(key)
         if held is None or not held.updater.holds():
             self.sync()
             held = self._compiled[key] = self._compile(batch)
         return held
 
-    def _compile(self, batch: Batch) -> Compiled:
+    def _compile(self, batch: Batch) -> CompiledStep:
         emitted, updater = emit_step(self.torch_step, batch)
         step = step_to_onnx(emitted.module, emitted.arguments(batch.tensors), self.low)
         model = step.model
@@ -182,10 +182,10 @@ class OrtTrainStep:
         for tensor in live.values():
             self._adopt(tensor)
         self._note_versions()
-        self.torch_step.monitor.settle()
-        return Compiled(step, made, updater, live, batched, numbers)
+        self.torch_step.monitor.accept()
+        return CompiledStep(step, made, updater, live, batched, numbers)
 
-    def _input(self, held: Compiled, name: str, batch: Batch) -> ort.OrtValue:
+    def _input(self, held: CompiledStep, name: str, batch: Batch) -> ort.OrtValue:
         if name in held.batch:
             return _ortvalue(batch.tensors[held.batch[name]])
         if name == held.numbers:
@@ -194,7 +194,7 @@ class OrtTrainStep:
 
     def _adopt(self, tensor: Tensor) -> None:
         if id(tensor) not in self._state:
-            self._state[id(tensor)] = State(_ortvalue(tensor), _buffer(tensor, self._device), tensor)
+            self._state[id(tensor)] = DoubleBuffer(_ortvalue(tensor), _buffer(tensor, self._device), tensor)
 
     def _take_edits(self) -> None:
         """Somebody changed a live tensor (a loaded checkpoint, an edit in place): take in all, shadows refreshed."""

@@ -23,13 +23,13 @@ _SHOWN = 4
 
 @dataclass
 class Breaks:
-    """The graph breaks that happened while `watch` was active: Dynamo's title of each, and how often."""
+    """The graph breaks that happened while `counting_breaks` was active: Dynamo's title of each, and how often."""
 
     titles: Counter[str] = field(default_factory=Counter)
 
 
 @contextlib.contextmanager
-def watch() -> Iterator[Breaks]:
+def counting_breaks() -> Iterator[Breaks]:
     """Count the graph breaks of a block."""
     found, before = Breaks(), Counter(counters["graph_break"])
     try:
@@ -148,10 +148,10 @@ def warn_of_recurrent_break() -> None:
 
 __all__ = [
     "Breaks",
+    "counting_breaks",
     "warn_of_eager_call",
     "warn_of_gaps",
     "warn_of_recurrent_break",
     "warn_of_watched_call",
-    "watch",
     "watched_method",
 ]

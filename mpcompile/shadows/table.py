@@ -89,7 +89,7 @@ class _Entry:
 
 
 @dataclass(frozen=True)
-class _Look:
+class MasterSnapshot:
     """All of some masters that can change and is read on the host, by a fixed number of calls."""
 
     epoch: int
@@ -122,7 +122,7 @@ class ShadowTable:
         """The entries of several masters, made where they are new; their shadows may be stale."""
         return [self._entry(*pair) for pair in zip(masters, dtypes, strict=True)]
 
-    def look(self, masters: Sequence[torch.Tensor]) -> _Look:
+    def look(self, masters: Sequence[torch.Tensor]) -> MasterSnapshot:
         """What `masters` look like now."""
         try:
             versions = list(map(_VERSION, masters))
@@ -131,7 +131,7 @@ class ShadowTable:
             versions = [0 if master.is_inference() else master._version for master in masters]
         grads = [grad is not None for grad in map(_GRAD, masters)]
         addresses = list(map(torch.Tensor.data_ptr, masters))
-        return _Look(self.epoch, torch.is_grad_enabled(), list(map(id, masters)), versions, addresses, grads)
+        return MasterSnapshot(self.epoch, torch.is_grad_enabled(), list(map(id, masters)), versions, addresses, grads)
 
     def refresh(self, masters: Iterable[torch.Tensor]) -> None:
         """Cast the shadows of `masters` again, whatever they look like (after `p.data` edits on a GPU)."""
@@ -148,7 +148,7 @@ class ShadowTable:
                 self._steps[id(master)] += 1
                 self.epoch += 1
 
-    def states(self, look: _Look) -> Iterator[tuple[int, int, int]]:
+    def states(self, look: MasterSnapshot) -> Iterator[tuple[int, int, int]]:
         """(version, address, steps) of each master."""
         return zip(look.versions, look.addresses, map(self._steps.__getitem__, look.ids), strict=True)
 
@@ -225,12 +225,12 @@ class Watched:
     def __init__(self, table: ShadowTable, entries: Sequence[_Entry]) -> None:
         self.table, self.entries = table, list(entries)
         self.shadows = [entry.shadow for entry in entries]
-        self._seen: _Look | None = None
+        self._seen: MasterSnapshot | None = None
         # What an update of our own left behind, not yet written into the entries.
         self._noted: list[tuple[int, int, int]] | None = None
         self._comparison: Comparison | None = None
 
-    def bring_up_to_date(self, masters: Sequence[torch.Tensor], now: _Look | None = None) -> None:
+    def bring_up_to_date(self, masters: Sequence[torch.Tensor], now: MasterSnapshot | None = None) -> None:
         """Cast again what is not its master's any more; `now` is what the masters look like, where it is known."""
         now = now or self.table.look(masters)
         stale = self._changed(masters, now) if now != self._seen else set[int]()
@@ -241,7 +241,7 @@ class Watched:
             self._write(masters, self._comparison.differing(), now)
         self._seen = now
 
-    def _write(self, masters: Sequence[torch.Tensor], numbers: set[int], now: _Look) -> None:
+    def _write(self, masters: Sequence[torch.Tensor], numbers: set[int], now: MasterSnapshot) -> None:
         if numbers:
             states = list(self.table.states(now))
             self.table.write([(masters[i], self.entries[i], states[i]) for i in sorted(numbers)])
@@ -253,7 +253,7 @@ class Watched:
             self._comparison = None
         self._seen, self._noted = now, list(self.table.states(now))
 
-    def _changed(self, masters: Sequence[torch.Tensor], now: _Look) -> set[int]:
+    def _changed(self, masters: Sequence[torch.Tensor], now: MasterSnapshot) -> set[int]:
         """The numbers of the masters that changed as far as host calls tell."""
         if self._noted is not None:
             for entry, state in zip(self.entries, self._noted, strict=True):

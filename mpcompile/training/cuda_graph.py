@@ -50,7 +50,7 @@ class CudaRecorder:
 
 
 @dataclass
-class _Step:
+class _RecordedStep:
     """One recorded step: what to copy the batch into, what to replay, and where the results lie."""
 
     batch: list[Tensor]
@@ -81,7 +81,7 @@ class Replays:
         if wanted is True and not self.on:
             raise TrainingError("MP543", f"cuda_graph=True, and the model is on {device.type}")
         self._runs: dict[Any, int] = {}
-        self._steps: dict[Any, _Step] = {}
+        self._steps: dict[Any, _RecordedStep] = {}
 
     def clear(self) -> None:
         """What was recorded is void; keys may come again for other work."""
@@ -118,7 +118,7 @@ class Replays:
 
     def _recorded(
         self, key: Any, run: Run, tensors: Sequence[Tensor], fixed: Callable[[], Sequence[Tensor]]
-    ) -> _Step | None:
+    ) -> _RecordedStep | None:
         batch = [t.clone() for t in tensors]
         self._record = self._record or CudaRecorder()
         try:
@@ -129,7 +129,7 @@ class Replays:
             log.warning("mpcompile: no CUDA graph for the step (%s); it runs without", str(error).splitlines()[0])
             self.on = False
             return None
-        self._steps[key] = _Step(batch, recording, results, _addresses(fixed()))
+        self._steps[key] = _RecordedStep(batch, recording, results, _addresses(fixed()))
         return self._steps[key]
 
 

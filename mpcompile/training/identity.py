@@ -78,7 +78,7 @@ class ModelIdentity:
         self.tensors = list({id(t): t for t in held}.values())
         self._take_layout()
         self._training = list(map(_TRAINING, self._dicts))
-        self._settle_modes()
+        self._number_modes()
 
     def changed(self) -> bool:
         """True when what was compiled may be of other tensors, modules or hooks. Asks no device anything."""
@@ -89,10 +89,10 @@ class ModelIdentity:
         now = list(map(_TRAINING, self._dicts))
         if now != self._training:
             self._training = now
-            self._settle_modes()
+            self._number_modes()
         return self._mode
 
-    def _settle_modes(self) -> None:
+    def _number_modes(self) -> None:
         self._mode = self._modes.setdefault((tuple(self._training), tuple(self._wanted)), len(self._modes))
 
     def tensors_of_modules(self) -> list[Tensor]:
@@ -152,7 +152,7 @@ class ModelIdentity:
         wanted = list(map(_REQUIRES_GRAD, self.tensors))
         if wanted != self._wanted:
             self._wanted, self._guards = wanted, TensorGuards(self._strided)
-            self._settle_modes()
+            self._number_modes()
         return True
 
 

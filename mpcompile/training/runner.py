@@ -140,7 +140,7 @@ class Runner:
     def _updated(self, updater: Update, run: Callable[[], Sequence[Tensor]]) -> StepResult:
         """Run what ends with an update, and the optimizer's own hooks after it."""
         loss, finite, norm, scale = run()
-        self.buffers.settle(finite)
+        self.buffers.keep_if(finite)
         # Compiled code raises no version; other shadows of these masters, and autograd, go by it.
         torch.autograd.graph.increment_version(updater.binding.params)
         self._context.shadows.note_update()

@@ -32,7 +32,7 @@ class _Group:
     def remember(self) -> None:
         torch._foreach_copy_(self.olds, self.held)
 
-    def settle(self, finite: Tensor, ranks: Ranks | None) -> None:
+    def keep_if(self, finite: Tensor, ranks: Ranks | None) -> None:
         torch._foreach_copy_(self.news, self.held)
         torch.where(finite.to(self.new.device), self.new, self.old, out=self.new)
         if ranks is not None:
@@ -80,10 +80,10 @@ class SkippedBuffers:
         return made
 
     @torch.no_grad()
-    def settle(self, finite: Tensor) -> None:
+    def keep_if(self, finite: Tensor) -> None:
         """At the end of a window: all as it was, unless the update was finite."""
         for group in self._groups:
-            group.settle(finite, self._ranks)
+            group.keep_if(finite, self._ranks)
 
 
 __all__ = ["SkippedBuffers"]

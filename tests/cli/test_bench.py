@@ -15,7 +15,7 @@ from mpcompile import Policy
 from mpcompile.tools import bench, bench_loops, bench_run
 from mpcompile.tools.bench_loops import Job, Plain
 from mpcompile.tools.bench_models import MLP, WORKLOADS, Workload
-from mpcompile.tools.bench_run import Plan, Result
+from mpcompile.tools.bench_run import BenchSettings, Result
 from mpcompile.tools.main import app
 
 ROWS, WIDTH = 8, 32
@@ -94,7 +94,7 @@ def test_one_failing_candidate_does_not_end_the_others(monkeypatch: pytest.Monke
     monkeypatch.setitem(bench_loops.CANDIDATES, "compile FP32", fails)
     said: list[str] = []
     names = ["eager FP32", "compile FP32", "pure BF16"]
-    results = bench_run.measure(job(), names, Plan(rounds=2, check=1), said.append)
+    results = bench_run.measure(job(), names, BenchSettings(rounds=2, check=1), said.append)
     assert [one.candidate for one in results] == names
     assert results[1].error == "MemoryError: no room\nsecond line"
     assert results[1].seconds is None
@@ -104,7 +104,7 @@ def test_one_failing_candidate_does_not_end_the_others(monkeypatch: pytest.Monke
 
 
 def test_what_does_not_fit_the_time_is_left_out() -> None:
-    (result,) = bench_run.measure(job(), ["eager FP32"], Plan(max_seconds=-1.0), lambda _: None)
+    (result,) = bench_run.measure(job(), ["eager FP32"], BenchSettings(max_seconds=-1.0), lambda _: None)
     assert "--max-seconds" in result.error
 
 

@@ -207,13 +207,13 @@ def test_fp32_matmul_precision_is_per_graph() -> None:
 
 
 def test_what_is_not_finite_is_found_in_every_low_type() -> None:
-    from mpcompile.training.optimizer.fused_update import alike, non_finite
+    from mpcompile.training.optimizer.fused_update import by_layout, non_finite
 
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for bad, expected in ((1.0, 0.0), (float("inf"), 1.0), (-float("inf"), 1.0), (float("nan"), 1.0)):
             grads = [torch.ones(100, device="cuda"), torch.ones(3, 5, device="cuda", dtype=dtype)]
             grads[1][2, 3] = bad
-            assert non_finite(grads, alike(grads)).item() == expected
+            assert non_finite(grads, by_layout(grads)).item() == expected
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -223,7 +223,7 @@ def test_a_fused_update_in_pieces_is_torchs(layout: torch.memory_format, monkeyp
     from mpcompile.training.optimizer import kernel_update
 
     monkeypatch.setattr(kernel_update, "DEVICES", set())
-    monkeypatch.setattr(fused, "ROOM", {"cuda": 1 << 10})
+    monkeypatch.setattr(fused, "BUCKET_ELEMENTS", {"cuda": 1 << 10})
     monkeypatch.setattr(fused, "SMALL", 1)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(8, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(32 * 36, 16)).cuda()

@@ -16,7 +16,7 @@ from synthetic import layered
 from mpcompile.cost import CostModel, device, plan_cost
 from mpcompile.cut import SINK, SOURCE, CutProblem
 from mpcompile.graph import Node, PrecisionGraph, Value
-from mpcompile.passes.assign import Assign, _Plan, made
+from mpcompile.passes.assign import Assign, _CutProblem, made
 from mpcompile.passes.classify import Classify
 from mpcompile.passes.normalize import Normalize
 
@@ -33,7 +33,7 @@ def prepared(graph: PrecisionGraph, flops: int = 0) -> PrecisionGraph:
 
 def brute_force(graph: PrecisionGraph, assign: Assign) -> float:
     """The least cost over all plans that keep the fixed precisions and the ties."""
-    problem = _Plan(graph.copy(), CostModel(graph, device(assign.device), LOW, assign.fused), LOW, assign.output)
+    problem = _CutProblem(graph.copy(), CostModel(graph, device(assign.device), LOW, assign.fused), LOW, assign.output)
     problem.vertices()
     free = sorted({at for at in problem.places if at is not None} - {SOURCE, SINK})
     best = float("inf")
@@ -41,7 +41,7 @@ def brute_force(graph: PrecisionGraph, assign: Assign) -> float:
         # Vertices of nodes come first, so that places in `free` are those of the vertices.
         problem.graph = plan = graph.copy()
         problem.made = made(plan)
-        problem.settle([True, False, *choice])
+        problem.write_back([True, False, *choice])
         best = min(best, cost_of_plan(graph, plan, assign))
     return best
 

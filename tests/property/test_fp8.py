@@ -17,7 +17,7 @@ from mpcompile.cost import CostModel, plan_cost
 from mpcompile.cut import SINK, SOURCE
 from mpcompile.devices import Device, pinned
 from mpcompile.graph import Node, PrecisionGraph, Value
-from mpcompile.passes.assign import _Plan, made
+from mpcompile.passes.assign import _CutProblem, made
 from mpcompile.passes.classify import Classify
 from mpcompile.passes.fp8_reads import FP8Reads
 from mpcompile.pipeline import default_passes, run, verify_each
@@ -63,10 +63,10 @@ def rows_of(seed: int) -> Device:
     return replace(row, fp8={"tensorwise": rate}, quantise=row.bandwidth * rng.choice((0.02, 0.1, 0.4, 1.0)))
 
 
-def planned(graph: PrecisionGraph, row: Device) -> tuple[PrecisionGraph, _Plan, FP8Reads]:
+def planned(graph: PrecisionGraph, row: Device) -> tuple[PrecisionGraph, _CutProblem, FP8Reads]:
     plan = graph.copy()
     cost = CostModel(plan, row, LOW)
-    problem, reads = _Plan(plan, cost, LOW, "fp32"), FP8Reads(plan, cost, "tensorwise", asked=False)
+    problem, reads = _CutProblem(plan, cost, LOW, "fp32"), FP8Reads(plan, cost, "tensorwise", asked=False)
     problem.run(reads)
     return plan, problem, reads
 
@@ -92,14 +92,14 @@ def subsets(graph: PrecisionGraph, row: Device) -> Iterator[tuple[float, set[str
 
 def brute_force(graph: PrecisionGraph, row: Device) -> float:
     added = list(subsets(graph.copy(), row))
-    problem = _Plan(graph.copy(), CostModel(graph, row, LOW), LOW, "fp32")
+    problem = _CutProblem(graph.copy(), CostModel(graph, row, LOW), LOW, "fp32")
     problem.vertices()
     free = sorted({at for at in problem.places if at is not None} - {SOURCE, SINK})
     best = float("inf")
     for choice in itertools.product((False, True), repeat=len(free)):
         problem.graph = plan = graph.copy()
         problem.made = made(plan)
-        problem.settle([True, False, *choice])
+        problem.write_back([True, False, *choice])
         low = {node.id for node in plan if node.precision == LOW}
         best = min(best, whole(graph, plan, row)[0] + min(extra for extra, needs in added if needs <= low))
     return best
@@ -261,7 +261,7 @@ def test_what_cannot_read_fp8_does_not_even_where_it_is_asked_for(change: str, s
     graph.outputs = ["fc_out"]
     Classify(LOW, force_fp8=("fc",)).apply(graph)
     reads = FP8Reads(graph, CostModel(graph, pinned("h200"), LOW), "tensorwise", asked=True)
-    _Plan(graph, reads.cost, LOW, "fp32").run(reads)
+    _CutProblem(graph, reads.cost, LOW, "fp32").run(reads)
     assert set(graph.nodes["fc"].fp8) == steps
     if not steps:
         assert fp8.impossible(graph, graph.nodes["fc"])

@@ -152,7 +152,7 @@ def test_a_fused_update_follows_other_numbers_and_gives_way_when_they_keep_movin
 def test_channels_last_weights_reach_the_fused_kernel_as_they_lie(room, monkeypatch):
     """The kernel goes by address: whole, and in pieces of the slowest dimension in memory."""
     monkeypatch.setattr(fused, "SMALL", 1)
-    monkeypatch.setattr(fused, "ROOM", {"cpu": room})
+    monkeypatch.setattr(fused, "BUCKET_ELEMENTS", {"cpu": room})
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Flatten(), nn.Linear(24, 1)).to(memory_format=torch.channels_last)
     assert not model[0].weight.is_contiguous()
@@ -244,7 +244,7 @@ def test_weights_larger_than_the_buffer_are_updated_in_pieces(kind, clip, monkey
     monkeypatch.setattr(fused, "SMALL", 1)
     runs = []
     for room in (300, 1 << 20):
-        monkeypatch.setattr(fused, "ROOM", {"cpu": room})
+        monkeypatch.setattr(fused, "BUCKET_ELEMENTS", {"cpu": room})
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(32, 64), nn.Tanh(), nn.Linear(64, 32))
         optimizer = kind(model.parameters(), lr=0.05, fused=True)
@@ -253,7 +253,7 @@ def test_weights_larger_than_the_buffer_are_updated_in_pieces(kind, clip, monkey
         )
         results = [step(torch.full((4, 32), 0.1 * i)) for i in range(1, 4)]
         updater = next(iter(step.updates))
-        runs.append((len(updater.flow.groups), results, model.state_dict(), optimizer.state_dict()["state"]))
+        runs.append((len(updater.path.buckets), results, model.state_dict(), optimizer.state_dict()["state"]))
     (many, small, weights, states), (one, large, other_weights, other_states) = runs
     assert many > 10
     assert one == 1

@@ -40,7 +40,7 @@ for adam, low, mixed, split in kinds:
 assert "ld.global.v2.b32" in ptx(kernels.look, 8, LOW=tl.bfloat16, MIXED=False, TWO=False, CHUNK=4096)
 for owned, adam in ((True, True), (False, False)):
     none = dict.fromkeys(("scale", "growth_tracker", "hysteresis", "steps", "skipped", "floor_hits", "seed"))
-    ptx(kernels.settle, 4, LOOKED=owned, OWNED=owned, FOUND=not owned, UNSCALE=True, ADAM=adam,
+    ptx(kernels.advance_scale, 4, LOOKED=owned, OWNED=owned, FOUND=not owned, UNSCALE=True, ADAM=adam,
         **(dict(found_inf=None, grad_scale=None) if owned else none))
 print("compiled")
 """

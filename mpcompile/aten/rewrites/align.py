@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from mpcompile.aten.read import FxCapture
-from mpcompile.aten.rewrites.logits import Region, region_of, replay, values_of_written
+from mpcompile.aten.rewrites.logits import LogitsRegion, region_of, replay, values_of_written
 from mpcompile.formats import LOW
 from mpcompile.graph import PrecisionGraph
 
@@ -96,7 +96,7 @@ def _align(graph: fx.Graph, node: fx.Node, columns: int, extra: int) -> None:
     graph.erase_node(node)
 
 
-def _close(graph: fx.Graph, region: Region, columns: int, extra: int) -> None:
+def _close(graph: fx.Graph, region: LogitsRegion, columns: int, extra: int) -> None:
     """The loss reads all `columns`, the `extra` ones at the lowest number."""
     x, weight, bias = (*region.linear.args, None)[:3]
     with graph.inserting_before(region.loss):

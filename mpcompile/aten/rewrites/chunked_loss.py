@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from mpcompile.aten.facts import argument
 from mpcompile.aten.rewrites.align import closed, padded
-from mpcompile.aten.rewrites.logits import Region, ValueOf, region_of, replay
+from mpcompile.aten.rewrites.logits import LogitsRegion, ValueOf, region_of, replay
 
 aten = torch.ops.aten
 # Chunk when the FP32 logits would take more; in at most so many chunks, each of which is compiled.
@@ -135,7 +135,7 @@ def chunked_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Te
     return ChunkedLoss.apply(hidden, weight, bias, target, seed, options)  # type: ignore[no-any-return,no-untyped-call]
 
 
-def find(module: fx.GraphModule, value_of: ValueOf) -> list[Region]:
+def find(module: fx.GraphModule, value_of: ValueOf) -> list[LogitsRegion]:
     """The regions worth chunking: large logits, and the mean of their losses."""
     found = []
     for loss in module.graph.find_nodes(op="call_function", target=aten.cross_entropy_loss.default):
@@ -149,7 +149,7 @@ def find(module: fx.GraphModule, value_of: ValueOf) -> list[Region]:
 
 def rewrite(
     module: fx.GraphModule,
-    regions: Sequence[Region],
+    regions: Sequence[LogitsRegion],
     seed: fx.Node,
     value_of: ValueOf,
     extra_of: Callable[[fx.Node], int],

@@ -21,7 +21,7 @@ ValueOf = Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True)
-class Region:
+class LogitsRegion:
     """A cross-entropy loss of class indices, without class weights, the linear that makes its logits, and what stands
     between them (in order): casts, and operations on whole rows.
     """
@@ -44,7 +44,7 @@ class Region:
         return argument(self.loss, 5, "label_smoothing", 0.0)  # type: ignore[no-any-return]
 
 
-def region_of(loss: fx.Node, value_of: ValueOf) -> Region | None:
+def region_of(loss: fx.Node, value_of: ValueOf) -> LogitsRegion | None:
     """The region that ends in `loss`, where there is one.
 
     Args:
@@ -66,7 +66,7 @@ def region_of(loss: fx.Node, value_of: ValueOf) -> Region | None:
     if bias is not None and value_of(bias).shape != (classes,):
         return None  # one that is broadcast cannot be cut or padded as the classes are
     whole = all(_keeps_classes(one, value_of(one), classes) for one in between)
-    return Region(loss, node, tuple(between)) if whole else None
+    return LogitsRegion(loss, node, tuple(between)) if whole else None
 
 
 def replay(graph: fx.Graph, node: fx.Node, rows: Any, width: Any) -> Any:

@@ -28,7 +28,7 @@ from mpcompile.errors import OnnxError
 from mpcompile.graph import PrecisionGraph
 from mpcompile.onnx.export.decompositions import forward_table
 from mpcompile.onnx.export.replacements import replace_wrong
-from mpcompile.onnx.export.unify_types import settle
+from mpcompile.onnx.export.unify_types import unify_types
 from mpcompile.onnx.read.prepare import OPSETS
 from mpcompile.onnx.write import check as onnx_check
 from mpcompile.onnx.write.edits import annotate
@@ -84,7 +84,7 @@ def export_onnx(mp: Any, path: str | os.PathLike[str], *args: Any, dynamic_shape
     replace_wrong(written)
     held = translate(written, args, kwargs, dynamic_shapes, OPSETS.get(plan.policy.low, 20), custom_translation_table)
     made = OnnxExport(held[0], plan.graph)
-    added = settle(made.ir_model, "cuda")
+    added = unify_types(made.ir_model, "cuda")
     if added:
         made.notes.append(f"{added} casts make explicit what PyTorch's kernels promote inside")
     plan.graph.header.update(policy=str(plan.policy), device=plan.row)

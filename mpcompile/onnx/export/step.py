@@ -19,7 +19,7 @@ from mpcompile.errors import OnnxError
 from mpcompile.onnx.export.decompositions import REFUSED, step_table
 from mpcompile.onnx.export.dropout import RANDOM, Counter
 from mpcompile.onnx.export.forward import translate
-from mpcompile.onnx.export.unify_types import settle
+from mpcompile.onnx.export.unify_types import unify_types
 from mpcompile.onnx.read.prepare import OPSETS
 
 # They ask for strides; ONNX has none, and what is decomposed may come out in others.
@@ -76,7 +76,7 @@ def step_to_onnx(module: fx.GraphModule, arguments: Sequence[Tensor], low: str) 
         traced = make_fx(act, step_table(random), tracing_mode="fake", _allow_non_fake_inputs=True)(*arguments)
         _tidy(traced)
     model, _ = translate(traced, tuple(arguments), {}, None, OPSETS.get(low, 20))
-    added = settle(model, "cuda")
+    added = unify_types(model, "cuda")
     made = _named(model, names, places, added)
     made.seeded = seeded
     return made

@@ -22,7 +22,7 @@ from mpcompile.onnx.tensors import DATA_TYPES, NUMPY_TYPES
 FLOATS = set(DATA_TYPES.values())
 
 
-def settle(model: ir.Model, provider: str = "") -> int:
+def unify_types(model: ir.Model, provider: str = "") -> int:
     """Settle the types of `model` in place; the number of casts that had to be added.
 
     Args:

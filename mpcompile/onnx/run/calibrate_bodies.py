@@ -32,8 +32,8 @@ def record_bodies(capture: OnnxCapture, feeds: Sequence[Mapping[str, Any]], low:
         return {}
     target = capture.loaded.objects()
     inner = {value: name for value, name in _results(capture, target.graph, "") if name in wanted}
-    watch = _Watch(low, opset(target, ""), inner)
-    found = [row for node in list(target.graph) for row in watch.control(node)]
+    probe = _BodyProbe(low, opset(target, ""), inner)
+    found = [row for node in list(target.graph) for row in probe.control(node)]
     if not found:
         return {}
     target.graph.outputs.clear()
@@ -65,7 +65,7 @@ def _results(capture: OnnxCapture, graph: ir.Graph, scope: str) -> Iterator[tupl
 Rows = tuple[ir.Value, list[str]]
 
 
-class _Watch:
+class _BodyProbe:
     """Adds what measures; `names` are those of the values to measure."""
 
     def __init__(self, low: str, version: int, names: Mapping[ir.Value, str]) -> None:

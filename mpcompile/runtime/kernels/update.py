@@ -190,7 +190,7 @@ class UpdateKernel:
                        "ADAM": self.adam, "MOMENTUM": flags.momentum, "WIDE": shape.wide, "CHUNK": shape.chunk,
                        "num_warps": shape.warps}  # fmt: skip
         owned = self.scale is not None
-        self._settled = {"LOOKED": self.clips or owned, "OWNED": owned, "ADAM": self.adam, "num_warps": 4}
+        self._advance_options = {"LOOKED": self.clips or owned, "OWNED": owned, "ADAM": self.adam, "num_warps": 4}
 
     def prepare(self) -> None:
         """Call this now and then while nothing is captured: a capture needs pinned memory that lies ready."""
@@ -218,9 +218,9 @@ class UpdateKernel:
         grads = self._gather(grads)
         with _on(self.device):
             table = self._table.now(grads)
-            if self._settled["LOOKED"]:
+            if self._advance_options["LOOKED"]:
                 self._look(table)
-            result = self._settle(table, found_inf, grad_scale)
+            result = self._advance_scale(table, found_inf, grad_scale)
             self._move(table)
         return result
 
@@ -229,16 +229,16 @@ class UpdateKernel:
 
         update_triton.look[(self._programs,)](table, *self._looks, self._partials, len(self._looks[0]), **self._looked)
 
-    def _settle(self, table: Tensor, found_inf: Tensor | None, grad_scale: Tensor | None) -> Result:
+    def _advance_scale(self, table: Tensor, found_inf: Tensor | None, grad_scale: Tensor | None) -> Result:
         from mpcompile.runtime.kernels import update_triton
 
         finite = torch.empty((), dtype=torch.uint8, device=self.device)
         norm, after = torch.empty(2, device=self.device).unbind()
         unscale = grad_scale is not None or (self.scale is not None and not self.rule.off)
-        update_triton.settle[(1,)](
+        update_triton.advance_scale[(1,)](
             self._partials, self._programs, table, len(self.rows.masters), self._groups, self._numbers, self._rule,
             self._limits, self._factors, *(self.scale or (None,) * 7), found_inf, grad_scale, finite, norm, after,
-            FOUND=found_inf is not None, UNSCALE=unscale, **self._settled,
+            FOUND=found_inf is not None, UNSCALE=unscale, **self._advance_options,
         )  # fmt: skip
         return Result(finite.view(torch.bool), norm, after)
 

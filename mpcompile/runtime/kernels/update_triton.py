@@ -1,6 +1,6 @@
 """The device side of the one-launch update: three kernels over a table of addresses.
 
-`look` reads every gradient once: FP32 partial sums of squares, and whether an element is infinite or NaN.  `settle`, one
+`look` reads every gradient once: FP32 partial sums of squares, and whether an element is infinite or NaN.  `advance_scale`, one
 program, adds the partials up and moves all scalars: clip factor, loss scale, step counters, and per parameter the
 numbers that the update multiplies by.  `move` (`mpcompile.runtime.kernels.move_triton`) reads gradient, master and
 moments and writes master, moments and shadow.  `mpcompile.runtime.kernels.update` says what the tables hold.
@@ -26,7 +26,7 @@ LOW_GRAD = tl.constexpr(10)
 LOW_OTHER = tl.constexpr(11)
 ALIGNED = tl.constexpr(12)
 COLUMNS = tl.constexpr(16)
-# FP64 numbers of a group or the rule, FP32 pairs of a parameter; what `settle` reads at once.
+# FP64 numbers of a group or the rule, FP32 pairs of a parameter; what `advance_scale` reads at once.
 NUMBERS = tl.constexpr(8)
 TILE = tl.constexpr(256)
 
@@ -160,7 +160,7 @@ def _move_scale(finite, rule, scale, growth_tracker, hysteresis, steps, skipped,
 
 
 @triton.jit
-def settle(
+def advance_scale(
     partials, programs, table, rows, groups, numbers, rule, limits, factors,
     scale, growth_tracker, hysteresis, steps, skipped, floor_hits, seed,
     found_inf, grad_scale, finite_out, norm_out, scale_out,

@@ -100,7 +100,7 @@ class _Inserter:
     def averages(self, parts: Sequence[Sequence[fx.Node]]) -> list[fx.Node]:
         """The average of each parameter's gradients, in the dtype that it travels in."""
         sent, place, point = list[tuple[list[int], fx.Node]](), -1, None
-        for members in self._settled(parts):
+        for members in self._agreed_buckets(parts):
             last = max((node for i in members for node in parts[i]), key=lambda node: self.order.get(node, 0))
             # Behind `last`, but never before a bucket that is sent earlier; without an order, at the graph's end.
             if self.order and self.order[last] > place:
@@ -113,7 +113,7 @@ class _Inserter:
             found.update(zip(members, self._apart(arrived, [parts[i][0] for i in members]), strict=True))
         return [found[i] for i in range(len(parts))]
 
-    def _settled(self, parts: Sequence[Sequence[fx.Node]]) -> list[list[int]]:
+    def _agreed_buckets(self, parts: Sequence[Sequence[fx.Node]]) -> list[list[int]]:
         key = tuple((_value(part[0]).numel(), _dtype(part[0])) for part in parts)
         if key not in self.reducer.buckets:
             when = [max(self.order.get(node, 0) for node in part) for part in parts]

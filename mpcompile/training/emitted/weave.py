@@ -211,7 +211,7 @@ def precision_graph(emitted: Emitted, joint: Joint) -> PrecisionGraph:
     for node in graph:
         found = by_name[node.id]
         node.phase = found.meta.get("mp_phase", "optimizer")
-        _settle_precision(graph, node, forward.plan.policy.low)
+        _set_precision(graph, node, forward.plan.policy.low)
         origins.explain(graph, node, found)
     if emulated_kinds(forward.plan.device, forward.plan.policy.low, compiled=False):
         _mark_roundings(graph)
@@ -304,7 +304,7 @@ _JOINS = "joins gradients, in the precision that they arrive in"
 _OURS = {"mpcompile.quantise.default": "makes the copies in which products read an operand in FP8, and their scales"}
 
 
-def _settle_precision(graph: PrecisionGraph, node: Node, low: str) -> None:
+def _set_precision(graph: PrecisionGraph, node: Node, low: str) -> None:
     """Read the node's precision off the dtypes that stand in the graph; name the operands that differ."""
     reads = [graph.values[name].dtype if graph.values[name].castable else "" for name in node.inputs]
     gives = [graph.values[name].dtype if graph.values[name].castable else "" for name in node.outputs]

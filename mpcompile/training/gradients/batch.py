@@ -16,7 +16,7 @@ from mpcompile.errors import TrainingError
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-class Hole:
+class TENSOR:
     """Stands where a tensor goes."""
 
 
@@ -32,13 +32,13 @@ class Batch:
         self.given: list[Tensor] = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         self.formats = tuple(map(_format, self.given))
         self.tensors = [t if f else t.detach().contiguous() for t, f in zip(self.given, self.formats, strict=True)]
-        self.others = tuple(Hole if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+        self.others = tuple(TENSOR if isinstance(leaf, Tensor) else leaf for leaf in leaves)
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
         rest = iter(tensors)
-        return pytree.tree_unflatten([next(rest) if o is Hole else o for o in self.others], self.tree)
+        return pytree.tree_unflatten([next(rest) if o is TENSOR else o for o in self.others], self.tree)
 
-    def kind(self) -> tuple[Any, ...]:
+    def signature(self) -> tuple[Any, ...]:
         """All that a graph depends on but the sizes. True, 1 and 1.0 are three signatures."""
         formats = tuple(f or "contiguous" for f in self.formats)
         tensors = tuple((t.dtype, t.device, t.dim()) for t in self.tensors)

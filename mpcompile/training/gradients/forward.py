@@ -155,7 +155,7 @@ def capture(
         program = export(LossOf(model, loss_fn, batch), tensors, None, sizes and {"tensors": sizes})
     module = program.graph_module
     inline_regions(module)
-    traced_calls.settle(module, calls)
+    traced_calls.make_calls(module, calls)
     checkpoints.tag(module)
     _name_loss(module, loss_fn)
     sources = _name_inputs(program, module, named)
@@ -180,7 +180,7 @@ def capture(
     if compiled:
         align_linears(written.module, plan.capture, plan.graph, plan.device)
     written.module.recompile()
-    constants = {_settled(name): value for name, value in program.constants.items()}
+    constants = {_name_of_owner(name): value for name, value in program.constants.items()}
     return _assemble(written.module, written.shadows, sources, plan, constants, named, trained)
 
 
@@ -240,7 +240,7 @@ def _name_inputs(program: Any, module: fx.GraphModule, named: dict[str, Tensor])
     for node in module.graph.find_nodes(op="placeholder"):
         spec, value = specs[node.name], node.meta.get("val")
         kind: Any = kinds[spec.kind] if spec.target not in outside else "param"
-        name = outside.get(spec.target) or (_settled(spec.target or "") if kind != "arg" else node.name)
+        name = outside.get(spec.target) or (_name_of_owner(spec.target or "") if kind != "arg" else node.name)
         node.meta["mp_name"], node.meta["mp_role"] = name or node.name, _ROLES[kind]
         dtype = value.dtype if isinstance(value, Tensor) else torch.int64
         found[node.name] = Input(kind, name, dtype, leaf if kind == "arg" else -1)
@@ -280,7 +280,7 @@ def _name_loss(module: fx.GraphModule, loss_fn: Callable[..., Any] | None) -> No
             node.meta["stack_trace"] = frame + (node.meta.get("stack_trace") or "")
 
 
-def _settled(target: str) -> str:
+def _name_of_owner(target: str) -> str:
     """A name of `LossOf`'s as `owned` has it."""
     if target.startswith("loss_fn."):
         return _OF_LOSS + target.removeprefix("loss_fn.")

@@ -27,7 +27,7 @@ from mpcompile.shadows.step_shadows import ShadowSet
 from mpcompile.torch_internals import COMPILING
 from mpcompile.training.accumulation import Layout
 from mpcompile.training.distributed.reduce import Reducer
-from mpcompile.training.gradients.batch import Batch, Hole
+from mpcompile.training.gradients.batch import TENSOR, Batch
 from mpcompile.training.gradients.compile import Run, compile_joint, decompositions
 from mpcompile.training.gradients.forward import Forward, Input, capture, owned
 from mpcompile.training.gradients.gradient_hooks import refuse_unseen
@@ -145,7 +145,7 @@ class Specialization:
             return True
         for number, fake in fakes.items():
             sizes = zip(fake.shape, tensors[number].shape, strict=True)
-            if any(_settled(traced) not in (None, given) for traced, given in sizes):
+            if any(_fixed_size(traced) not in (None, given) for traced, given in sizes):
                 return False
         environment = next(iter(fakes.values())).fake_mode.shape_env  # type: ignore[attr-defined]
         if self.guard is None:
@@ -155,7 +155,7 @@ class Specialization:
         return not self.guard or bool(environment.evaluate_guards_expression(self.guard, given))
 
 
-def _settled(size: int | torch.SymInt) -> int | None:
+def _fixed_size(size: int | torch.SymInt) -> int | None:
     """The one size that a graph is for; None where it stayed symbolic. Tracing settles some that began so."""
     return size.node.maybe_as_int() if isinstance(size, torch.SymInt) else size
 
@@ -215,7 +215,7 @@ class SpecializationCache:
         if any(map(_REQUIRES_GRAD, batch.given)):
             _refuse_gradient(batch)
         modes = self.identity.modes(), torch.get_default_dtype(), self.values.number()
-        kind, shapes = (batch.kind(), modes), batch.shapes()
+        kind, shapes = (batch.signature(), modes), batch.shapes()
         try:
             found = self._exact.get((kind, shapes))
         except TypeError:
@@ -243,7 +243,7 @@ class SpecializationCache:
                     TrainingError(
                         "MP533",
                         f"the step was compiled for {MANY_VALUES} values of its arguments that are not tensors",
-                        why=f"the last were {[o for o in batch.others if o is not Hole]!r:.200}",
+                        why=f"the last were {[o for o in batch.others if o is not TENSOR]!r:.200}",
                         try_="pass a number that moves as a tensor",
                     )
                 ),

@@ -2,7 +2,7 @@
 
 `torch.export` reads a program's forward and no more: of an autograd function it would keep the forward's operations and
 lose the backward, of a hook on a tensor nothing at all.  So while it reads, such a call is recorded as one node
-(`record`); `settle` turns the node's target into a function that makes the very call.  AOTAutograd, which traces
+(`record`); `make_calls` turns the node's target into a function that makes the very call.  AOTAutograd, which traces
 forward and backward of the rewritten graph, then runs the user's own Python, and both halves become ATen.
 
 What cannot be traced (a kernel that asks for addresses, control flow that asks for values) is made `opaque`: one
@@ -128,7 +128,7 @@ torch.library.register_fake("mpcompile::traced_call", _fake_traced, lib=_LIBRARY
 fx.node.has_side_effect(torch.ops.mpcompile.traced_call.default)
 
 
-def settle(module: fx.GraphModule, calls: Sequence[Call]) -> None:
+def make_calls(module: fx.GraphModule, calls: Sequence[Call]) -> None:
     """Let the recorded nodes of `module` make their calls; a hook's tensor is read through the hook by all its readers."""
     nodes = list(module.graph.find_nodes(op="call_function", target=torch.ops.mpcompile.traced_call.default))
     hooks = list[fx.Node]()
@@ -179,7 +179,7 @@ def insert(graph: fx.Graph, source: fx.Node, call: Call) -> fx.Node:
 
 
 def calls_of(module: fx.GraphModule) -> dict[fx.Node, Call]:
-    """Node -> call, of the calls in a settled graph."""
+    """Node -> call, of the calls in a graph whose calls are made."""
     return {n: call for n in module.graph.nodes if (call := getattr(n.target, "mp_call", None)) is not None}
 
 
@@ -266,4 +266,4 @@ def _run_opaque(call: Call, operands: Sequence[Any]) -> list[Tensor]:
     return list(torch.ops.mpcompile.opaque_call(first, rest, call.number, False)[:-1])
 
 
-__all__ = ["HOOKS", "Call", "calls_of", "insert", "is_recording", "record", "recording", "settle"]
+__all__ = ["HOOKS", "Call", "calls_of", "insert", "is_recording", "make_calls", "record", "recording"]

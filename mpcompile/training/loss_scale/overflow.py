@@ -64,7 +64,7 @@ class Overflow:
         return "\n".join(lines)
 
 
-class Watch(fx.Interpreter):
+class FirstNonFinite(fx.Interpreter):
     """Runs a graph and keeps the first node that makes a non-finite number out of finite ones."""
 
     def __init__(self, module: fx.GraphModule) -> None:
@@ -88,12 +88,12 @@ def explain(joint: Joint, inputs: Sequence[Any], seed: Tensor, names: dict[str, 
       inputs: what the joint graph reads, without the seed.
       names: the places of the nodes of the joint graph.
     """
-    watch = Watch(joint.module)
+    seen = FirstNonFinite(joint.module)
     with torch.no_grad():
-        results = watch.run(*inputs, seed)
-    if watch.found is None:
+        results = seen.run(*inputs, seed)
+    if seen.found is None:
         return _given(joint, [*inputs, seed], float(seed)) if any(map(_bad, results)) else None
-    node, result, operands = watch.found
+    node, result, operands = seen.found
     node = _computed(node)
     value = next(t for t in _tensors(result) if not _finite(t))
     module, source, _ = names.get(node.name, Place())

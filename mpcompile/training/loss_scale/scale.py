@@ -151,7 +151,7 @@ def transition(rule: LossScale, state: ScaleState, finite: Any) -> ScaleState:
     steps = _where(finite, state.steps + 1, state.steps)
     skipped = _where(finite, state.skipped, state.skipped + 1)
     if rule.kind == "static":
-        return _settle(*state[:3], steps, skipped, state.floor_hits)
+        return _as_state(*state[:3], steps, skipped, state.floor_hits)
     full = state.growth_tracker + 1 >= rule.interval
     grown = _at_most(_times(state.scale, rule.growth), rule.cap)
     # A product past FP32 is not taken: the scale stays, and the count starts again, as in GradScaler.
@@ -161,7 +161,7 @@ def transition(rule: LossScale, state: ScaleState, finite: Any) -> ScaleState:
     lowered = _at_least(_times(state.scale, rule.backoff), rule.floor)
     refilled = _where(full, rule.hysteresis, state.hysteresis_left) if rule.refill == "growth" else rule.hysteresis
     at_floor = _where(backs_off, state.scale <= rule.floor, False)
-    return _settle(
+    return _as_state(
         _where(finite, _where(full, grown, state.scale), _where(backs_off, lowered, state.scale)),
         _where(finite, _where(full, 0, state.growth_tracker + 1), 0),
         _where(finite, refilled, left),
@@ -237,7 +237,7 @@ def from_dict(saved: dict[str, Any], rule: LossScale) -> tuple[LossScale, ScaleS
     return loaded, state
 
 
-def _settle(*values: Any) -> ScaleState:
+def _as_state(*values: Any) -> ScaleState:
     """The values as a state; tensors in their own dtype again (numbers mixed in may have widened them)."""
     return ScaleState(*(v.to(d) if isinstance(v, Tensor) else v for v, d in zip(values, DTYPES, strict=True)))
 

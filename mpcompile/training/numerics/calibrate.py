@@ -33,7 +33,7 @@ def calibrate(
     with torch.random.fork_rng():
         for given in batches:
             batch = Batch(*as_call(given))
-            key = batch.kind(), batch.shapes()
+            key = batch.signature(), batch.shapes()
             if key not in known:
                 known[key] = subject(model, loss_fn or Differentiable(), batch, plain)
             _measure(known[key], batch, found)

@@ -1,7 +1,7 @@
 """The update by ATen's fused kernel, for the optimizers that have one.
 
-Gradients reach the kernel a group at a time, through one FP32 buffer that stays in the cache: nothing holds them all
-in FP32 beside their low originals.  The kernel skips itself where `found_inf` is 1.  A few calls a group, nothing
+Gradients reach the kernel a bucket at a time, through one FP32 buffer that stays in the cache: nothing holds them all
+in FP32 beside their low originals.  The kernel skips itself where `found_inf` is 1.  A few calls a bucket, nothing
 compiled per parameter, and on a CPU a third of the time of a compiled update (docs/explanation/training-step.md).
 """
 
@@ -25,12 +25,12 @@ from mpcompile.training.optimizer.traced_update import Spec, clip_factor, trace_
 # Below this many elements a compiled update, all in one kernel launch sequence of its own, is faster.
 SMALL = 1 << 20
 # Elements of the buffer: 4 MB stay in a CPU's cache; on a GPU launches cost more than a pass over memory.
-ROOM = {"cpu": 1 << 20, "cuda": 1 << 24}
+BUCKET_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Rows `start` to `start + length` of a parameter (all of it where `length` is -1); `last` of its pieces.
+class Slice:
+    """Rows `start` to `start + length` of a parameter (all of it where `length` is -1); `last` of its slices.
 
     `order` names the dimensions as they lie in memory, where that is not their own order (channels_last weights).
     """
@@ -42,13 +42,13 @@ class Piece:
     order: tuple[int, ...] = ()
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The piece of the parameter, or of anything that has its shape; contiguous where it lies as the parameter."""
+        """The slice of the parameter, or of anything that has its shape; contiguous where it lies as the parameter."""
         tensor = tensor.permute(self.order) if self.order else tensor
         return tensor if self.length < 0 else tensor.narrow(0, self.start, self.length)
 
 
-Group = tuple[Piece, ...]
-Settle = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+Bucket = tuple[Slice, ...]
+AdvanceScale = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 Step = Callable[[Tensor, Sequence[Tensor]], None]
 
 
@@ -59,7 +59,7 @@ def serves(binding: Binding) -> bool:
     states = [(binding.params[i], t) for (i, _), t in zip(binding.tensors, binding.state_tensors(), strict=True)]
     return (
         sum(p.numel() for p in binding.params) >= SMALL
-        and all(Piece(0, order=_order(p)).of(p).is_contiguous() for p in binding.params)
+        and all(Slice(0, order=_order(p)).of(p).is_contiguous() for p in binding.params)
         and all(state.stride() == param.stride() for param, state in states)
     )
 
@@ -71,33 +71,33 @@ def _order(param: Tensor) -> tuple[int, ...]:
     return tuple(sorted(range(param.dim()), key=param.stride, reverse=True))
 
 
-def grouped(params: Sequence[Tensor], room: int) -> list[Group]:
-    """The parameters in groups of at most `room` elements each; larger ones in pieces of rows."""
-    groups, members, taken = list[Group](), list[Piece](), 0
-    for piece, size in _pieces(params, room):
+def bucketed(params: Sequence[Tensor], room: int) -> list[Bucket]:
+    """The parameters in buckets of at most `room` elements each; larger ones in slices of rows."""
+    buckets, members, taken = list[Bucket](), list[Slice](), 0
+    for slice_, size in _slices(params, room):
         if members and taken + size > room:
-            groups.append(tuple(members))
+            buckets.append(tuple(members))
             members, taken = [], 0
-        members.append(piece)
+        members.append(slice_)
         taken += size
-    return [*groups, tuple(members)]
+    return [*buckets, tuple(members)]
 
 
-def _pieces(params: Sequence[Tensor], room: int) -> Iterator[tuple[Piece, int]]:
+def _slices(params: Sequence[Tensor], room: int) -> Iterator[tuple[Slice, int]]:
     for i, param in enumerate(params):
         order, count = _order(param), param.numel()
         if count <= room or param.dim() == 0:
-            yield Piece(i, order=order), count
+            yield Slice(i, order=order), count
             continue
-        total = Piece(i, order=order).of(param).shape[0]
+        total = Slice(i, order=order).of(param).shape[0]
         row = count // total
         rows = max(1, room // row)
         for start in range(0, total, rows):
             length = min(rows, total - start)
-            yield Piece(i, start, length, start + length == total, order), length * row
+            yield Slice(i, start, length, start + length == total, order), length * row
 
 
-def alike(tensors: Sequence[Tensor]) -> list[list[int]]:
+def by_layout(tensors: Sequence[Tensor]) -> list[list[int]]:
     """The tensors' numbers, those of one dtype and layout together: for a list that mixes them, CUDA's `_foreach`
     functions launch a kernel per tensor.
     """
@@ -111,7 +111,7 @@ def non_finite(grads: Sequence[Tensor], kinds: Sequence[Sequence[int]]) -> Tenso
     """0-dim FP32: 1 where any element of any gradient is infinite or NaN, else 0. Exact: no sum can overflow.
 
     Args:
-      kinds: the gradients' numbers, as `alike` gives them.
+      kinds: the gradients' numbers, as `by_layout` gives them.
     """
     device = grads[0].device
     if device.type == "cpu":
@@ -126,7 +126,7 @@ def non_finite(grads: Sequence[Tensor], kinds: Sequence[Sequence[int]]) -> Tenso
     return torch.stack([~torch.isfinite(each).all() for each in largest]).any().float()
 
 
-def settle(spec: Spec, found: Tensor, state: ScaleState, seed: Tensor) -> tuple[Tensor, ...]:
+def advance_scale(spec: Spec, found: Tensor, state: ScaleState, seed: Tensor) -> tuple[Tensor, ...]:
     """Move the loss scale; returns (finite, factor that unscales, scale, *state, seed), all new."""
     finite = found == 0
     after = transition(spec.rule, state, finite)
@@ -134,63 +134,65 @@ def settle(spec: Spec, found: Tensor, state: ScaleState, seed: Tensor) -> tuple[
 
 
 @dataclass(frozen=True)
-class Plot:
-    """Where a group's gradients lie in the buffer; the same at every step.
+class BucketLayout:
+    """Where a bucket's gradients lie in the buffer; the same at every step.
 
     Fields:
-      size: elements; like: tensors of the pieces' shapes, without data.
-      first: (piece, number of its first gradient); kinds: the numbers of those that one call copies.
-      more: (place among the pieces, piece, number of another gradient).
+      size: elements; like: tensors of the slices' shapes, without data.
+      first: (slice, number of its first gradient); kinds: the numbers of those that one call copies.
+      more: (place among the slices, slice, number of another gradient).
     """
 
     size: int
     like: list[Tensor]
-    first: list[tuple[Piece, int]]
+    first: list[tuple[Slice, int]]
     kinds: list[list[int]]
-    more: list[tuple[int, Piece, int]]
+    more: list[tuple[int, Slice, int]]
 
 
-def _plot(spec: Spec, params: Sequence[Tensor], group: Group, grads: Sequence[Tensor]) -> Plot:
-    like = [torch.empty(piece.of(params[piece.param]).shape, device="meta") for piece in group]
-    parts = [spec.parts[piece.param] for piece in group]
-    first = [(piece, part[0]) for piece, part in zip(group, parts, strict=True)]
-    kinds = alike([piece.of(grads[i]) for piece, i in first])
-    more = [(n, piece, i) for n, (piece, part) in enumerate(zip(group, parts, strict=True)) for i in part[1:]]
-    return Plot(sum(t.numel() for t in like), like, first, kinds, more)
+def _bucket_layout(spec: Spec, params: Sequence[Tensor], bucket: Bucket, grads: Sequence[Tensor]) -> BucketLayout:
+    like = [torch.empty(slice_.of(params[slice_.param]).shape, device="meta") for slice_ in bucket]
+    parts = [spec.parts[slice_.param] for slice_ in bucket]
+    first = [(slice_, part[0]) for slice_, part in zip(bucket, parts, strict=True)]
+    kinds = by_layout([slice_.of(grads[i]) for slice_, i in first])
+    more = [(n, slice_, i) for n, (slice_, part) in enumerate(zip(bucket, parts, strict=True)) for i in part[1:]]
+    return BucketLayout(sum(t.numel() for t in like), like, first, kinds, more)
 
 
 @dataclass(frozen=True)
-class Flow:
+class GradientPath:
     """The way of the gradients through the update: the same calls when it runs and when it is emitted."""
 
     spec: Spec
-    groups: list[Group]
-    plots: list[Plot]
+    buckets: list[Bucket]
+    layouts: list[BucketLayout]
     kinds: list[list[int]]
 
     @classmethod
-    def of(cls, spec: Spec, params: Sequence[Tensor], groups: list[Group], grads: Sequence[Tensor]) -> Flow:
-        return cls(spec, groups, [_plot(spec, params, group, grads) for group in groups], alike(grads))
+    def of(cls, spec: Spec, params: Sequence[Tensor], buckets: list[Bucket], grads: Sequence[Tensor]) -> GradientPath:
+        return cls(spec, buckets, [_bucket_layout(spec, params, bucket, grads) for bucket in buckets], by_layout(grads))
 
-    def run(self, grads: Sequence[Tensor], settle: Settle, steps: Sequence[Step]) -> tuple[Tensor, Tensor, Tensor]:
+    def run(
+        self, grads: Sequence[Tensor], advance: AdvanceScale, steps: Sequence[Step]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """(finite, norm, scale).
 
         Args:
-          settle: from `non_finite`'s result, (finite, factor that unscales, scale), the state being written in place.
-          steps: per group, the optimizer's step of (found_inf, FP32 gradients).
+          advance: from `non_finite`'s result, (finite, factor that unscales, scale), the state being written in place.
+          steps: per bucket, the optimizer's step of (found_inf, FP32 gradients).
         """
         found = non_finite(grads, self.kinds)
-        finite, unscale, scale = settle(found)
-        buffer = torch.empty(max(plot.size for plot in self.plots), device=found.device)
+        finite, unscale, scale = advance(found)
+        buffer = torch.empty(max(layout.size for layout in self.layouts), device=found.device)
         factor, norm = None if self.spec.rule.is_off else unscale, None
         if self.spec.max_grad_norm is not None:
-            norm = _norm([_norm(self.fill(plot, grads, buffer)) for plot in self.plots])
+            norm = _norm([_norm(self.fill(layout, grads, buffer)) for layout in self.layouts])
             norm = norm if factor is None else norm * factor
             clip = clip_factor(norm, self.spec.max_grad_norm)
             factor = clip if factor is None else factor * clip
         norms = []
-        for plot, step in zip(self.plots, steps, strict=True):
-            views = self.fill(plot, grads, buffer)
+        for layout, step in zip(self.layouts, steps, strict=True):
+            views = self.fill(layout, grads, buffer)
             if factor is not None:
                 torch._foreach_mul_(views, factor)
             if norm is None:
@@ -198,14 +200,14 @@ class Flow:
             step(found, views)
         return finite, _norm(norms) if norm is None else norm, scale
 
-    def fill(self, plot: Plot, grads: Sequence[Tensor], buffer: Tensor) -> list[Tensor]:
-        """A group's gradients, summed where a parameter has several, in views of `buffer`."""
-        views = list(torch._C._nn.unflatten_dense_tensors(buffer.narrow(0, 0, plot.size), plot.like))
-        pieces = [piece.of(grads[i]) for piece, i in plot.first]
-        for kind in plot.kinds:
-            torch._foreach_copy_([views[i] for i in kind], [pieces[i] for i in kind])
-        for number, piece, i in plot.more:
-            views[number].add_(piece.of(grads[i]))
+    def fill(self, layout: BucketLayout, grads: Sequence[Tensor], buffer: Tensor) -> list[Tensor]:
+        """A bucket's gradients, summed where a parameter has several, in views of `buffer`."""
+        views = list(torch._C._nn.unflatten_dense_tensors(buffer.narrow(0, 0, layout.size), layout.like))
+        slices = [slice_.of(grads[i]) for slice_, i in layout.first]
+        for kind in layout.kinds:
+            torch._foreach_copy_([views[i] for i in kind], [slices[i] for i in kind])
+        for number, slice_, i in layout.more:
+            views[number].add_(slice_.of(grads[i]))
         return views
 
 
@@ -218,7 +220,7 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
 class FusedUpdate:
     """One fused update, ready to run (the same interface as `Updater`)."""
 
-    flow: Flow
+    path: GradientPath
     binding: Binding
     look: Run
     steps: list[Step]
@@ -234,21 +236,21 @@ class FusedUpdate:
     def __call__(self, grads: Sequence[Tensor]) -> Sequence[Tensor]:
         """(finite, norm, scale) after the update; everything else is written in place."""
         with torch.no_grad():
-            results = self.flow.run(grads, self._settle, self.steps)
+            results = self.path.run(grads, self._advance_scale, self.steps)
             if self.shadows:
                 torch._foreach_copy_(self.shadows, self.masters)
         return results
 
-    def _settle(self, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _advance_scale(self, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         finite, unscale, scale = self.look([found, *self.scale, self.seed])
         return finite, unscale, scale
 
     def emit(self) -> tuple[fx.GraphModule, list[Tensor | int]]:
         """The update's graph, and what each input is: a live tensor, or the number of a gradient."""
-        spec, params = self.flow.spec, self.binding.params
+        spec, params = self.path.spec, self.binding.params
         count = sum(map(len, spec.parts))
-        groups = [(group, held(self.binding, group)) for group in self.flow.groups]
-        own = list({id(t): t for _, tensors in groups for t in tensors}.values())
+        buckets = [(bucket, held(self.binding, bucket)) for bucket in self.path.buckets]
+        own = list({id(t): t for _, tensors in buckets for t in tensors}.values())
         place = {id(t): i for i, t in enumerate(own)}
         like = {i: p for part, p in zip(spec.parts, params, strict=True) for i in part}
 
@@ -258,16 +260,16 @@ class FusedUpdate:
             mine = {key: rest[i] for key, i in place.items()}
 
             def move(found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-                finite, unscale, scale, *after = settle(spec, found, state, seed)
+                finite, unscale, scale, *after = advance_scale(spec, found, state, seed)
                 for target, value in zip([*state, seed], after, strict=True):
                     target.copy_(value)
                 return finite, unscale, scale
 
-            def step(group: Group, tensors: list[Tensor]) -> Step:
+            def step(bucket: Bucket, tensors: list[Tensor]) -> Step:
                 now = [mine[id(t)] for t in tensors]
-                return lambda found, views: fused_step(self.binding, group, rates, found, views, now, self.places)
+                return lambda found, views: fused_step(self.binding, bucket, rates, found, views, now, self.places)
 
-            results = self.flow.run(grads, move, [step(*one) for one in groups])
+            results = self.path.run(grads, move, [step(*one) for one in buckets])
             for target, (i, _) in zip(rest[len(own) :], spec.shadows, strict=True):
                 target.copy_(mine[id(params[i])])
             return results
@@ -294,55 +296,55 @@ def build(
     grads: Sequence[Tensor],
     backend: str,
 ) -> FusedUpdate:
-    """Trace the optimizer's fused step of each group, and compile the loss scale's move; `grads` are examples."""
+    """Trace the optimizer's fused step of each bucket, and compile the loss scale's move; `grads` are examples."""
     params, device = binding.params, seed.device
     numbers = binding.numbers()
     places = [i for i, slot in enumerate(binding.slots) if slot.key == "lr"]
     # The CPU's kernel reads the lr as a double; CUDA's wants FP32.
     rates = torch.tensor([numbers[i] for i in places], dtype=torch.float64 if device.type == "cpu" else torch.float32)
     rates = rates.to(device)
-    flow = Flow.of(spec, params, grouped(params, ROOM[device.type]), grads)
-    steps = [_step(binding, group, rates, places) for group in flow.groups]
+    path = GradientPath.of(spec, params, bucketed(params, BUCKET_ELEMENTS[device.type]), grads)
+    steps = [_step(binding, bucket, rates, places) for bucket in path.buckets]
     look = _compile_settle(spec, state, seed, backend)
     masters = [params[i] for i, _ in spec.shadows]
-    return FusedUpdate(flow, binding, look, steps, state, seed, rates, numbers, places, list(shadows), masters)
+    return FusedUpdate(path, binding, look, steps, state, seed, rates, numbers, places, list(shadows), masters)
 
 
-def held(binding: Binding, group: Group) -> list[Tensor]:
-    """The live tensors that the step of a group reads and writes: each member's parameter, then its states."""
+def held(binding: Binding, bucket: Bucket) -> list[Tensor]:
+    """The live tensors that the step of a bucket reads and writes: each member's parameter, then its states."""
     states, table = binding.states(), binding.places()
-    members = [piece.param for piece in group]
+    members = [slice_.param for slice_ in bucket]
     return [t for i in members for t in (binding.params[i], *(states[i][key] for key, _ in table[i]))]
 
 
 def fused_step(
-    binding: Binding, group: Group, rates: Tensor, found: Tensor, grads: Sequence[Tensor], own: Sequence[Tensor],
+    binding: Binding, bucket: Bucket, rates: Tensor, found: Tensor, grads: Sequence[Tensor], own: Sequence[Tensor],
     places: list[int],
 ) -> None:  # fmt: skip
-    """In a trace: the optimizer's fused step of a group, on tensors such as `held` gives."""
+    """In a trace: the optimizer's fused step of a bucket, on tensors such as `held` gives."""
     rate = {binding.slots[place].group: rates[i] for i, place in enumerate(places)}
     rest, table = iter(own), binding.places()
     params, states = list[Tensor](), list[dict[str, Tensor]]()
-    for piece in group:
-        params.append(piece.of(next(rest)))
+    for slice_ in bucket:
+        params.append(slice_.of(next(rest)))
         states.append({})
-        for key, counts in table[piece.param]:
+        for key, counts in table[slice_.param]:
             tensor = next(rest)
-            # Every piece counts for itself; the last one's count stays.
-            states[-1][key] = (tensor if piece.last else tensor.clone()) if counts else piece.of(tensor)
-    binding.apply_fused(rate.__getitem__, [p.param for p in group], params, grads, states, found)
+            # Every slice counts for itself; the last one's count stays.
+            states[-1][key] = (tensor if slice_.last else tensor.clone()) if counts else slice_.of(tensor)
+    binding.apply_fused(rate.__getitem__, [p.param for p in bucket], params, grads, states, found)
 
 
-def _step(binding: Binding, group: Group, rates: Tensor, places: list[int]) -> Step:
-    """The optimizer's fused step of a group, traced and bound to the live tensors."""
-    count, own = len(group), held(binding, group)
+def _step(binding: Binding, bucket: Bucket, rates: Tensor, places: list[int]) -> Step:
+    """The optimizer's fused step of a bucket, traced and bound to the live tensors."""
+    count, own = len(bucket), held(binding, bucket)
 
     def flat(rates: Tensor, found: Tensor, *rest: Tensor) -> None:
-        fused_step(binding, group, rates, found, rest[:count], rest[count:], places)
+        fused_step(binding, bucket, rates, found, rest[:count], rest[count:], places)
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     found = torch.zeros((), device=rates.device)
-    grads = [torch.empty_like(piece.of(binding.params[piece.param]), requires_grad=False) for piece in group]
+    grads = [torch.empty_like(slice_.of(binding.params[slice_.param]), requires_grad=False) for slice_ in bucket]
     fakes = [mode.from_tensor(t.detach(), static_shapes=True) for t in (rates, found, *grads, *own)]
     with mode, torch.no_grad():
         traced = make_fx(flat, _allow_non_fake_inputs=True)(*fakes)
@@ -354,7 +356,7 @@ def _compile_settle(spec: Spec, state: ScaleState, seed: Tensor, backend: str) -
     leaves = [torch.zeros((), device=seed.device), *state, seed]
 
     def whole(found: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        return settle(spec, found, ScaleState(*rest[:-1]), rest[-1])
+        return advance_scale(spec, found, ScaleState(*rest[:-1]), rest[-1])
 
     traced = trace_functional(whole, leaves, decompositions(backend))
     module, inputs = traced.module, traced.module.graph.find_nodes(op="placeholder")

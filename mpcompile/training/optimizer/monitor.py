@@ -54,7 +54,7 @@ class OptimizerMonitor:
         self.epoch = self.moves = 0
         self.counters: list[Counters] = [counters_of(one) for one in optimizers]
         self._take_groups()
-        self.settle()
+        self.accept()
 
     @property
     def ours(self) -> bool:
@@ -87,14 +87,14 @@ class OptimizerMonitor:
         return self._noted(seen)
 
     def look_at_state(self) -> Seen:
-        """What changed in the optimizers' state since `settle`."""
+        """What changed in the optimizers' state since `accept`."""
         for one in self.counters:
             if one.stepped or one.edited():
                 one.look_again()
         same = all(one.same() for one in self._states)
-        return self._noted(Seen.NOTHING if same else Seen.STATE) | self.settle(keep=same)
+        return self._noted(Seen.NOTHING if same else Seen.STATE) | self.accept(keep=same)
 
-    def settle(self, *, keep: bool = False) -> Seen:
+    def accept(self, *, keep: bool = False) -> Seen:
         """Things are as they should be from here on; COUNTERS when counters that were one have parted before.
 
         Args:

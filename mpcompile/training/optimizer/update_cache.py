@@ -87,7 +87,7 @@ class UpdateCache:
         with compiling():
             update = self.context.build(layout, like())
         # Parameters that moved together may part here: updates that took their counters for one are of another epoch.
-        self.monitor.settle()
+        self.monitor.accept()
         self._let_go()
         self._on_built()
         replaced = self._updates.get((layout, strides))
