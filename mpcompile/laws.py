@@ -211,13 +211,13 @@ def output_dtypes(graph: PrecisionGraph, output: str) -> Iterator[Breach]:
 
 
 def fp32_arithmetic(graph: PrecisionGraph) -> Iterator[Breach]:
-    """Law 6: optimizer nodes are never low but where the optimizer's own code says so (Muon); a scalar loss is FP32
-    unless an override said otherwise.
+    """Law 6: optimizer nodes are never low but where the optimizer's own code says so (Muon), or the caller (sums of
+    microbatches under grads=low); a scalar loss is FP32 unless an override said otherwise.
     """
     for node in graph.nodes.values():
         if node.precision not in LOW or node.op == CAST_OP:
             continue
-        if node.phase == "optimizer" and node.decided_by != "user-cast":
+        if node.phase == "optimizer" and node.decided_by not in ("user-cast", "override"):
             yield Breach("MP406", f"optimizer node {node.id!r} runs in {node.precision}", node.id)
         if node.kind == "loss" and node.decided_by != "override":
             yield Breach("MP406", f"loss {node.id!r} runs in {node.precision}", node.id)

@@ -271,6 +271,38 @@ def read_shadows(module: fx.GraphModule, use_shadow: Callable[..., Any], names: 
     module.recompile()
 
 
+def read_apart(module: fx.GraphModule, use_shadow: Callable[..., Any]) -> frozenset[str]:
+    """Give each reader of a shadow, seen through views, a call of its own: their gradients then add up in FP32, at the master.
+
+    Returns:
+      names of the shadows' inputs that several read.
+    """
+    several = set[str]()
+    for node in module.graph.find_nodes(op="call_function", target=use_shadow):
+        if _copies_for_readers(node):
+            several.add(node.args[1].name)
+    if several:
+        module.recompile()
+    return frozenset(several)
+
+
+def _copies_for_readers(node: fx.Node) -> bool:
+    """A twin of `node` for each of its users but the first; True where it has several."""
+    for user in list(node.users):
+        if user.target in _VIEWED:
+            _copies_for_readers(user)
+    users = list(node.users)
+    for user in users[1:]:
+        with node.graph.inserting_before(node):
+            user.replace_input_with(node, node.graph.node_copy(node))
+    return len(users) > 1
+
+
+_VIEWED = frozenset({_ATEN.t.default, _ATEN.numpy_T.default, _ATEN.transpose.int, _ATEN.permute.default, _ATEN.view.default,
+                     _ATEN.reshape.default, _ATEN.unsqueeze.default, _ATEN.squeeze.dim, _ATEN.slice.Tensor,
+                     _ATEN.select.int, _ATEN.expand.default})  # fmt: skip
+
+
 def has_user_low_cast(plan: PrecisionGraph) -> bool:
     """True when the user's own code rounds to a low type: the backend must keep that rounding."""
     return any(node.kind == "cast" and not node.is_cast and node.out_dtype in LOW for node in plan)

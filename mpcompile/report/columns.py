@@ -117,6 +117,7 @@ def _links(report: Report) -> dict[str, Any]:
         "maker": [rows.get(value.producer, -1) for value in values],
         "role": packed(value.role for value in values),
         "type": packed(f"{value.dtype}[{', '.join(map(str, value.shape))}]" for value in values),
+        "origin": packed(value.origin for value in values),
         "bytes": [value.bytes for value in values],
         "reads": reads,
         "returned": returned,

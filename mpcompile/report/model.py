@@ -36,6 +36,7 @@ class NodeRow:
       bytes: of its outputs, as planned.
       flops: of its matrix work (0 where there is none).
       operands: of a linear layer under FP8 products, how each pass reads each of its operands, and why.
+      origins: of each float value that it gives, what rounding it would lose (`mpcompile.origins`): (value, origin).
     """
 
     id: str
@@ -53,11 +54,12 @@ class NodeRow:
     flops: int
     was: str = ""
     operands: tuple[Read, ...] = ()
+    origins: tuple[tuple[str, str], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        row = {**asdict(self), "inputs": list(self.inputs)}
-        del row["operands"]
-        return {**row, "operands": [asdict(one) for one in self.operands]} if self.operands else row
+        row = {**asdict(self), "inputs": list(self.inputs), "origins": dict(self.origins)}
+        row["operands"] = [asdict(one) for one in self.operands]
+        return {key: value for key, value in row.items() if value or key not in ("operands", "origins")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,7 @@ class Report:
       policy: the policy's one line.
       device: what the plan was priced for.
       nodes, casts: the rows, in the graph's order.
+      origins: of each float input of the graph, its origin.
       steps: what each pass did, in order.
       graph: the graph that the rows tell of.
       history: the graph as it was read and the passes that decided on it; None where that is not known.
@@ -98,6 +101,7 @@ class Report:
     casts: tuple[CastRow, ...]
     summary: dict[str, Any]
     steps: tuple[StepRecord, ...] = ()
+    origins: Mapping[str, str] = field(default_factory=dict)
     graph: PrecisionGraph = field(default_factory=PrecisionGraph, repr=False, compare=False)
     history: History | None = field(default=None, repr=False, compare=False)
     code: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
@@ -109,6 +113,7 @@ class Report:
             "source": self.source,
             "policy": self.policy,
             "device": self.device,
+            "origins": dict(self.origins),
             "nodes": [row.to_dict() for row in self.nodes],
             "casts": [row.to_dict() for row in self.casts],
             "summary": self.summary,
@@ -233,7 +238,13 @@ def build_report(graph: PrecisionGraph, policy: Policy, device: str, source: str
     casts = tuple(_casts(graph))
     summary = _summary(nodes, casts)
     summary["cost"] = Estimate(graph, policy, device, source).to_dict()
-    return Report(source, str(policy), device, nodes, casts, summary, tuple(steps), graph, history, code or {})
+    origins = dict(_origins(graph, graph.inputs))
+    return Report(source, str(policy), device, nodes, casts, summary, tuple(steps), origins, graph, history, code or {})
+
+
+def _origins(graph: PrecisionGraph, names: Iterable[str]) -> tuple[tuple[str, str], ...]:
+    """The origins of the float values among `names`; numbers, and what an FP32 plan never asked, have none."""
+    return tuple((name, graph.values[name].origin) for name in names if graph.values[name].origin)
 
 
 def _operands(graph: PrecisionGraph, policy: Policy, name: str) -> dict[str, tuple[Read, ...]]:
@@ -252,6 +263,7 @@ def _node_row(
         precision=node.precision or "keep", reason=node.reason, decided_by=node.decided_by, module=node.module,
         source=node.source, inputs=tuple(node.inputs), bytes=sum(graph.values[name].bytes for name in node.outputs),
         flops=node.flops, was=_was(graph, node, before), operands=operands,
+        origins=_origins(graph, node.outputs),
     )  # fmt: skip
 
 

@@ -19,8 +19,8 @@ def reads_of(graph: PrecisionGraph, node: Node) -> list[dict[str, Any]]:
     """Of each value that `node` reads: its name, who makes it, how it is stored, how it is read, through which cast.
 
     Returns:
-      ``{"value", "from": a node or a role, "stored", "dtype", "cast": None or {"origin", "bytes"}, "says"}``, ``dtype`` being
-      the one that is read, and ``says`` the same in words.
+      ``{"value", "from": a node or a role, "stored", "origin": what rounding it would lose, "dtype", "cast": None or
+      {"origin", "bytes"}, "says"}``, ``dtype`` being the one that is read, and ``says`` the same in words.
     """
     return [_read(graph, name) for name in dict.fromkeys(node.inputs)]
 
@@ -30,21 +30,22 @@ def _read(graph: PrecisionGraph, name: str) -> dict[str, Any]:
     stored, given = graph.values[root], graph.values[name]
     made = graph.producer(name) if cast else None
     through = {"origin": made.origin or "inserted", "bytes": given.bytes} if made else None
-    fact = {"value": root, "from": stored.producer or stored.role, "stored": stored.dtype, "dtype": given.dtype}
+    fact = {"value": root, "from": stored.producer or stored.role, "stored": stored.dtype, "origin": stored.origin,
+            "dtype": given.dtype}  # fmt: skip
     what = f"`{root}`" if stored.producer else f"the {stored.role} `{root}`"
     how = f"as {_type(given)}"
     if through:
         how += f" through a {_cast(through)} (it is {_type(stored)})"
     elif stored.castable:
         how += f", as it is stored ({size(stored.bytes)})"
-    return {**fact, "cast": through, "says": f"{what} {how}"}
+    return {**fact, "cast": through, "says": f"{what} {how}{_said(stored)}"}
 
 
 def gives_of(graph: PrecisionGraph, node: Node) -> list[dict[str, Any]]:
     """Of each value that `node` gives: how it is stored, who reads it so, and who through a cast of which type and bytes.
 
     Returns:
-      ``{"value", "dtype", "bytes", "readers", "casts": [{"to", "origin", "bytes", "readers"}], "says"}``.
+      ``{"value", "dtype", "bytes", "origin", "readers", "casts": [{"to", "origin", "bytes", "readers"}], "says"}``.
     """
     uses = graph.uses()
     return [_given(graph, uses, name) for name in node.outputs]
@@ -61,7 +62,21 @@ def _given(graph: PrecisionGraph, uses: dict[str, list[tuple[str, int]]], name: 
     parts = [f"to {_listed(readers)}"] if readers else []
     parts += [f"to {_listed(one['readers'])} as {one['to'].upper()} through a {_cast(one)}" for one in casts]
     said = f"`{name}` as {_type(value)} ({size(value.bytes)}) {'; '.join(parts) or 'to nobody'}"
-    return {"value": name, "dtype": value.dtype, "bytes": value.bytes, "readers": readers, "casts": casts, "says": said}
+    return {"value": name, "dtype": value.dtype, "bytes": value.bytes, "origin": value.origin, "readers": readers,
+            "casts": casts, "says": f"{said}{_said(value)}"}  # fmt: skip
+
+
+def _said(value: Value) -> str:
+    """What rounding the value would lose, in words."""
+    return f"; {_LOST[value.origin]}" if value.origin else ""
+
+
+_LOST = {
+    "rounded": "rounded: it carries roundings of the low type already",
+    "weight": "weight: a parameter, whose FP32 master stays",
+    "row": "row: looked up in a weight by an index",
+    "full": "full: it has all the digits of FP32",
+}
 
 
 def _casts(graph: PrecisionGraph, uses: dict[str, list[tuple[str, int]]], name: str) -> Iterator[tuple[Node, str]]:

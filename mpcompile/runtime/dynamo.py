@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -21,7 +21,7 @@ from mpcompile.aten.facts import LOW_DTYPES, TORCH_DTYPES
 from mpcompile.aten.graphs import outputs_of
 from mpcompile.aten.read import FxCapture
 from mpcompile.aten.rewrites.align import align_linears
-from mpcompile.aten.write import has_user_low_cast, read_shadows, write
+from mpcompile.aten.write import has_user_low_cast, read_apart, read_shadows, write
 from mpcompile.compiler import Plan, Settings, decide, log_plan, settings_of
 from mpcompile.errors import RuntimeFailure, suggest
 from mpcompile.graph import PrecisionGraph
@@ -112,13 +112,15 @@ class Compiler:
         order = _argument_places(plan.capture)
         shadows = [(order[places[name]], TORCH_DTYPES[low]) for name, low in written.shadows]
         if not compiled:
+            read_apart(written.module, use_shadow)
             eager = run_eagerly(written.module, fp32_matmul=plan.policy.fp32_matmul)
             return CompiledGraph(eager, shadows, self.parameters, differentiable_twice=True)
         align_linears(written.module, plan.capture, plan.graph, plan.device)
         pieces = self._in_pieces(plan, written.module, fakes, shadows)
         if pieces is not None:
             return pieces
-        lifted = _lift_large(written.module, [fakes[i] for i, _ in shadows])
+        several = read_apart(written.module, use_shadow)
+        lifted = _lift_large(written.module, [fakes[i] for i, _ in shadows], several)
         extended = [*fakes, *(_fake_shadow(fakes[i], dtype, n in lifted) for n, (i, dtype) in enumerate(shadows))]
         inner = self._compiled(plan, written.module, extended)
         groups = _groups([fakes[i] for i, _ in shadows], lifted)
@@ -144,8 +146,10 @@ class Compiler:
 
     def _piece(self, plan: Plan, module: fx.GraphModule, fakes: Sequence[Any]) -> Piece:
         places = {node: i for i, node in enumerate(module.graph.find_nodes(op="placeholder"))}
+        several = read_apart(module, use_shadow)
         pairs = [(places[n.args[0]], places[n.args[1]])
-                 for n in module.graph.find_nodes(op="call_function", target=use_shadow)]  # fmt: skip
+                 for n in module.graph.find_nodes(op="call_function", target=use_shadow)
+                 if n.args[1].name not in several]  # fmt: skip
         masters, names = [fakes[i] for i, _ in pairs], [node.name for node in places]
         lifted = [n for n, master in enumerate(masters) if master.numel() >= LARGE]
         read_shadows(module, use_shadow, [names[pairs[n][1]] for n in lifted])
@@ -174,13 +178,15 @@ def _give_low(module: fx.GraphModule, dtypes: Sequence[Any]) -> None:
     module.recompile()
 
 
-def _lift_large(module: fx.GraphModule, masters: Sequence[torch.Tensor]) -> frozenset[int]:
+def _lift_large(module: fx.GraphModule, masters: Sequence[torch.Tensor], several: Container[str]) -> frozenset[int]:
     """Numbers of the shadows that the graph is differentiated by itself, because they are large.
 
     The gradient of such a shadow leaves the compiled backward in the low type, and autograd casts it outside: a few
     after the other, each low one freed. Inside, Inductor casts all of them at the end, and holds every gradient twice.
+    Those that `several` nodes read stay: their gradients add up in FP32.
     """
-    places = {f"shadow_{i}": i for i, master in enumerate(masters) if master.numel() >= LARGE}
+    names = {f"shadow_{i}": i for i, master in enumerate(masters) if master.numel() >= LARGE}
+    places = {name: i for name, i in names.items() if name not in several}
     read_shadows(module, use_shadow, places)
     return frozenset(places.values())
 

@@ -17,7 +17,7 @@ function addressed(hash) {
   }
 }
 
-const VALUES = unpack(DATA.values, ["name", "maker", "role", "type", "bytes"]);
+const VALUES = unpack(DATA.values, ["name", "maker", "role", "type", "origin", "bytes"]);
 const LINKS = link(DATA.values);
 
 /** reads[node] and readers[value]: lists of {node, value, cast}, cast -1 for none. */

@@ -74,7 +74,7 @@ const through = cast => cast < 0 ? [] : [" through a cast ", chip(CASTS[cast].fr
 function readWords({value, cast}) {
   const one = VALUES[value];
   const name = one.maker < 0 ? [make("span", {class: "mono"}, one.name), ` (${one.role})`] : [nodeLink(one.maker)];
-  return [...name, " ", make("span", {class: "note mono"}, one.type), ...through(cast)];
+  return [...name, " ", make("span", {class: "note mono"}, one.origin ? `${one.type}, ${one.origin}` : one.type), ...through(cast)];
 }
 
 const readerWords = ({node, cast}) => [node < 0 ? "returned to the caller" : nodeLink(node), ...through(cast)];

@@ -23,6 +23,8 @@ from mpcompile.graph import CAST_OP, CastOrigin, Node, Phase, PrecisionGraph
 from mpcompile.hardware import emulated_kinds
 from mpcompile.rules.table import rules_for
 from mpcompile.training.distributed.reduce import Reducer
+from mpcompile.training.emitted import backward
+from mpcompile.training.emitted.origins import note_origins
 from mpcompile.training.gradients.forward import Forward
 from mpcompile.training.gradients.joint import Joint
 from mpcompile.training.gradients.specialization import Specialization
@@ -141,13 +143,14 @@ def emit(
     if window is not None:
         grads = _summed(weaver, specialization, window, grads)
         grads = reducer.in_graph(weaver.graph, grads) if reducer is not None else grads
-    names = _names(joint, specialization, update)
+    names, masters = _names(joint, specialization, update), set(map(id, specialization.named.values()))
     operands = []
     for node, need in zip(inputs_of(module), needs, strict=True):
         if isinstance(need, int):
             operands.append(grads[need])
         else:
-            operands.append(weaver.input(names.get(id(need), str(node.target)), need, node.meta["val"], "buffer"))
+            name, role = names.get(id(need), str(node.target)), "parameter" if id(need) in masters else "buffer"
+            operands.append(weaver.input(name, need, node.meta["val"], role))
     return weaver.finish([loss, *weaver.body(module, operands, "optimizer")]), joint
 
 
@@ -160,7 +163,7 @@ def _summed(
         if name not in sums:
             sums[name] = weaver.input(f"{name}.grad", window[name], _fake_like(grad, window[name]), "buffer")
         new = weaver.graph.call_function(torch.ops.aten.add.Tensor, (sums[name], grad))
-        new.meta.update({"val": sums[name].meta["val"], "mp_phase": "optimizer"})
+        new.meta.update({"val": sums[name].meta["val"], "mp_phase": "optimizer", "mp_window": True})
         sums[name] = new
     return [sums[name] for name in window]
 
@@ -213,6 +216,7 @@ def precision_graph(emitted: Emitted, joint: Joint) -> PrecisionGraph:
         node.phase = found.meta.get("mp_phase", "optimizer")
         _set_precision(graph, node, forward.plan.policy.low)
         origins.explain(graph, node, found)
+    note_origins(graph, forward.plan.policy.low)
     if emulated_kinds(forward.plan.device, forward.plan.policy.low, compiled=False):
         _mark_roundings(graph)
     return graph
@@ -285,22 +289,28 @@ class _Origins:
             return
         name = self.origin(found)
         planned = self.plan.nodes.get(name)
-        if node.phase == "optimizer" and node.precision in LOW:
+        if "mp_window" in found.meta:
+            node.decide(*backward.of_window(node))
+        elif node.phase == "optimizer" and node.precision in LOW:
             node.decide("low", f"the optimizer's own code computes in {node.precision}", "user-cast")
         elif node.phase == "optimizer":
             node.decide("fp32", "law 6: unscaling, clipping, the update and the loss scale are FP32", "rule")
         elif node.op.startswith(_STORES):
             node.decide("propagate", "stores a value that is computed already", "rule")
+        elif node.phase == "backward" and not self._direct(found) and (said := backward.of_sum(graph, node)):
+            node.decide(*said, "rule")
         elif planned is not None and not planned.is_cast:
             node.module, node.source = node.module or planned.module, node.source or planned.source
-            reason = planned.reason if node.phase == "forward" else f"gradient of {name}: {planned.reason}"
-            node.decide(planned.verdict or "propagate", reason, planned.decided_by)
+            verdict, reason = planned.verdict or "propagate", planned.reason
+            if node.phase == "backward":
+                verdict, reason = backward.of_gradient(node, name, planned)
+            node.decide(verdict, reason, planned.decided_by)
         else:
             verdict = rule.verdict_for(self.low) if rule else "propagate"
-            node.decide(verdict, rule.why() if rule else _OURS.get(node.op, _JOINS), "rule")
+            verdict = "propagate" if verdict == "fp32" and node.precision in LOW else verdict
+            node.decide(verdict, rule.why() if rule else _OURS.get(node.op, backward.JOINS), "rule")
 
 
-_JOINS = "joins gradients, in the precision that they arrive in"
 _OURS = {"mpcompile.quantise.default": "makes the copies in which products read an operand in FP8, and their scales"}
 
 

@@ -33,6 +33,7 @@ from mpcompile.hardware import emulated_kinds
 from mpcompile.runtime.inductor import plain_autograd
 from mpcompile.runtime.kernels import loss as loss_kernel
 from mpcompile.training.gradients.forward import Forward
+from mpcompile.training.gradients.sums import add_up_in_fp32
 from mpcompile.training.gradients.traced_calls import HOOKS, calls_of
 
 
@@ -121,6 +122,9 @@ def _read(module: fx.GraphModule, forward: Forward) -> Joint:
             graph.erase_node(node)
     _keep_random(graph)
     _simplify_casts(graph, emulated=bool(emulated_kinds(forward.plan.device, forward.plan.policy.low, compiled=True)))
+    casts = [n for n in graph.nodes if _is_cast(n) and _in_backward(n) and _dtype(n) == torch.float32]
+    low_sums = forward.plan.policy.grads == "low"  # the caller's word
+    add_up_in_fp32(graph, casts, () if low_sums else outputs_of(module)[len(mutated) + 1 :])
     graph.eliminate_dead_code()
     module.recompile()
     fakes = values_of(inputs_of(module))
