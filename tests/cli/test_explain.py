@@ -116,12 +116,16 @@ def test_what_to_write_is_taken() -> None:
 def test_neighbours_in_words(report: Any) -> None:
     graph = report.graph
     (read,) = reads_of(graph, graph.nodes["exp"])
-    assert read["says"] == "`mul` as FP32 through a cast of 262 kB (it is BF16)"
+    lost = "rounded: it carries roundings of the low type already"
+    assert read["says"] == f"`mul` as FP32 through a cast of 262 kB (it is BF16); {lost}"
+    assert read["origin"] == "rounded"
     assert (read["stored"], read["dtype"], read["cast"]["bytes"]) == ("bf16", "fp32", 262_144)
     weight = reads_of(graph, graph.nodes["linear"])[1]
     assert "the parameter `layers.0.1.weight` as BF16 through a shadow" in weight["says"]
     (given,) = gives_of(graph, graph.nodes["embedding"])
-    assert given["says"] == "`embedding` as FP32 (2.1 MB) to `layer_norm`, `add` as BF16 through a cast of 1.05 MB"
+    said, lost = given["says"].split("; ")
+    assert said == "`embedding` as FP32 (2.1 MB) to `layer_norm`, `add` as BF16 through a cast of 1.05 MB"
+    assert lost == "row: looked up in a weight by an index"
     assert gives_of(graph, graph.nodes["exp"])[0]["readers"] == ["(output)"]
 
 
