@@ -117,7 +117,7 @@ def mpcompile(
       policy: "auto", "bf16", "fp16", "fp8", "fp32", fields such as "low=fp16,output=low", or a `Policy`.
       keep_fp32, low: globs on module path, op name or node name, or callables of a `Node`; one or several.
       fp8: the same, for linear layers that read their operands in FP8 whatever it costs (see `mpcompile.fp8`).
-      ranges: what `calibrate` measured (a `Ranges`, or its file): what FP16 cannot hold stays FP32.
+      ranges: what `calibrate` measured (a `Ranges`, of ONNX an `OnnxRanges`, or its file): what FP16 cannot hold stays FP32.
       backend: "inductor" (compiled), "eager" (the rewritten graph op by op), or "onnxruntime" (training step, inference).
       dynamic: as in `torch.compile`.
       strict: an op without a rule is an error instead of FP32.

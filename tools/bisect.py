@@ -31,6 +31,7 @@ def bisect(
     keep_fp32: options.KeepFp32 = None,
     low: options.Low = None,
     fp8: options.Fp8 = None,
+    ranges: options.Ranges = None,
     log: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write each trial there; go on from what it holds already.")
     ] = None,
@@ -40,12 +41,17 @@ def bisect(
     """Find the smallest set to keep in FP32 so that a check passes. Exit code 1 when FP32 itself does not pass."""
     onnx = target.is_onnx(model)
     condition = _condition(check, onnx)
-    target.usable(model, policy)
+    target.usable(model, policy, ranges)
     target.refuse_options(model, {"fp8": onnx and bool(fp8)})
     options.place(log)
     from mpcompile.tools import bisect_subjects
 
-    overrides = {"keep_fp32": tuple(keep_fp32 or ()), "low": tuple(low or ()), "fp8": tuple(fp8 or ())}
+    overrides = {
+        "keep_fp32": tuple(keep_fp32 or ()),
+        "low": tuple(low or ()),
+        "fp8": tuple(fp8 or ()),
+        "ranges": ranges,
+    }
     kind: Any = bisect_subjects.OfOnnx if onnx else bisect_subjects.OfTorch
     subject: Subject = kind(model, "fp16" if onnx and policy == "auto" else policy, overrides, samples)
     units = subject.candidates()

@@ -46,9 +46,9 @@ def compare(
     target.usable(model, policy, ranges)
     overrides = {"keep_fp32": tuple(keep_fp32 or ()), "low": tuple(low or ())}
     if target.is_onnx(model):
-        given = {"ranges": ranges is not None, "fp8": bool(fp8), "batches": batches > 1, "values": not gradients}
+        given = {"fp8": bool(fp8), "batches": batches > 1, "values": not gradients}
         target.refuse_options(model, {**given, "scale": scale is not None})
-        found = _onnx(model, "fp16" if policy == "auto" else policy, overrides, samples, autocast)
+        found = _onnx(model, "fp16" if policy == "auto" else policy, {**overrides, "ranges": ranges}, samples, autocast)
     else:
         target.refuse_options(model, {"samples": samples is not None})
         chosen = {"gradients": gradients, "autocast": autocast, "scale": scale}

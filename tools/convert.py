@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from mpcompile.errors import UsageError
 from mpcompile.tools import options, target
 
 # Outputs whose errors are printed.
@@ -39,17 +40,21 @@ def convert(
     check: Annotated[
         bool, typer.Option(help="Run the result beside the original, on the samples or generated inputs; NaN fails.")
     ] = True,
-    ranges: Annotated[bool, typer.Option(help="Without samples: ranges of generated inputs, for FP16.")] = True,
+    ranges: options.Ranges = None,
+    no_ranges: Annotated[
+        bool, typer.Option("--no-ranges", help="Without samples: no ranges of generated inputs either, for FP16.")
+    ] = False,
     auto: Annotated[bool, typer.Option("--auto", help="Find a small set of nodes to keep FP32.")] = False,
     strict: Annotated[bool, typer.Option(help="An operator without a rule is an error.")] = False,
     json: options.Json = False,
 ) -> None:
     """Convert an ONNX model. Nothing is written unless the result loads."""
-    from mpcompile import Policy
-
     options.place(out)
+    if ranges and (no_ranges or calibrate):
+        other = "--no-ranges" if no_ranges else "--calibrate"
+        raise UsageError("MP800", f"--ranges and {other} exclude each other", try_="leave one out")
     target.existing(model)
-    Policy.parse(policy)
+    target.readable(model, policy, ranges)
     from mpcompile import mpcompile
 
     made = mpcompile(
@@ -63,7 +68,7 @@ def convert(
         simulate=simulate,
         annotate=annotate,
         calibrate=calibrate,
-        ranges=ranges,
+        ranges=ranges or not no_ranges,
         max_error=max_error,
         auto=auto,
     )

@@ -185,13 +185,14 @@ def _products(torch: Any, device: str) -> list[Check]:
     from mpcompile.hardware import row_name
 
     types = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-    seconds = {low: _seconds_of_product(torch, device, dtype) for low, dtype in types.items()}
+    rate = {low: _rate_of_product(torch, device, dtype) for low, dtype in types.items()}
     row = row_of(row_name(Policy(), device))
-    bf16, fp16 = (seconds["fp32"] / seconds[low] for low in ("bf16", "fp16"))
+    bf16, fp16 = (rate[low] / rate["fp32"] for low in ("bf16", "fp16"))
     pays = max(bf16, fp16) > 1.0
-    found = f"BF16 {bf16:.2f} times as fast as FP32, FP16 {fp16:.2f} times (1024 x 1024, best of 5 at most)"
-    rates = "; ".join(f"{low.upper()} {2 * 1024**3 / taken:.3g} here, {getattr(row, low):.3g} in the table"
-                      for low, taken in seconds.items())  # fmt: skip
+    found = f"BF16 {bf16:.2g} times as fast as FP32, FP16 {fp16:.2g} times (1024 x 1024, the slow smaller)"
+    rates = "; ".join(
+        f"{low.upper()} {one:.3g} here, {getattr(row, low):.3g} in the table" for low, one in rate.items()
+    )
     checks = [
         Check(
             f"products on {device}", pays, found if pays else f"{found}: low types save memory here, not time", False
@@ -209,23 +210,29 @@ def _products(torch: Any, device: str) -> list[Check]:
     return checks
 
 
-# A product that takes so many seconds is measured once.
-SLOW = 0.5
+# A product is measured at the size at which it takes at most so many seconds, by what a small one took.
+SLOW, SMALL, LARGE = 0.05, 128, 1024
 
 
-def _seconds_of_product(torch: Any, device: str, dtype: str) -> float:
-    a = torch.ones(1024, 1024, device=device, dtype=getattr(torch, dtype))
+def _rate_of_product(torch: Any, device: str, dtype: str) -> float:
+    """FLOP/s of square products, the best of five."""
+    taken, size = _seconds_of_product(torch, device, dtype, SMALL), LARGE
+    while size > SMALL and taken * (size / SMALL) ** 3 > SLOW:
+        size //= 2
+    return 2.0 * size**3 / _seconds_of_product(torch, device, dtype, size)
+
+
+def _seconds_of_product(torch: Any, device: str, dtype: str, size: int) -> float:
+    a = torch.ones(size, size, device=device, dtype=getattr(torch, dtype))
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     times = []
-    for _ in range(6):
+    for _ in range(6):  # the first warms up
         wait()
         start = time.perf_counter()
         a @ a
         wait()
         times.append(time.perf_counter() - start)
-        if times[-1] > SLOW:  # no warming up makes up for that
-            break
-    return min(times[1:] or times)
+    return min(times[1:])
 
 
 def _cuda(torch: Any, has_native_bf16: Any) -> list[Check]:

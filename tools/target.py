@@ -91,10 +91,8 @@ def study(target: str, policy: str, keep_fp32: Sequence[str] | None = (), low: S
       MPCompileError: MP802 to MP804 for the target, and what the compiler has to say.
     """
     overrides = {"keep_fp32": tuple(keep_fp32 or ()), "low": tuple(low or ()), "fp8": tuple(fp8 or ())}
-    if is_onnx(target):
-        refuse_options(target, {"ranges": ranges is not None})
-        return _study_onnx(target, policy, overrides)
-    return _study_fx(target, policy, overrides if ranges is None else {**overrides, "ranges": ranges})
+    given = overrides if ranges is None else {**overrides, "ranges": ranges}
+    return _study_onnx(target, policy, given) if is_onnx(target) else _study_fx(target, policy, given)
 
 
 def _study_fx(target: str, policy: str, overrides: dict[str, Any]) -> Study:
@@ -207,10 +205,25 @@ def usable(target: str, policy: str = "auto", ranges: Path | None = None) -> Non
       UsageError: MP802. RuleError: MP201, MP206, MP208.
     """
     existing(target) if is_onnx(target) else named(target)
+    readable(target, policy, ranges)
+
+
+def readable(target: str, policy: str, ranges: Path | None) -> None:
+    """Refuse a policy that is none, and a file that holds no ranges of this kind of model.
+
+    Raises:
+      RuleError: MP201, MP206, MP208.
+    """
     from mpcompile import Policy
 
     Policy.parse(policy)
-    if ranges is not None:
+    if ranges is None:
+        return
+    if is_onnx(target):
+        from mpcompile.onnx.ranges import OnnxRanges
+
+        OnnxRanges.load(ranges)
+    else:
         from mpcompile.ranges import Ranges
 
         Ranges.load(ranges)

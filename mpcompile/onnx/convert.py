@@ -20,6 +20,7 @@ from mpcompile.formats import LOW
 from mpcompile.garbage import no_garbage_collection
 from mpcompile.graph import Node, PrecisionGraph
 from mpcompile.onnx.norms import unlike
+from mpcompile.onnx.ranges import OnnxRanges
 from mpcompile.onnx.read import reader as frontend
 from mpcompile.onnx.run import calibrate as calibrate_room
 from mpcompile.onnx.run import session as ort
@@ -283,7 +284,7 @@ def convert(
     simulate: bool = False,
     annotate: bool = True,
     calibrate: Any = None,
-    ranges: bool = True,
+    ranges: Any = True,
     max_error: float | None = None,
     auto: bool = False,
     session_options: Any = None,
@@ -303,7 +304,8 @@ def convert(
       calibrate: sample inputs: an ``.npz`` path, a mapping of input names to arrays, several of them, or a function
         that returns them. Values that overflow or vanish on them stay FP32, and outputs are compared (`errors`).
       ranges: without samples, run the model on generated inputs of the declared shapes for the ranges of its values (FP16
-        alone; seeded, in bounded time, said in the report and in `notes`); False leaves that out.
+        alone; seeded, in bounded time, said in the report and in `notes`); False leaves that out. Or ranges that were measured
+        before, as an `OnnxRanges` or its file (`mpcompile calibrate`), instead of `calibrate`.
       max_error: largest error of an output on the samples, relative to its largest element; beyond it, an error.
       auto: find a small set of nodes to keep FP32 so that `max_error` (1e-2 when not given) holds; see `kept`.
       session_options: `onnxruntime.SessionOptions` for the check that the model loads (custom operator libraries).
@@ -311,8 +313,13 @@ def convert(
     Raises:
       OnnxError: MP601 (not readable), MP602 and MP603 (the result would not load; nothing is written), MP605 (outputs
         are off by more than `max_error`), MP606 (samples), MP611 (provider).
-      RuleError: MP201 (policy), MP203 (an override that matches nothing).
+      RuleError: MP201 (policy), MP203 (an override that matches nothing), MP207 and MP208 (ranges of another graph, or none).
     """
+    given = None if isinstance(ranges, bool) else OnnxRanges.load(ranges)
+    if given is not None and calibrate is not None:
+        raise OnnxError(
+            "MP606", "samples and ranges at once", try_="calibrate= measures ranges itself; leave ranges= out"
+        )
     if calibrate is None and (auto or max_error is not None):
         raise OnnxError("MP606", "max_error and auto need sample inputs", try_="calibrate='data.npz'")
     options = Options(
@@ -326,7 +333,9 @@ def convert(
         session_options,
     )
     settled = frontend_policy(policy)
-    if calibrate is None:
+    if given is not None:
+        made = _as_measured(settled, options, model, given)
+    elif calibrate is None:
         made = (
             _generated(settled, options, model) if ranges and settled.low == "fp16" else plan(settled, options, model)
         )
@@ -334,6 +343,16 @@ def convert(
         made = _calibrated(settled, options, model, calibrate_room.samples(calibrate), max_error, auto)
     made.check()
     return made
+
+
+def _as_measured(policy: Policy, options: Options, model: Any, ranges: OnnxRanges) -> OnnxMixedPrecision:
+    """Plan with ranges that were measured before: those of FP16, which alone needs them."""
+    with no_garbage_collection():
+        capture = frontend.read(model, policy.low, provider=options.provider)
+    if policy.low != "fp16":
+        return plan(policy, options, capture)
+    ranges.check(capture)
+    return plan(policy, options, capture, dict(ranges.values), ranges.on)
 
 
 def _generated(policy: Policy, options: Options, model: Any) -> OnnxMixedPrecision:

@@ -1,8 +1,9 @@
 """The pages of the verbs: their files are written, their commands run, and what these print is what the page shows.
 
 A block ```` ```python name.py ```` is a file, a block ```` ```console ```` holds commands ("$ mpcompile …") and their
-output. Numbers may differ between machines, words may not (and where rows are sorted by numbers, a few rows may); a line
-of "…" stands for any lines.
+output. Each line must be printed as it is shown, in any order where numbers sort them, and each number within a tenth;
+what a clock measured may be any number, and a line of "…" stands for any lines. Of ```` ```console names ```` (what this
+machine is) the names alone count.
 ``--update-goldens`` writes what was printed into the page.
 """
 
@@ -12,7 +13,6 @@ import os
 import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -22,7 +22,7 @@ from mpcompile.tools.main import app
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs" / "verbs").glob("*.md"))
-BLOCK = re.compile(r"^```(python [\w.]+|console)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(python [\w.]+|console|console names)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"-?\d[\d,]*\.?\d*(e[+-]?\d+)?|\b(inf|nan)\b|(?<= )-(?= |$)")
 RULED = re.compile(r"[ ─━╭╮╰╯│▁-█]+")
 
@@ -40,17 +40,18 @@ def test_the_page_shows_what_is_printed(page: Path, tmp_path: Path, request: pyt
         page.write_text(made, encoding="utf-8")
     assert _prose(text) == _prose(made)
     for shown, printed in zip(BLOCK.findall(text), BLOCK.findall(made), strict=True):
-        _assert_like(shown[1], printed[1])
+        (_assert_same_names if shown[0] == "console names" else _assert_like)(shown[1], printed[1])
 
 
 def _block(kind: str, body: str, folder: Path) -> str:
-    if kind != "console":
+    if not kind.startswith("console"):
         (folder / kind.split()[1]).write_text(body, encoding="utf-8")
         return f"```{kind}\n{body}```"
     shown = ""
     for command, _ in _commands(body):
-        shown += f"$ {command}\n{_run(command)}"
-    return f"```console\n{shown}```"
+        # A page says what a machine is, not what this suite pins.
+        shown += f"$ {command}\n{_run(command, {'MPCOMPILE_DEVICES': ''} if kind == 'console names' else {})}"
+    return f"```{kind}\n{shown}```"
 
 
 def _commands(body: str) -> list[tuple[str, str]]:
@@ -59,14 +60,14 @@ def _commands(body: str) -> list[tuple[str, str]]:
     return [(head, rest) for head, _, rest in (part.partition("\n") for part in parts)]
 
 
-def _run(command: str) -> str:
+def _run(command: str, environment: dict[str, str]) -> str:
     words = command.split()
     if words[0] == "python":
         done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
     assert words[0] == "mpcompile", command
-    ran = CliRunner().invoke(app, [word.strip("'\"") for word in words[1:]])
+    ran = CliRunner().invoke(app, [word.strip("'\"") for word in words[1:]], env=environment)
     if ran.exception and not isinstance(ran.exception, SystemExit):
         raise ran.exception
     text = ran.output.replace(f"{os.getcwd()}/", "")
@@ -78,13 +79,51 @@ def _prose(text: str) -> str:
 
 
 def _assert_like(shown: str, printed: str) -> None:
-    """The same lines but for numbers; a few may differ, since rows are sorted by them and cut."""
-    theirs, mine = (Counter(_words(text).splitlines()) for text in (printed, shown))
-    if "…" in mine:
-        theirs &= mine
-        mine -= Counter({"…": 1})
-    common = (mine & theirs).total()
-    assert common >= 0.8 * max(mine.total(), theirs.total()), printed
+    """The same lines, as often, and the same numbers to a tenth; where the page has "…", more may be printed."""
+    theirs, mine = (_by_words(text) for text in (printed, shown))
+    any_more = mine.pop("…", None) is not None
+    lacking = [line for line in mine if len(mine[line]) > len(theirs.get(line, ()))]
+    more = [] if any_more else [line for line in theirs if len(theirs[line]) > len(mine.get(line, ()))]
+    assert (lacking, more) == ([], []), printed
+    off = [
+        (ours, its)
+        for line in mine
+        for ours, its in zip(mine[line], theirs[line], strict=False)
+        if not _near(ours, its)
+    ]
+    assert off == [], printed
+
+
+def _assert_same_names(shown: str, printed: str) -> None:
+    """The same checks; what a machine without a device says less is not asked for."""
+    names = [[line.partition(":")[0][4:].strip() for line in text.splitlines()] for text in (shown, printed)]
+    assert len(names[0]) > 10
+    assert set(names[0]) - OF_SOME_MACHINES == set(names[1]) - OF_SOME_MACHINES
+
+
+# Checks that one machine has and another has not.
+OF_SOME_MACHINES = {"cuda", "FP16 on cpu", "policy 'auto' on cuda", "products on cuda", "FLOP/s on cuda"}
+# Lines with what a clock measured.
+TIMED = re.compile(r"step_seconds")
+
+
+def _by_words(text: str) -> dict[str, list[str]]:
+    """Line without its numbers -> the lines that read so."""
+    found: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        found.setdefault(_words(line), []).append(line)
+    return found
+
+
+def _near(ours: str, its: str) -> bool:
+    if TIMED.search(ours):
+        return True
+    pairs = zip(*([found[0] for found in NUMBER.finditer(line)] for line in (ours, its)), strict=False)
+    return all(_value(a) == pytest.approx(_value(b), rel=0.1, nan_ok=True) for a, b in pairs)
+
+
+def _value(number: str) -> float:
+    return float(number.replace(",", "")) if number != "-" else 0.0
 
 
 def _words(text: str) -> str:
