@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -108,14 +109,36 @@ def test_half_precision_adapters_are_refused_with_the_way_to_have_them_full() ->
         mpcompile(adapted(autocast_adapter_dtype=False), "bf16")
 
 
-def test_the_example_runs() -> None:
+def example() -> Any:
     import importlib.util
 
     path = Path(__file__).parents[2] / "examples" / "lora_llama.py"
     spec = importlib.util.spec_from_file_location("lora_llama", path)
     assert spec is not None
     assert spec.loader is not None
-    example = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
-    losses = example.main(["--tiny", "--steps", "4", "--policy", LOW])
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_example_runs(tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    losses = example().main(["--tiny", "--steps", "4", "--policy", LOW, "--out", str(out)])
     assert losses[-1] < losses[0]
+    found = json.loads(out.read_text())
+    assert found["losses"] == losses
+    assert found["tokens_per_second"] > 0
+
+
+def test_the_example_knows_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    lora = example()
+    model = lora.llama(35, torch.device("meta"))
+    weights = 2 * sum(p.numel() for p in model.parameters())
+    assert weights < lora.needed(35, 16, 2048) < 1.2 * weights
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 1.5e11))
+    asked = lora.parsed([])
+    assert lora.chosen(asked, torch.device("cuda")) == 65
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (0, 8e10))
+    assert lora.chosen(asked, torch.device("cuda")) < 60
+    with pytest.raises(SystemExit, match="too large"):
+        lora.chosen(lora.parsed(["--billions", "60"]), torch.device("cuda"))
