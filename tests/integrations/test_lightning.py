@@ -70,8 +70,9 @@ class Counts(Callback):  # type: ignore[misc]
 def fit(plugin: Any, folder: Path, module: Any = None, resume: str | None = None, **options: Any) -> tuple[Any, Any]:
     """Seven batches an epoch in windows of two: the last has one."""
     module = Classifies() if module is None else module
-    torch.manual_seed(1)
-    data = [(torch.randn(8), torch.tensor(i % 3)) for i in range(28)]
+    # Numbers of its own: no thread that another test left draws from the same generator in between.
+    numbers = torch.randn(28, 8, generator=torch.Generator().manual_seed(1))
+    data = [(row, torch.tensor(i % 3)) for i, row in enumerate(numbers)]
     loader = torch.utils.data.DataLoader(data, batch_size=4)
     defaults = {"max_epochs": 2, "accumulate_grad_batches": 2, "gradient_clip_val": 0.5, "limit_val_batches": 0}
     trainer = lightning.Trainer(
@@ -96,11 +97,11 @@ def test_both_ways_train_as_lightning_does(tmp_path: Path) -> None:
     drop_in = fit(MPCompilePrecision("bf16,device=free-low", backend="eager"), tmp_path, limit_val_batches=1)
     whole = MPCompilePrecision("bf16,device=free-low", whole_step=True, backend="eager")
     stepped = fit(whole, tmp_path, Classifies(logs=False), callbacks=[step_seen])
-    # AdamW moves a weight whose gradient is near zero by its whole rate of 0.01, in either direction: once or twice.
-    same(drop_in, plain, 0.04)
-    same(stepped, plain, 0.04)
+    # 0.0003 and 0.0004 apart, the same in every run; 150 trainings with random noise of a BF16 rounding stay within 0.001.
+    same(drop_in, plain, 0.003)
+    same(stepped, plain, 0.003)
     assert drop_in[1].losses != plain[1].losses
-    assert stepped[1].losses == pytest.approx(drop_in[1].losses, abs=0.02)
+    assert stepped[1].losses == pytest.approx(drop_in[1].losses, abs=1e-3)
     assert {"train_loss", "val_loss"} <= drop_in[0].logged_metrics.keys()
     assert step_seen.seen == plain_seen.seen
     assert whole.step.pending == 0
