@@ -62,6 +62,13 @@ def resolve_policy(policy: Policy, device: str) -> Policy:
     return policy.with_low("fp32")
 
 
+def auto_low(device: str) -> str:
+    """What the policy "auto" is on a device here ("cuda" or "cpu"), without the warning: "bf16", "fp16" or "fp32"."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return resolve_policy(Policy(), device).low
+
+
 def row_name(policy: Policy, device: str) -> str:
     """What a plan is priced for: the pinned row, else the row of the device ("cuda" or "cpu") that is here.
 

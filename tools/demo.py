@@ -3,6 +3,9 @@
 Both sides are compiled by torch.compile (Inductor), start from the same weights, see the same batches in the same
 order and use the same fused AdamW. Their steps alternate, so that a busy machine slows both. A third run, FP32 from
 another seed, says how much the loss moves for no reason at all: mpcompile has to stay within that.
+
+Where the policy "auto" stays FP32 there would be nothing to see: a smaller model is trained in BF16 then, for its
+losses and bytes, not for its speed.
 """
 
 from __future__ import annotations
@@ -25,8 +28,26 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from torch import Tensor
 
+    from mpcompile import Policy
+
 # The rate rises over WARM steps: without that, a spike of the loss in one run and not in the other decides the comparison.
-BATCH, CONTEXT, LR, WARM = 8, 256, 6e-4, 20
+BATCH, LR, WARM = 8, 6e-4, 20
+
+
+@dataclass(frozen=True)
+class Size:
+    """What is trained: the model's width, blocks, heads and context (bytes), and for how many steps."""
+
+    width: int
+    layers: int
+    heads: int
+    context: int
+    steps: int
+
+
+FULL = Size(width=256, layers=4, heads=4, context=256, steps=120)
+# Without BF16 in hardware a product takes some ten times FP32's time: a 25th of the work, two minutes in all.
+SMALL = Size(width=128, layers=2, heads=4, context=128, steps=60)
 
 
 @dataclass
@@ -50,7 +71,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What the demo found. Bytes are of one step; `distance` and `noise` are RMS differences of smoothed losses."""
+    """What the demo found. Bytes are of one step; `distance` and `noise` are RMS differences of smoothed losses.
+
+    `slow`: low products are slower than FP32's here, so the seconds say nothing about where they are not.
+    """
 
     policy: str
     steps: int
@@ -67,11 +91,15 @@ class Outcome:
     casts: int
     shadows: int
     compile_seconds: float
+    slow: bool = False
     picture: str = ""
 
 
 def demo(
-    steps: Annotated[int, typer.Option(min=8, help="Training steps of each run.")] = 120,
+    steps: Annotated[
+        int | None,
+        typer.Option(min=8, help="Training steps of each run: 120, or 60 of a smaller model where BF16 is slow."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the batches.")] = 0,
     out: Annotated[Path, typer.Option(help="Where the picture and the losses go.")] = Path("demo-out"),
     policy: options.Policy = "auto",
@@ -90,43 +118,57 @@ def demo(
         raise typer.Exit(1)
 
 
-def _run(steps: int, seed: int, policy: str, out: Path) -> Outcome:
+def _run(steps: int | None, seed: int, policy: str, out: Path) -> Outcome:
     import torch
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from mpcompile import mpcompile
     from mpcompile.tools.corpus import stdlib_bytes
-    from mpcompile.tools.gpt import ByteGPT
     from mpcompile.tools.measure import saved_for_backward
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    shown, slow = _shown(policy, device)
+    size = SMALL if slow else FULL
+    steps = steps or size.steps
     text = stdlib_bytes().to(device)
-    models = [_seeded(ByteGPT, one).to(device) for one in (seed, seed, seed + 1)]
-    mp = mpcompile(models[1], policy)
-    calls: list[Callable[..., Any]] = [torch.compile(models[0]), mp, torch.compile(models[2])]
-    names = ["FP32", "mpcompile", "FP32, another seed"]
-    runs = [Run(name, _step(call, model)) for name, call, model in zip(names, calls, models, strict=True)]
+    model, mixed, other = (_seeded(size, one).to(device) for one in (seed, seed, seed + 1))
+    mp, single = mpcompile(mixed, shown), torch.compile(model)
+    runs = [Run("FP32", _step(single, model)), Run("mpcompile", _step(mp, mixed))]
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        _train(progress, f"{names[0]} and {names[1]}", runs[:2], _data(text, seed), steps)
-        _train(progress, names[2], runs[2:], _data(text, seed), steps)
-    batch = next(_data(text, seed))
-    saved = [saved_for_backward(partial(call, batch)).total for call in calls[:2]]
-    return _outcome(runs, saved, mp, _draw(runs, out))
+        _train(progress, "FP32 and mpcompile (the first step compiles)", runs, _data(text, size, seed), steps)
+        # The weights of another seed in the model that is compiled already.
+        model.load_state_dict(other.state_dict())
+        runs.append(Run("FP32, another seed", _step(single, model)))
+        _train(progress, runs[2].name, runs[2:], _data(text, size, seed), steps)
+    batch = next(_data(text, size, seed))
+    saved = [saved_for_backward(partial(call, batch)).total for call in (single, mp)]
+    return _outcome(runs, saved, mp, _draw(runs, out), slow)
 
 
-def _seeded(make: Callable[[], Any], seed: int) -> Any:
+def _shown(policy: str, device: str) -> tuple[Policy, bool]:
+    """The policy to show, and whether low products are slow here: BF16 where "auto" would stay FP32."""
+    from mpcompile import Policy
+    from mpcompile.hardware import auto_low
+
+    parsed, slow = Policy.parse(policy), auto_low(device) == "fp32"
+    return parsed.with_low("bf16") if slow and parsed.low == "auto" else parsed, slow
+
+
+def _seeded(size: Size, seed: int) -> Any:
     import torch
 
+    from mpcompile.tools.gpt import ByteGPT
+
     torch.manual_seed(seed)
-    return make()
+    return ByteGPT(size.width, size.layers, size.heads, size.context)
 
 
-def _data(text: Tensor, seed: int) -> Iterator[Tensor]:
+def _data(text: Tensor, size: Size, seed: int) -> Iterator[Tensor]:
     from mpcompile.tools.corpus import batches
 
-    return batches(text, BATCH, CONTEXT + 1, seed)
+    return batches(text, BATCH, size.context + 1, seed)
 
 
 def _step(call: Callable[[Tensor], Tensor], model: Any) -> Callable[[Tensor], float]:
@@ -147,21 +189,22 @@ def _step(call: Callable[[Tensor], Tensor], model: Any) -> Callable[[Tensor], fl
 
 
 def _train(progress: Progress, title: str, runs: Sequence[Run], data: Iterator[Tensor], steps: int) -> None:
-    task = progress.add_task(f"{title} (the first step compiles)", total=steps)
+    task = progress.add_task(title, total=steps)
     for _ in range(steps):
         batch = next(data)
         for run in runs:
             run.take(batch)
         losses = ", ".join(f"{run.losses[-1]:.3f}" for run in runs)
-        progress.update(task, advance=1, description=f"{title}: loss {losses}")
+        progress.update(task, advance=1, description=f"{title.partition(' (')[0]}: loss {losses}")
 
 
-def _outcome(runs: Sequence[Run], saved: Sequence[int], mp: Any, picture: str) -> Outcome:
+def _outcome(runs: Sequence[Run], saved: Sequence[int], mp: Any, picture: str, slow: bool) -> Outcome:
     single, mixed, other = runs
     distance, noise = _distance(single.losses, mixed.losses), _distance(single.losses, other.losses)
-    casts = mp.report().casts
+    report = mp.report()
+    casts = report.casts
     return Outcome(
-        policy=mp.report().policy,
+        policy=report.policy,
         steps=len(single.losses),
         loss_fp32=_final(single.losses),
         loss_mp=_final(mixed.losses),
@@ -176,6 +219,7 @@ def _outcome(runs: Sequence[Run], saved: Sequence[int], mp: Any, picture: str) -
         casts=sum(cast.origin == "inserted" for cast in casts),
         shadows=sum(cast.origin == "shadow" for cast in casts),
         compile_seconds=mixed.seconds[0],
+        slow=slow,
         picture=picture,
     )
 
@@ -220,15 +264,18 @@ def _show(found: Outcome) -> None:
 
     table = Table("", "FP32", "mpcompile", "ratio", title=f"{found.steps} steps, both compiled")
     table.add_row("loss (last tenth)", f"{found.loss_fp32:.4f}", f"{found.loss_mp:.4f}", "")
-    rates = 1 / found.seconds_fp32, 1 / found.seconds_mp
-    table.add_row("steps per second (median)", f"{rates[0]:.2f}", f"{rates[1]:.2f}", f"{found.speedup:.2f} times")
+    if not found.slow:
+        rates = 1 / found.seconds_fp32, 1 / found.seconds_mp
+        table.add_row("steps per second (median)", f"{rates[0]:.2f}", f"{rates[1]:.2f}", f"{found.speedup:.2f} times")
     sizes = found.saved_fp32 / 1e6, found.saved_mp / 1e6
     table.add_row("MB kept for the backward", f"{sizes[0]:.1f}", f"{sizes[1]:.1f}", f"{sizes[1] / sizes[0]:.2f}")
     table.add_row("casts per forward", "0", str(found.casts), "")
     table.add_row("weight casts per step", "0", str(found.shadows), "")
     Console().print(table)
     typer.echo(f"policy: {found.policy}")
-    if found.speedup < 1:
+    if found.slow:
+        typer.echo("no BF16 in this processor (mpcompile doctor): see the losses and the bytes; the speed is not shown")
+    elif found.speedup < 1:
         typer.echo(
             "low-precision products are slow on this processor (mpcompile doctor): memory is saved here, not time"
         )

@@ -98,15 +98,10 @@ def _machine() -> list[Check]:
 
 def _auto(kind: str) -> Check:
     """Which policy "auto" is on a device here, and why."""
-    import warnings
-
-    from mpcompile import Policy
     from mpcompile.devices import own_path, own_rows
-    from mpcompile.hardware import resolve_policy
+    from mpcompile.hardware import auto_low
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        low = resolve_policy(Policy(), kind).low
+    low = auto_low(kind)
     if kind in own_rows():
         why = f"the row [{kind}] of {own_path()} says that it is faster"
     elif low == "fp32":

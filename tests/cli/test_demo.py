@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from mpcompile import mpcompile
+from mpcompile import hardware, mpcompile
 from mpcompile.tools import demo
 from mpcompile.tools.corpus import batches, stdlib_bytes
 from mpcompile.tools.gpt import ByteGPT
@@ -77,6 +77,34 @@ def test_exit_code_and_table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ag
         assert part in said.stdout
     as_json = CliRunner().invoke(app, ["demo", "--out", str(tmp_path), "--json"])
     assert json.loads(as_json.stdout)["agree"] is agree
+
+
+@pytest.mark.parametrize(
+    ("native", "policy", "low", "slow"),
+    [
+        (True, "auto", "auto", False),
+        (False, "auto", "bf16", True),
+        (False, "plan=strict", "bf16", True),
+        (False, "fp16", "fp16", True),
+        (False, "fp32", "fp32", True),
+    ],
+)
+def test_where_auto_stays_fp32_the_demo_shows_bf16(
+    monkeypatch: pytest.MonkeyPatch, native: bool, policy: str, low: str, slow: bool
+) -> None:
+    monkeypatch.setenv("MPCOMPILE_DEVICES", "")
+    monkeypatch.setattr(hardware, "has_native_bf16", lambda _: native)
+    shown, found = demo._shown(policy, "cpu")
+    assert (shown.low, found) == (low, slow)
+    assert shown.plan == ("strict" if "strict" in policy else "global")
+
+
+def test_where_low_products_are_slow_no_speed_is_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(demo, "_run", lambda *_: replace(OUTCOME, slow=True))
+    said = CliRunner().invoke(app, ["demo", "--out", str(tmp_path)], env={"COLUMNS": "100"})
+    assert "the speed is not shown" in said.stdout
+    assert "2.00 times" not in said.stdout
+    assert "200.0" in said.stdout
 
 
 def test_saved_for_backward_counts_storages_once_and_not_what_lives_on() -> None:
