@@ -67,6 +67,11 @@ def scaled_product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, bias:
     return torch.ops.mpcompile.scaled_product.default(a, b, scale_a, scale_b, bias)  # type: ignore[no-any-return]
 
 
+def shapes_of(x: Tensor, form: str, lies: bool, transposed: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Empty tensors such as `quantise` gives, one scale for all of `x`."""
+    return _shapes(x, form, lies, transposed, False)  # type: ignore[return-value]
+
+
 def inverse_scale(largest: Tensor, form: str) -> Tensor:
     """What elements are multiplied by, from the largest magnitude (FP32)."""
     most = torch.finfo(TORCH_DTYPES[form]).max
@@ -121,6 +126,12 @@ def _on_cuda(
     return made
 
 
+def kernels_for(x: Tensor) -> Any:
+    """What makes a matrix's copies by kernels of ours, all at once; None where they do not serve."""
+    kernels = _kernels() if x.is_cuda else None
+    return kernels if kernels is not None and x.numel() and x.dtype in kernels.TYPES else None
+
+
 @functools.cache
 def _kernels() -> Any:
     """The Triton kernels; None where there is no Triton: torch's CUDA builds bring it."""
@@ -146,4 +157,4 @@ torch.library.register_fake(
     lib=_LIBRARY,
 )
 
-__all__ = ["FLOOR", "inverse_scale", "look", "quantise", "scaled_product"]
+__all__ = ["FLOOR", "inverse_scale", "kernels_for", "look", "quantise", "scaled_product", "shapes_of"]

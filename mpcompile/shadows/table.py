@@ -107,6 +107,8 @@ class ShadowTable:
         self._entries: dict[tuple[int, torch.dtype], _Entry] = {}
         self._steps: dict[int, int] = {}
         self.casts = 0
+        # Rises whenever a shadow may have been written, by a cast here or by an update's own kernels.
+        self.written = 0
         # Rises with every optimizer step on a master: what was compared is void then.
         self.epoch = 0
         # Rises with every master that goes (another one may come under its id), and with every shadow that is replaced.
@@ -191,6 +193,7 @@ class ShadowTable:
         for _, entry, state in stale:
             entry.state = state
         self.casts += len(stale)
+        self.written += 1
 
 
 def _refuse_infinite(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -248,6 +251,7 @@ class Watched:
 
     def note_update(self, masters: Sequence[torch.Tensor]) -> None:
         """The shadows are those of the masters as they are now: who updated these wrote those too."""
+        self.table.written += 1
         now = self.table.look(masters)
         if self._seen is not None and self._seen.addresses != now.addresses:
             self._comparison = None

@@ -43,6 +43,7 @@ class Runner:
     def run(self, specialization: Specialization, batch: Batch) -> StepResult:
         """One (micro)batch; the masters are updated where it ends a window."""
         self._context.shadows.bring_up_to_date()
+        self._context.copies.bring_up_to_date()
         self.buffers.remember(specialization, specialization.written(), first=self._accumulator.count == 0)
         if self._context.accumulate == 1:
             self.last = specialization, specialization.layout, specialization.gradients
@@ -66,12 +67,12 @@ class Runner:
             # Only the gradients themselves show how the compiler lays them out.
             loss, grads = specialization(batch.tensors, self._context.seed)
             updater = self._updates.find(specialization.layout, specialization.strides, specialization.gradients)
-            return self._updated(updater, lambda: (loss, *updater(grads)))
+            return self._updated(updater, lambda: (loss, *self._apply(updater, grads)))
         updater = self._updates.find(specialization.layout, specialization.strides, specialization.gradients)
 
         def run(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
             loss, grads = specialization(tensors, self._context.seed)
-            return loss, *updater(grads)
+            return loss, *self._apply(updater, grads)
 
         key = id(specialization), id(updater), batch.shapes()
         call = self._replayed(
@@ -109,7 +110,7 @@ class Runner:
 
         def end(_: Sequence[Tensor]) -> tuple[Tensor, ...]:
             self._team.average(layout, held)
-            return tuple(updater(held))
+            return tuple(self._apply(updater, held))
 
         update = self._updates.replayed((id(updater),), end, [], lambda: [*self._written(updater), *held])
         return self._updated(updater, lambda: (loss, *update([])))
@@ -128,7 +129,13 @@ class Runner:
 
     def _written(self, updater: Update) -> list[Tensor]:
         """What an update writes at fixed addresses; a master that only its shadow stands for is in no specialization."""
-        return [*updater.binding.params, *self._context.shadows.shadows]
+        return [*updater.binding.params, *self._context.shadows.shadows, *self._context.copies.tensors()]
+
+    def _apply(self, updater: Update, grads: Sequence[Tensor]) -> Sequence[Tensor]:
+        """(finite, norm, scale) of an update; what is made of its shadows is made after it."""
+        results = updater(grads)
+        self._context.copies.write()
+        return results
 
     def _before_update(self) -> None:
         """Run the optimizers' own hooks, before the groups' numbers are read: a hook may set them."""
@@ -144,6 +151,7 @@ class Runner:
         # Compiled code raises no version; other shadows of these masters, and autograd, go by it.
         torch.autograd.graph.increment_version(updater.binding.params)
         self._context.shadows.note_update()
+        self._context.copies.note()
         self._context.optimizers.note_step()
         for counters in self._monitor.counters:
             counters.note()

@@ -141,6 +141,8 @@ class TrainStep(SavedStep, Inspection):
             outside=self._outside,
             around=plan.split.joined if plan.split is not None else contextlib.nullcontext,
             reducer=self.team.in_graph,
+            # A split master is its own shadow: an edit of it is no cast that would be counted.
+            copies=plan.copies if plan.split is None else None,
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> StepResult:
@@ -211,6 +213,7 @@ class TrainStep(SavedStep, Inspection):
             self.context.split.drop_replaced()
         self.specializations.shadows = self.context.shadows = ShadowSet()
         self.specializations.clear()
+        self.context.copies.clear()
         self.runner.buffers.clear()
         self.identity.take()
         named = self.specializations.named

@@ -78,6 +78,8 @@ def _in_two(joint: Joint, recompute: bool, sends: bool) -> tuple[Run, list[Tenso
 
     mode = joint.forward.fakes[0].fake_mode  # type: ignore[attr-defined]
     fixed = [i for i, one in enumerate(joint.forward.inputs) if one.kind != "arg"]
+    # Copies of weights stand between the inputs and the seed.
+    fixed += range(len(joint.forward.inputs), len(joint.fakes) - 1)
     with fresh_tracing(mode), V.set_fake_mode(mode):
         with torch._functorch.config.patch(ban_recompute_materialized_backward=not recompute):
             first, second = partition_fn(joint.module, joint.fakes, num_fwd_outputs=joint.outputs_of_forward)

@@ -23,6 +23,7 @@ from mpcompile.errors import MPCompileError, TrainingError
 from mpcompile.progress import stage
 from mpcompile.runtime.inductor import roundings_kept
 from mpcompile.runtime.sharded import refuse_gathered, refuse_sharded
+from mpcompile.runtime.weight_copies import WeightCopies
 from mpcompile.shadows.step_shadows import ShadowSet
 from mpcompile.torch_internals import COMPILING
 from mpcompile.training.accumulation import Layout
@@ -32,6 +33,7 @@ from mpcompile.training.gradients.compile import Run, compile_joint, decompositi
 from mpcompile.training.gradients.forward import Forward, Input, capture, owned
 from mpcompile.training.gradients.gradient_hooks import refuse_unseen
 from mpcompile.training.gradients.joint import Joint, trace
+from mpcompile.training.gradients.weight_copies import lift
 from mpcompile.training.identity import ModelIdentity
 from mpcompile.training.plain_values import PlainValues
 
@@ -60,6 +62,7 @@ class Specialization:
       writes: inputs of the batch that the model writes to: (output, number among the batch's tensors).
       strides: how each gradient lies in memory; None until the first run.
       saved: fakes of what the forward makes and keeps for the backward (none where it runs op by op).
+      copies: FP8 copies of weights, which the graph that is run reads before the seed.
     """
 
     joint: Joint
@@ -74,6 +77,7 @@ class Specialization:
     guard: str | None = None
     strides: tuple[tuple[int, ...], ...] | None = None
     reducer: Reducer | None = None
+    copies: Sequence[Tensor] = ()
 
     def __post_init__(self) -> None:
         self._from, self._held = [i for i, _ in self.buffers], [held for _, held in self.buffers]
@@ -92,7 +96,7 @@ class Specialization:
 
     def __call__(self, tensors: Sequence[Tensor], seed: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """(loss, gradients) of a batch, times the seed; buffers are brought up to date."""
-        outputs = self.run([*self.inputs(tensors), seed])
+        outputs = self.run([*self.inputs(tensors), *self.copies, seed])
         count = self._count
         if self._held:
             with torch.no_grad():
@@ -109,8 +113,8 @@ class Specialization:
         return self._held
 
     def tensors(self) -> list[Tensor]:
-        """The model's tensors and shadows that the specialization reads, at their addresses."""
-        return [one for one in self.fixed if isinstance(one, Tensor)]
+        """The model's tensors, shadows and their copies that the specialization reads, at their addresses."""
+        return [*(one for one in self.fixed if isinstance(one, Tensor)), *self.copies]
 
     def inputs(self, tensors: Sequence[Tensor]) -> list[Any]:
         """What the joint graph reads, without the seed."""
@@ -184,6 +188,8 @@ class SpecializationCache:
     around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
     # Averages the gradients in the graph itself; None for one process, and where a window's sums are averaged.
     reducer: Reducer | None = None
+    # Where FP8 copies of weights are held; None: the graphs make them.
+    copies: WeightCopies | None = None
     epoch: int = 0
     _exact: dict[Any, Specialization] = field(default_factory=dict)
     _alike: dict[Any, list[Specialization]] = field(default_factory=dict)
@@ -302,6 +308,7 @@ class SpecializationCache:
         buffers_ = [(k, fixed[i]) for k, i in enumerate(joint.mutated) if i not in numbers]
         writes = [(k, numbers[i]) for k, i in enumerate(joint.mutated) if i in numbers]
         _refuse_no_gradient(joint, forward)
+        copies = lift(joint, fixed, self.copies) if self.copies is not None else []
         if self.reducer is not None:
             reduce_joint(joint, self.reducer)
         values = values_of(outputs_of(joint.module)[len(joint.mutated) + 1 :])
@@ -309,7 +316,7 @@ class SpecializationCache:
         with roundings_kept(has_user_low_cast(forward.plan.graph)):
             run, saved = compile_joint(joint, self.backend, recompute=self.recompute, sends=self.reducer is not None)
         return Specialization(joint=joint, run=run, fixed=fixed, args=places, layout=layout, buffers=buffers_, writes=writes,
-                        named=self.named, saved=saved, reducer=self.reducer)  # fmt: skip
+                        named=self.named, saved=saved, reducer=self.reducer, copies=copies)  # fmt: skip
 
     def _fixed(self, one: Input, tensors: dict[str, Tensor]) -> Any:
         if one.kind in ("arg", "seed"):

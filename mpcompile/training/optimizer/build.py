@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from mpcompile.aten.facts import LOW_DTYPES
 from mpcompile.aten.graphs import inputs_of
 from mpcompile.runtime.inductor import roundings_kept
+from mpcompile.runtime.weight_copies import WeightCopies
 from mpcompile.shadows.step_shadows import ShadowSet
 from mpcompile.training.accumulation import Layout
 from mpcompile.training.gradients.compile import Run, decompositions, run_update
@@ -99,6 +100,8 @@ class UpdateContext:
     # How many gradients are added up: of the microbatches of a window, times the ranks.
     added: int
     split: SplitMasters | None = None
+    # FP8 copies of weights, which are written after each update's shadows.
+    copies: WeightCopies = field(default_factory=WeightCopies)
     # Parameters that a graph reads in FP32: these are never split.
     whole: set[int] = field(default_factory=set)
     builds: dict[Layout, int] = field(default_factory=dict)
