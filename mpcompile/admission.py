@@ -20,7 +20,7 @@ def check_model(model: Any) -> None:
     """Refuse what cannot be trained in mixed precision.
 
     Raises:
-      CaptureError: MP103, MP104, MP105, MP107.
+      CaptureError: MP103, MP104, MP105, MP107, MP108.
     """
     if not isinstance(model, nn.Module):
         raise CaptureError("MP105", f"mpcompile() was given a {type(model).__name__}", try_="an nn.Module, an "

@@ -33,7 +33,7 @@ from mpcompile.runtime.compiled import CompiledGraph
 from mpcompile.runtime.coverage import warn_of_recurrent_break
 from mpcompile.runtime.fp8_linear import FP8_LINEAR
 from mpcompile.runtime.inductor import compile_inductor, run_eagerly
-from mpcompile.runtime.sharded import refuse_tensor_parallel, say_gathered
+from mpcompile.runtime.sharded import refuse_wrapped_inputs, say_gathered
 from mpcompile.shadows.table import use_shadow
 from mpcompile.torch_internals import is_filled_anew, real_tensors
 
@@ -68,7 +68,7 @@ class Compiler:
         start = time.perf_counter()
         placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
         fakes = [n.meta.get("example_value", given) for n, given in zip(placeholders, inputs, strict=True)]
-        refuse_tensor_parallel(fakes)
+        refuse_wrapped_inputs(fakes)
         fresh = self.gathered() or any(is_filled_anew(node) for node in placeholders)
         traced = trace_dynamo(module, fakes, self.paths())
         plan = decide(traced, self.settings, device_of(fakes), partial=True, held=_held(traced, fakes))

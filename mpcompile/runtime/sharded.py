@@ -1,4 +1,6 @@
-"""Models whose parameters are spread over processes: known by what torch made of them; gathered ones run, others are refused.
+"""Models whose parameters are no plain tensors of this process: spread over several, or quantised.
+
+They are known by what torch made of them; gathered ones run, others are refused.
 
 FSDP2 (`fully_shard`) fills a parameter anew before each forward that reads it, without a version that rises: a shadow kept
 for it would be stale.  Such parameters get none: what reads them low casts them in its graph, or they are gathered low
@@ -17,6 +19,7 @@ from torch import nn
 from mpcompile.errors import CaptureError
 
 log = logging.getLogger("mpcompile")
+_KNOWN = ("torch.distributed.", "torch.nested.", "torch._subclasses.")
 
 
 def is_gathered(model: nn.Module) -> bool:
@@ -29,11 +32,14 @@ def is_gathered(model: nn.Module) -> bool:
 
 
 def refuse_sharded(model: nn.Module) -> None:
-    """Parameters that are no tensors of this process's own while the forward reads them.
+    """Parameters that are no plain tensors of this process's own while the forward reads them.
 
     Raises:
-      CaptureError: MP107.
+      CaptureError: MP107; MP108 for quantised ones.
     """
+    for name, one in (*model.named_parameters(), *model.named_buffers()):
+        if _is_wrapped(one):
+            raise _wrapped(name, one)
     if not torch.distributed.is_available():
         return
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -48,12 +54,15 @@ def refuse_sharded(model: nn.Module) -> None:
         )
 
 
-def refuse_tensor_parallel(inputs: list[Any]) -> None:
-    """What FSDP2 gathered is still a DTensor: a product of it is a collective.
+def refuse_wrapped_inputs(inputs: list[Any]) -> None:
+    """What FSDP2 gathered may still be a DTensor, whose products are collectives; a weight may be quantised.
 
     Raises:
-      CaptureError: MP107.
+      CaptureError: MP107, MP108.
     """
+    for one in inputs:
+        if _is_wrapped(one):
+            raise _wrapped("an input of the compiled graph", one)
     if not torch.distributed.is_available():
         return
     from torch.distributed.tensor import DTensor
@@ -84,6 +93,20 @@ def say_gathered() -> None:
         "mpcompile: parameters of fully_shard are read fresh at each forward, without shadows; gathered low they need no casts "
         "either: fully_shard(..., mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))"
     )
+
+
+def _is_wrapped(tensor: Any) -> bool:
+    """Made of other tensors, by the protocol of torch's traceable subclasses; distributed and nested ones are known."""
+    kind = type(tensor)
+    return hasattr(kind, "__tensor_flatten__") and not kind.__module__.startswith(_KNOWN)
+
+
+def _wrapped(where: str, tensor: torch.Tensor) -> CaptureError:
+    return CaptureError(
+        "MP108", f"a weight is a {type(tensor).__module__.partition('.')[0]} {type(tensor).__name__}", where=where,
+        why="its operations run other kernels than those that the plan chooses among",
+        try_="a base in BF16 or FP16, frozen; or torch.compile with autocast, without mpcompile",
+    )  # fmt: skip
 
 
 def _refused(where: str, why: str) -> CaptureError:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from lowness import assert_low_products
+from torch import nn
 
 from mpcompile import MPCompileError, mpcompile
 
@@ -107,6 +108,62 @@ def test_dora_as_a_drop_in_keeps_the_types_at_its_graph_breaks() -> None:
 def test_half_precision_adapters_are_refused_with_the_way_to_have_them_full() -> None:
     with pytest.raises(MPCompileError, match=r"MP103[\s\S]*autocast_adapter_dtype=True"):
         mpcompile(adapted(autocast_adapter_dtype=False), "bf16")
+
+
+class Adapted(nn.Module):
+    """A frozen BF16 layer under an FP32 adapter, as PEFT makes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(64, 64, bias=False).to(torch.bfloat16).requires_grad_(False)
+        self.adapter = nn.Linear(64, 64, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x.bfloat16()).float() + self.adapter(x)  # type: ignore[no-any-return]
+
+
+def in_pairs(model: Adapted) -> str:
+    """A class of torch's own tests, made of two tensors."""
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    whole = model.base.weight.detach()
+    model.base.weight = nn.Parameter(TwoTensor(whole, whole.clone()), requires_grad=False)
+    return "TwoTensor"
+
+
+def in_8_bits(model: Adapted) -> str:
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(model.base, quantization.Int8WeightOnlyConfig())
+    return "torchao Int8Tensor"
+
+
+@pytest.mark.parametrize("quantise", [in_pairs, in_8_bits])
+def test_a_base_of_other_tensors_is_refused_by_name_before_and_after_wrapping(quantise: Any) -> None:
+    model = Adapted()
+    said = rf"MP108[\s\S]*{quantise(model)}[\s\S]*base.weight"
+    with pytest.raises(MPCompileError, match=said):
+        mpcompile(model, LOW, backend="eager")
+    model = Adapted()
+    mp = mpcompile(model, LOW, backend="eager")
+    mp(torch.ones(2, 64)).sum().backward()
+    quantise(model)
+    with pytest.raises(MPCompileError, match="MP108"):
+        mp(torch.ones(2, 64))
+    model = Adapted()
+    step = mpcompile(model, LOW, backend="eager").train_step(
+        torch.optim.SGD(model.adapter.parameters(), 0.1), lambda model, x: model(x).sum()
+    )
+    step(torch.ones(2, 64))
+    quantise(model)
+    with pytest.raises(MPCompileError, match="MP108"):
+        step(torch.ones(2, 64))
+
+
+def test_the_bare_backend_refuses_such_a_base_too() -> None:
+    model = Adapted()
+    in_pairs(model)
+    with pytest.raises(Exception, match="MP108"):
+        torch.compile(model, backend="mpcompile", options={"policy": LOW, "inner": "eager"})(torch.ones(2, 64))
 
 
 def example() -> Any:
