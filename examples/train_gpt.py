@@ -3,6 +3,7 @@
     python examples/train_gpt.py README.md
     torchrun --nproc-per-node 2 examples/train_gpt.py README.md --reduce low --accumulate 4
     torchrun --nproc-per-node 2 examples/train_gpt.py README.md --save run.ckpt          # and --resume run.ckpt
+    torchrun --nproc-per-node 2 examples/train_gpt.py README.md --shard update           # masters and moments in shares
     torchrun --nnodes 2 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint HOST:29500 examples/train_gpt.py TEXT
 
 Each rank takes its own places of the text; gradients are averaged by collectives in the emitted step.
@@ -66,6 +67,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--policy", default="bf16")
     parser.add_argument("--reduce", choices=["fp32", "low"], default="fp32", help="what gradients travel in")
+    parser.add_argument("--shard", choices=["none", "update"], default="none", help="what ranks hold in shares")
     parser.add_argument("--backend", choices=["inductor", "eager"], default="inductor")
     parser.add_argument("--save", type=Path)
     parser.add_argument("--resume", type=Path)
@@ -87,9 +89,8 @@ def main() -> None:
     model = GPT(given.length, given.width, max(1, given.width // 64), given.layers).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, fused=True)
     mp = mpcompile(model, f"low={given.policy},reduce={given.reduce}", backend=given.backend)
-    step = mp.train_step(
-        optimizer, max_grad_norm=1.0, accumulate=given.accumulate, process_group=dist.group.WORLD if several else None
-    )
+    ranked = {"process_group": dist.group.WORLD, "shard": given.shard} if several else {}
+    step = mp.train_step(optimizer, max_grad_norm=1.0, accumulate=given.accumulate, **ranked)
     done = load_checkpoint(given.resume, model=model, optimizer=optimizer, step=step)["done"] if given.resume else 0
 
     text = torch.frombuffer(bytearray(b"".join(path.read_bytes() for path in given.text)), dtype=torch.uint8).long()
@@ -110,8 +111,8 @@ def main() -> None:
     if rank == 0:
         memory = f"{torch.cuda.max_memory_allocated() / 1e9:.2f} GB at most" if cuda else "on a CPU"
         print(f"\n{ranks} ranks, {tokens / seconds:,.0f} tokens/s, {memory}, loss {last:.4f}")
-        if given.save:  # all ranks hold the same
-            save_checkpoint(given.save, model=model, optimizer=optimizer, step=step, extra={"done": given.steps})
+    if given.save and (rank == 0 or given.shard != "none"):  # shares are gathered by all; the first rank writes
+        save_checkpoint(given.save, model=model, optimizer=optimizer, step=step, extra={"done": given.steps})
     if several:
         dist.destroy_process_group()
 

@@ -13,6 +13,7 @@ from torch._C._dynamo import guards as _guards
 from torch._dynamo import config as _dynamo_config
 from torch._logging._internal import trace_structured
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed import distributed_c10d
 from torch.fx import GraphModule, Node
 from torch.nn import Module
 from torch.nn.modules import module as _module
@@ -92,6 +93,43 @@ def active_ddp() -> DistributedDataParallel | None:
 def has_communication_hook(ddp: DistributedDataParallel) -> bool:
     """Whether `register_comm_hook` was called."""
     return bool(getattr(ddp, "_comm_hooks", ()))
+
+
+def patience_of(group: Any, device: Any) -> Any:
+    """How long a process group's collectives wait on a device (a timedelta); None where it does not say."""
+    try:
+        return group._get_backend(device).options._timeout
+    except (AttributeError, RuntimeError):
+        return None
+
+
+_GROUP_ENDS = threading.RLock()
+
+
+def before_groups_end(call: Callable[[Any], None]) -> Callable[[], None]:
+    """Let `call(group)` run before torch shuts a process group down; returns what undoes this.
+
+    `destroy_process_group` looks up what it calls at each call, so a user who imported it by name is heard too. Torch 2.11:
+    a function of the module; 2.13: a method of the group.
+    """
+    owner: Any = distributed_c10d if hasattr(distributed_c10d, "_shutdown_backend") else distributed_c10d.ProcessGroup
+    name = "_shutdown_backend" if owner is distributed_c10d else "shutdown"
+    with _GROUP_ENDS:
+        # A method in C is no function that would bind anew: it is put back as it lay in its class.
+        lay, before = vars(owner)[name], getattr(owner, name)
+
+        def ending(group: Any) -> None:
+            call(group)
+            before(group)
+
+        setattr(owner, name, ending)
+
+    def undo() -> None:
+        with _GROUP_ENDS:
+            if getattr(owner, name) is ending:
+                setattr(owner, name, lay)
+
+    return undo
 
 
 @contextlib.contextmanager

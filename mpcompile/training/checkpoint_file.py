@@ -39,21 +39,34 @@ def save_checkpoint(
 ) -> None:
     """Write model, optimizer, training step, `extra` and every random generator's state to `path`, atomically.
 
+    Of several ranks that hold the same, one is to call this. With a step of ``shard="update"`` all are: they gather what each
+    holds a share of, the first one writes (with its own random state), and all know then whether the file is whole.
+
     Args:
       path: the file; its directory must exist. The new file takes its place only once it is whole on the disk.
       model, optimizer, step: anything with `state_dict()`.
       extra: plain values and tensors of your own (epoch, scheduler.state_dict(), …).
 
     Raises:
-      TrainingError: MP512, for a value that is not plain; MP513, when the file cannot be written.
+      TrainingError: MP512, for a value that is not plain; MP513, when the file cannot be written; MP548, where not all
+        ranks come.
     """
     parts = {"model": model, "optimizer": optimizer, "step": step}
     state = {name: part.state_dict() for name, part in parts.items() if part is not None}
+    content = {**state, "extra": extra, "rng": _random_state()}
+    once = getattr(step, "write_once", None)
+    if once is None:
+        _write(Path(path), content)
+    else:
+        once(lambda: _write(Path(path), content))
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
     packer = _Packer()
-    tree = packer.pack({**state, "extra": extra, "rng": _random_state()}, "")
+    tree = packer.pack(content, "")
     facts = {key: _storable(key, tensor) for key, tensor in packer.tensors.items()}
     words = {"format": FORMAT, "tree": json.dumps(tree), "tensors": json.dumps(facts)}
-    _write_whole(Path(path), packer.tensors, {**words, "digest": _digest(words)})
+    _write_whole(path, packer.tensors, {**words, "digest": _digest(words)})
 
 
 def load_checkpoint(

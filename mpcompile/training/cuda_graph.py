@@ -10,14 +10,17 @@ parameter that moved, another signature or another updater asks for another reco
 from __future__ import annotations
 
 import logging
+import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
 
 from mpcompile.errors import TrainingError
+from mpcompile.torch_internals import before_groups_end
 
 log = logging.getLogger("mpcompile")
 
@@ -66,6 +69,60 @@ class _RecordedStep:
         return tuple(result.clone() for result in self.results)
 
 
+class _BeforeGroupsEnd:
+    """Lets go of recordings that hold a process group's collectives before the group ends.
+
+    NCCL's communicator waits, when it is destroyed, for every CUDA graph that has captured an operation of it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: weakref.WeakSet[Replays] = weakref.WeakSet()
+        self._undo: Callable[[], None] | None = None
+
+    def hold(self, replays: Replays) -> None:
+        with self._lock:
+            self._held.add(replays)
+            self._undo = self._undo or before_groups_end(self._end)
+
+    def drop(self, replays: Replays) -> None:
+        """It has no recordings any more; the last one leaves torch as it was."""
+        with self._lock:
+            self._held.discard(replays)
+            undo, self._undo = (None, self._undo) if self._held else (self._undo, None)
+        if undo is not None:
+            undo()
+
+    def _end(self, group: Any) -> None:
+        for replays in [one for one in self._held if one.group == group]:
+            if replays.device.type == "cuda":
+                torch.cuda.synchronize(replays.device)
+            replays.clear()
+
+
+_BEFORE = _BeforeGroupsEnd()
+
+
+class Recorded:
+    """The part of a training step that lets go of what it recorded."""
+
+    # The step's `UpdateCache`, which holds its recordings.
+    updates: Any
+
+    def close(self) -> None:
+        """Let go of the recorded CUDA graphs and their memory. A later call of the step records anew.
+
+        A process group waits for graphs with its collectives: `destroy_process_group` closes the steps of its ranks by itself.
+        """
+        self.updates.replays.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
 class Replays:
     """The recorded steps of one `TrainStep`.
 
@@ -73,9 +130,13 @@ class Replays:
       wanted: "auto", True (an error where it cannot be), or False.
       device: where the model lives.
       record: how a run is recorded; None for a CUDA graph.
+      group: the process group whose collectives a run has; before it ends, what was recorded is let go.
     """
 
-    def __init__(self, wanted: Literal["auto"] | bool, device: torch.device, record: Record | None = None) -> None:
+    def __init__(
+        self, wanted: Literal["auto"] | bool, device: torch.device, record: Record | None = None, group: Any = None
+    ) -> None:
+        self.group = group
         self.wanted, self.device, self._given, self._record = wanted, device, record, record
         self.on = wanted is not False and (device.type == "cuda" or record is not None)
         if wanted is True and not self.on:
@@ -89,6 +150,7 @@ class Replays:
         self._steps.clear()
         # With the recordings their memory goes; the next ones share another.
         self._record = self._given
+        _BEFORE.drop(self)
 
     def forget(self, part: int) -> None:
         """What has this id in its key is void: the object goes, and another one may get its id."""
@@ -129,6 +191,8 @@ class Replays:
             log.warning("mpcompile: no CUDA graph for the step (%s); it runs without", str(error).splitlines()[0])
             self.on = False
             return None
+        if self.group is not None:
+            _BEFORE.hold(self)
         self._steps[key] = _RecordedStep(batch, recording, results, _addresses(fixed()))
         return self._steps[key]
 

@@ -14,6 +14,7 @@ from mpcompile.training.accumulation import Layout
 from mpcompile.training.distributed.gathered import first_of, joined
 from mpcompile.training.distributed.ranks import Ranks
 from mpcompile.training.distributed.reduce import Reducer
+from mpcompile.training.distributed.scatter import Scatterer
 from mpcompile.training.emitted.weave import Emitted, emit, origins, precision_graph
 from mpcompile.training.gradients.batch import Batch
 from mpcompile.training.gradients.joint import Joint
@@ -39,7 +40,7 @@ class Inspection:
     updates: UpdateCache
     _log: StepLog | None = None
     ranks: Ranks | None
-    sums_reducer: Reducer | None
+    sums_reducer: Reducer | Scatterer | None
 
     @property
     def graph(self) -> fx.GraphModule:
@@ -55,7 +56,8 @@ class Inspection:
     def emitted(self) -> tuple[Emitted, Joint]:
         """The emitted step with its live inputs, and the joint graph that it was woven from."""
         specialization, layout, like = self._latest()
-        updater = self.updates.find(layout, specialization.strides if self.context.accumulate == 1 else None, like)
+        strides = specialization.strides if self.context.accumulate == 1 else None
+        updater = self.updates.find(*self.context.of_rank(layout, strides, like))
         key = id(specialization), id(updater)
         if key not in self.updates.emitted:
             window = dict(zip((n for n, _ in layout), like(), strict=True)) if self.context.accumulate > 1 else None

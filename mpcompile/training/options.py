@@ -27,6 +27,7 @@ class StepOptions(TypedDict, total=False):
     recompute: Literal["auto"] | bool
     process_group: Any
     mesh: Any
+    shard: Literal["none", "update"]
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Options:
     recompute: Literal["auto"] | bool = "auto"
     process_group: Any = None
     mesh: Any = None
+    shard: Literal["none", "update"] = "none"
 
 
 _POSSIBLE: dict[str, tuple[Any, ...]] = {
@@ -51,6 +53,7 @@ _POSSIBLE: dict[str, tuple[Any, ...]] = {
     "cuda_graph": ("auto", True, False),
     "recompute": ("auto", True, False),
     "chunk_loss": (True, False),
+    "shard": ("none", "update"),
 }
 # An option's name before the first release -> its name.
 _RENAMED = {"remake": "recompute"}

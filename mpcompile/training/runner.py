@@ -25,11 +25,12 @@ class Runner:
 
     Fields:
       last: what the last update ran: its graph, the gradients' layout, and what gives examples of them.
+      share_out: called when it is known which gradients the ranks send, before an update is made of them.
       no, yes, nan: bool [], bool [] and FP32 [] on the step's device, for results that say nothing else.
     """
 
-    def __init__(self, updates: UpdateCache, team: Team) -> None:
-        self._updates, self._team = updates, team
+    def __init__(self, updates: UpdateCache, team: Team, share_out: Callable[[], None]) -> None:
+        self._updates, self._team, self._share_out = updates, team, share_out
         self._context, self._accumulator, self._monitor = updates.context, updates.accumulator, updates.monitor
         context = self._context
         self.buffers = SkippedBuffers(team.ranks)
@@ -63,6 +64,7 @@ class Runner:
     def _whole(self, specialization: Specialization, batch: Batch) -> StepResult:
         """Forward, backward and update of a batch, as a replayed CUDA graph where there is one."""
         self._before_update()
+        self._share_out()
         if specialization.strides is None:
             # Only the gradients themselves show how the compiler lays them out.
             loss, grads = specialization(batch.tensors, self._context.seed)
@@ -106,11 +108,12 @@ class Runner:
         held = self._accumulator.held(layout)
         if self._recent is not None:
             self.last = self._recent, layout, lambda: self._accumulator.held(layout)
-        updater = self._updates.find(layout, None, lambda: held)
+        self._team.prepare(layout, held)
+        self._share_out()
+        updater = self._updates.find(*self._context.of_rank(layout, None, lambda: held))
 
         def end(_: Sequence[Tensor]) -> tuple[Tensor, ...]:
-            self._team.average(layout, held)
-            return tuple(self._apply(updater, held))
+            return tuple(self._apply(updater, self._team.average(layout, held)))
 
         update = self._updates.replayed((id(updater),), end, [], lambda: [*self._written(updater), *held])
         return self._updated(updater, lambda: (loss, *update([])))
@@ -129,7 +132,9 @@ class Runner:
 
     def _written(self, updater: Update) -> list[Tensor]:
         """What an update writes at fixed addresses; a master that only its shadow stands for is in no specialization."""
-        return [*updater.binding.params, *self._context.shadows.shadows, *self._context.copies.tensors()]
+        gathered = self._context.shares.written() if self._context.shares is not None else ()
+        copies = self._context.copies.tensors()
+        return [*updater.binding.params, *self._context.shadows.shadows, *copies, *gathered]
 
     def _apply(self, updater: Update, grads: Sequence[Tensor]) -> Sequence[Tensor]:
         """(finite, norm, scale) of an update; what is made of its shadows is made after it."""
@@ -150,6 +155,8 @@ class Runner:
         self.buffers.keep_if(finite)
         # Compiled code raises no version; other shadows of these masters, and autograd, go by it.
         torch.autograd.graph.increment_version(updater.binding.params)
+        if self._context.shares is not None:
+            self._context.shares.note_update()
         self._context.shadows.note_update()
         self._context.copies.note()
         self._context.optimizers.note_step()

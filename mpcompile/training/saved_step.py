@@ -57,6 +57,8 @@ class SavedStep:
         """A step of the same state on copies of model and optimizer; what is compiled is made again."""
         # A process group is what it is: the copy trains with the same ranks.
         memo.update((id(given[name]), given[name]) for given in self._made_of[3:] for name in ("process_group", "mesh"))
+        if self.context.shares is not None:
+            self.join_masters()
         with self.full_masters():
             owner, optimizer, loss_fn, given = copy.deepcopy(self._made_of, memo)
         return _remade(type(self), owner, optimizer, loss_fn, given, copy.deepcopy(self.state_dict(), memo))

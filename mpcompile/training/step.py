@@ -21,8 +21,10 @@ from mpcompile.errors import TrainingError
 from mpcompile.hardware import resolve_policy
 from mpcompile.shadows.step_shadows import ShadowSet
 from mpcompile.training.accumulation import GradAccumulator
-from mpcompile.training.cuda_graph import Replays
+from mpcompile.training.cuda_graph import Recorded, Replays
+from mpcompile.training.distributed.in_joint import read_whole
 from mpcompile.training.distributed.ranks import find_ranks, plain
+from mpcompile.training.distributed.sharing import Sharing, refuse_shard
 from mpcompile.training.distributed.team import Team, facts_of
 from mpcompile.training.gradients.batch import Batch
 from mpcompile.training.gradients.forward import OUTSIDE
@@ -41,7 +43,7 @@ from mpcompile.training.runner import Runner
 from mpcompile.training.saved_step import SavedStep
 
 
-class TrainStep(SavedStep, Inspection):
+class TrainStep(SavedStep, Sharing, Recorded, Inspection):
     """`mp.train_step(optimizer, …)`: one call is one (micro)batch.
 
     Args:
@@ -61,6 +63,8 @@ class TrainStep(SavedStep, Inspection):
         less memory, and on CUDA a longer step. "auto" does so on a CPU alone, where it costs nothing (decision 0014).
       process_group, mesh: the ranks that train together, each with a share of the batch: a process group, or a mesh of one
         dimension. A DistributedDataParallel inside of the wrapper is known by itself.
+      shard: "none": every rank updates all; "update": each updates a share (ZeRO 1), and holds masters and moments of it
+        alone, 12 bytes a parameter divided by the ranks. State dicts are then calls of all ranks.
 
     Raises:
       TrainingError: MP5xx.
@@ -83,8 +87,9 @@ class TrainStep(SavedStep, Inspection):
         self.device = self._where()
         self.policy = resolve_policy(owner.settings.policy, self.device.type)
         check_options(self.policy.low, **{**vars(options), "backend": self.backend}, loss_fn=loss_fn)
-        self.team = Team(find_ranks(owner.model, options.process_group, options.mesh, self.device),
-                         self.policy.reduce == "low", int(options.accumulate))  # fmt: skip
+        told = find_ranks(owner.model, options.process_group, options.mesh, self.device)
+        refuse_shard(options.shard, told, options.masters)
+        self.team = Team(told, self.policy.reduce == "low", int(options.accumulate), options.shard == "update")
         self.team.check()
         self.ranks, self.sums_reducer = self.team.ranks, self.team.of_sums
         self.identity = ModelIdentity([self.model, loss_fn], self.optimizers.params)
@@ -94,7 +99,8 @@ class TrainStep(SavedStep, Inspection):
         self.accumulator = GradAccumulator(int(options.accumulate), self.policy.grads == "low")
         self.context = self._context(options)
         self.specializations = self._specializations(loss_fn, options)
-        replays = Replays(False if self.backend == "eager" else options.cuda_graph, self.device)
+        group = self.ranks.group if self.ranks is not None else None
+        replays = Replays(False if self.backend == "eager" else options.cuda_graph, self.device, group=group)
         self.updates = UpdateCache(
             context=self.context,
             monitor=self.monitor,
@@ -103,7 +109,8 @@ class TrainStep(SavedStep, Inspection):
             replays=replays,
             on_built=self._after_split,
         )
-        self.runner = Runner(self.updates, self.team)
+        self._prepare_shares()
+        self.runner = Runner(self.updates, self.team, self._share_out)
 
     def _context(self, options: Options) -> UpdateContext:
         """What all updates share."""
@@ -139,10 +146,10 @@ class TrainStep(SavedStep, Inspection):
             recompute=self.device.type == "cpu" if options.recompute == "auto" else options.recompute,
             on_new=self._on_new,
             outside=self._outside,
-            around=plan.split.joined if plan.split is not None else contextlib.nullcontext,
+            around=self._wide,
             reducer=self.team.in_graph,
-            # A split master is its own shadow: an edit of it is no cast that would be counted.
-            copies=plan.copies if plan.split is None else None,
+            # A split master is its own shadow, and so is one in shares: an edit of it is no cast that would be counted.
+            copies=plan.copies if plan.split is None and self.team.scatterer is None else None,
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> StepResult:
@@ -159,7 +166,7 @@ class TrainStep(SavedStep, Inspection):
         self.follow()
         batch = Batch(args, kwargs)
         specialization = self.specializations.find(batch)
-        self.team.agree(specialization.layout, lambda: facts_of(self))
+        self.team.agree(specialization.sent, lambda: facts_of(self))
         result = self.runner.run(specialization, batch)
         if self._log is not None:
             self._log.note(result, result.stepped is not self.runner.no, (args, kwargs))
@@ -192,6 +199,7 @@ class TrainStep(SavedStep, Inspection):
           TrainingError: MP525, MP535, MP522 (the model is on another device).
         """
         self.team.check()
+        self._look_at_shares()
         self.optimizers.refuse()
         seen = self.monitor.look()
         renewed = self.identity.changed() or Seen.PARAMS in seen
@@ -208,6 +216,7 @@ class TrainStep(SavedStep, Inspection):
                 why="the step's loss scale, sums and graphs are where it was",
                 try_="make another step: mp.train_step(optimizer, …), and load this one's state_dict()",
             )
+        self._give_back(anew=True)
         before = self.specializations.named
         if self.context.split is not None:
             self.context.split.drop_replaced()
@@ -221,12 +230,23 @@ class TrainStep(SavedStep, Inspection):
 
     @contextlib.contextmanager
     def full_masters(self) -> Iterator[None]:
-        """With ``masters="split"``: the model's parameters are FP32 inside, for use apart from the step."""
-        with self.context.split.joined() if self.context.split is not None else contextlib.nullcontext():
+        """With ``masters="split"`` or ``shard="update"``: the model's parameters are FP32 inside, for use apart from the step.
+
+        With ``shard="update"`` it is a call of all ranks; MP548 where not all come.
+        """
+        shares = self.context.shares
+        with shares.joined() if shares is not None else self._wide():
             yield
 
+    def _wide(self) -> contextlib.AbstractContextManager[None]:
+        """The parameters are FP32 inside, to capture a graph of them; no rank waits for another."""
+        if self.context.shares is not None:
+            return self.context.shares.widened()
+        return self.context.split.joined() if self.context.split is not None else contextlib.nullcontext()
+
     def join_masters(self) -> None:
-        """With ``masters="split"``: the model's parameters are FP32 from here on, until the step is called again."""
+        """As `full_masters`, from here on until the step is called again; the optimizer's state is whole too."""
+        self._give_back()
         if self.context.split is not None:
             self.context.split.keep_only(set())
             self._after_split()
@@ -237,6 +257,8 @@ class TrainStep(SavedStep, Inspection):
         self.context.whole |= {id(held) for one, held in pairs if one.kind == "param"}
         if self.context.split is not None:
             self.context.split.keep_only({id(p) for p in self.model.parameters()} - self.context.whole)
+        if self.team.scatterer is not None:
+            self.team.scatterer.note(read_whole(specialization.joint))
         self._after_split()
 
     def _after_split(self) -> None:

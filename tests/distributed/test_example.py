@@ -22,10 +22,11 @@ def run(*command: str) -> str:
 
 
 @pytest.mark.slow
-def test_two_ranks_save_and_one_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard", ["none", "update"])
+def test_two_ranks_save_and_one_goes_on(shard: str, tmp_path: Path) -> None:
     script, saved = [str(ROOT / "examples" / "train_gpt.py"), str(ROOT / "README.md"), *SMALL], str(tmp_path / "run")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    first = run(*torchrun, *script, "--reduce", "low", "--steps", "12", "--save", saved)
+    first = run(*torchrun, *script, "--reduce", "low", "--shard", shard, "--steps", "12", "--save", saved)
     second = run(sys.executable, *script, "--steps", "24", "--resume", saved)
     told = [re.search(r"(\d+) ranks, ([\d,]+) tokens/s, .*loss ([\d.]+)$", text.strip()) for text in (first, second)]
     assert all(told)

@@ -55,26 +55,49 @@ def average(loss: torch.Tensor) -> float:
     return float(loss) / 2
 
 
-def whole_step(rank: int, policy: str, cuda_graph: bool) -> None:
+def whole_step(rank: int, policy: str, cuda_graph: bool, shard: str = "none") -> None:
     model, x, y = model_and_data()
     wanted = losses_alone(copy.deepcopy(model), x, y)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     step = mpcompile(model, policy).train_step(
-        optimizer, process_group=distributed.group.WORLD, cuda_graph=cuda_graph, max_grad_norm=1e3
+        optimizer, process_group=distributed.group.WORLD, cuda_graph=cuda_graph, max_grad_norm=1e3, shard=shard
     )
     mine = x.chunk(2)[rank], y.chunk(2)[rank]
     found = [average(step(*mine).loss) for _ in range(STEPS)]
     assert found == pytest.approx(wanted, rel=0.02)
-    states = [t for state in optimizer.state.values() for t in state.values() if t.is_cuda]
-    assert all(map(same_everywhere, [*model.parameters(), *states]))
-    sent = [n for n in step.graph.graph.nodes if "all_reduce" in str(n.target)]
+    saved = optimizer.state_dict()["state"]
+    states = [t for state in saved.values() for t in state.values() if t.is_cuda]
+    assert all(map(same_everywhere, [*model.state_dict().values(), *states]))
+    sent = [
+        n for n in step.graph.graph.nodes if ("all_reduce" if shard == "none" else "reduce_scatter") in str(n.target)
+    ]
     assert len(sent) >= 3
+    if shard == "update":
+        held_in_shares(step, model, saved)
+
+
+def held_in_shares(step: Any, model: nn.Module, saved: dict[int, Any]) -> None:
+    """The kernels update this rank's pieces; what is held of masters and moments is half; all is had again, and goes on."""
+    assert "KernelUpdate" in {type(one.inside).__name__ for one in step.updates}
+    total = sum(p.numel() for p in model.parameters())
+    held = sum(s["exp_avg"].numel() for s in step.optimizer.state.values())
+    assert held <= 0.51 * total
+    assert all(s["exp_avg"].shape == p.shape for s, p in zip(saved.values(), model.parameters(), strict=True))
+    assert torch.bfloat16 in {p.dtype for p in model.parameters()}
+    with step.full_masters():
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("cuda_graph", [True, False])
 @pytest.mark.parametrize("policy", ["bf16", "bf16,reduce=low"])
 def test_two_gpus_train_as_one(policy: str, cuda_graph: bool, tmp_path: os.PathLike[str]) -> None:
     multiprocessing.spawn(enter, (os.fspath(tmp_path), whole_step, (policy, cuda_graph)), nprocs=2)
+
+
+@pytest.mark.parametrize("cuda_graph", [True, False])
+def test_two_gpus_with_shares_train_as_one(cuda_graph: bool, tmp_path: os.PathLike[str]) -> None:
+    given = ("bf16,reduce=low", cuda_graph, "update")
+    multiprocessing.spawn(enter, (os.fspath(tmp_path), whole_step, given), nprocs=2)
 
 
 class Times(nn.Module):
@@ -86,28 +109,30 @@ class Times(nn.Module):
         return (self.inside(x) * factor).square().mean()
 
 
-def skipped(rank: int) -> None:
+def skipped(rank: int, shard: str) -> None:
     torch.manual_seed(0)
     model = Times().cuda()
     step = mpcompile(model, "fp16", low=["*"]).train_step(
         torch.optim.AdamW(model.parameters()),
         process_group=distributed.group.WORLD,
         scale=LossScale.dynamic(init=1024.0),
+        shard=shard,
     )
     x, one = torch.randn(64, 256, device="cuda"), torch.ones((), device="cuda")
     for _ in range(5):  # replayed by then
         assert bool(step(x, one).stepped)
-    before = model.inside.weight.clone()
+    before = model.state_dict()["inside.weight"].clone()
     result = step(x, one * (float("nan") if rank == 1 else 1.0))
     assert not bool(result.stepped)
     assert float(result.scale) == 512.0
-    assert torch.equal(before, model.inside.weight)
+    assert torch.equal(before, model.state_dict()["inside.weight"])
     assert bool(step(x, one).stepped)
     assert same_everywhere(model.inside.weight)
 
 
-def test_a_nan_on_one_gpu_skips_the_step_on_both(tmp_path: os.PathLike[str]) -> None:
-    multiprocessing.spawn(enter, (os.fspath(tmp_path), skipped, ()), nprocs=2)
+@pytest.mark.parametrize("shard", ["none", "update"])
+def test_a_nan_on_one_gpu_skips_the_step_on_both(shard: str, tmp_path: os.PathLike[str]) -> None:
+    multiprocessing.spawn(enter, (os.fspath(tmp_path), skipped, (shard,)), nprocs=2)
 
 
 def drop_in(rank: int, outside: bool) -> None:

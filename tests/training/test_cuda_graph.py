@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed import destroy_process_group
 
 from mpcompile import LossScale, mpcompile
 from mpcompile.errors import TrainingError
@@ -225,3 +227,38 @@ def test_what_a_replaced_update_recorded_is_dropped(accumulate: int) -> None:
     alive = [*bench.step.updates, *bench.step.specializations]
     assert parts == set(map(id, alive))
     assert bench.recorded > WARM
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_process_group_that_ends_takes_the_recordings_of_its_collectives_with_it(whole: bool, tmp_path: Path) -> None:
+    """NCCL would wait for them for ever."""
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
+    ends = destroy_process_group  # imported by name, before anything was recorded
+    shutdown = vars(distributed.ProcessGroup)["shutdown"]
+    other = distributed.new_group([0])
+    replays = [Replays("auto", CPU, lambda run: (Remembered(run, run()), run()), group=group)
+               for group in (distributed.group.WORLD, other)]  # fmt: skip
+    for one in replays:
+        for _ in range(WARM + 1):
+            one.find("key", lambda tensors: (tensors[0] + 1,), [torch.ones(2)], list)
+        assert one._steps
+    if whole:
+        ends()
+        assert not any(one._steps for one in replays)
+    else:
+        ends(other)
+        assert replays[0]._steps
+        assert not replays[1]._steps
+        replays[0].clear()
+        distributed.destroy_process_group()
+    assert vars(distributed.ProcessGroup)["shutdown"] is shutdown
+
+
+def test_a_closed_step_lets_go_of_its_recordings_and_records_anew() -> None:
+    bench = Remembering()
+    with bench.step as step:
+        bench.run(WARM + 2)
+        assert step.updates.replays._steps
+    assert not step.updates.replays._steps
+    bench.run(WARM + 2)
+    assert bench.recorded == 2

@@ -12,7 +12,7 @@ import functools
 import importlib.util
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -130,6 +130,8 @@ class UpdateKernel:
       groups: the numbers of each group (`adam_numbers`, `sgd_numbers`).
       low: the low type of shadows and gradients.
       max_norm: clip to this global norm.
+      together: gives, of 0-dim tensors (whether a gradient here is not finite; the norm of those here), the same of all
+        ranks among whom gradients are shared out, one element a rank.
       rule, scale, accumulate: the step's own loss scale, which the update moves; without it `found_inf` and
         `grad_scale` of a call are a GradScaler's.
     """
@@ -147,11 +149,13 @@ class UpdateKernel:
         rule: Rule | None = None,
         scale: Scale | None = None,
         accumulate: int = 1,
+        together: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
         shape: Shape | None = None,
     ) -> None:
         self.rows, self.parts, self.adam, self.low, self.shape = rows, parts, adam, low, shape or Shape()
         self.device = rows.masters[0].device
         self.scale, self.rule, self.clips = scale, rule or Rule(), max_norm is not None
+        self._together = together
         self._gather = _Gather.of(rows.masters, parts, grads)
         dtypes = {each.dtype for each in self._gather.like}
         if not dtypes <= {low, torch.float32}:
@@ -236,11 +240,19 @@ class UpdateKernel:
         norm, after = torch.empty(2, device=self.device).unbind()
         unscale = grad_scale is not None or (self.scale is not None and not self.rule.off)
         update_triton.advance_scale[(1,)](
-            self._partials, self._programs, table, len(self.rows.masters), self._groups, self._numbers, self._rule,
+            *self._looked_at(), table, len(self.rows.masters), self._groups, self._numbers, self._rule,
             self._limits, self._factors, *(self.scale or (None,) * 7), found_inf, grad_scale, finite, norm, after,
             FOUND=found_inf is not None, UNSCALE=unscale, **self._advance_options,
         )  # fmt: skip
         return Result(finite.view(torch.bool), norm, after)
+
+    def _looked_at(self) -> tuple[Tensor, int]:
+        """What `look` found: (sums of squares, then as many times 0 or NaN; how many of each). Of all ranks, one of each."""
+        if self._together is None:
+            return self._partials, self._programs
+        squares, broken = self._partials.view(2, -1).double().sum(1).unbind()
+        others, norms = self._together(~broken.isfinite(), squares.sqrt())
+        return torch.cat([norms * norms, others.masked_fill(others > 0, math.nan)]), len(norms)
 
     def _move(self, table: Tensor) -> None:
         from mpcompile.runtime.kernels import move_triton

@@ -89,8 +89,11 @@ def refuse_alone(ranks: Ranks | None) -> None:
     """Refuse to train one of several ranks apart from the others.
 
     Raises:
-      TrainingError: MP535.
+      TrainingError: MP535; MP547, where the process group has ended.
     """
+    if ranks is not None and ranks.size > 1 and not dist.is_initialized():
+        raise TrainingError("MP547", "the process group of the step has ended", why="destroy_process_group was called",
+                            try_="join ranks anew, and make another step with process_group=")  # fmt: skip
     if ranks is None and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise TrainingError(
             "MP535",

@@ -46,134 +46,95 @@ class Reducer:
     low: bool
     buckets: dict[tuple[Any, ...], list[list[int]]] = field(default_factory=dict)
 
-    def reduce(self, module: fx.GraphModule, grads: Sequence[Sequence[int]], first: int) -> None:
+    def reduce(self, module: fx.GraphModule, grads: Sequence[Sequence[int]], names: Sequence[str], first: int) -> None:
         """Let a graph give the average over the ranks of each gradient, one for each parameter.
 
         Args:
-          grads: per parameter, the positions of its gradients among those that the graph gives.
+          grads: per parameter, the positions of its gradients among those that the graph gives; names: whose.
           first: how many outputs stand before the gradients.
         """
         outputs = outputs_of(module)
         given = [[outputs[first + i] for i in part] for part in grads]
-        _Inserter(module.graph, self).insert(given, outputs[:first])
+        inserter = _Averages(module.graph, self)
+        inserter.insert(lambda: inserter.averages(given), outputs[:first])
         module.recompile()
 
-    def in_graph(self, graph: fx.Graph, sums: Sequence[fx.Node]) -> list[fx.Node]:
+    def in_graph(self, graph: fx.Graph, sums: Sequence[fx.Node], names: Sequence[str]) -> list[fx.Node]:
         """At the end of a graph without an output: the averages of `sums`, in their own dtypes."""
-        inserter = _Inserter(graph, self)
+        inserter = _Averages(graph, self)
         found = inserter.averages([[one] for one in sums])
         return [inserter.cast(new, _dtype(old)) for new, old in zip(found, sums, strict=True)]
 
-    def of_sums(self, sums: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], None]:
+    def of_sums(self, sums: Sequence[Tensor], names: Sequence[str]) -> Callable[[Sequence[Tensor]], Sequence[Tensor]]:
         """What averages the sums of a window in place, one after the other's bytes as in a graph of them."""
-        graph = fx.Graph()
-        nodes = []
-        for number, tensor in enumerate(sums):
-            node = graph.placeholder(f"sum_{number}")
-            node.meta["val"] = torch.empty_like(tensor, device="meta")
-            nodes.append(node)
-        graph.output(tuple(self.in_graph(graph, nodes)))
-        module = fx.GraphModule({}, graph)
+        module = as_module(sums, lambda graph, nodes: self.in_graph(graph, nodes, names))
 
         @torch.no_grad()
-        def run(held: Sequence[Tensor]) -> None:
+        def run(held: Sequence[Tensor]) -> Sequence[Tensor]:
             torch._foreach_copy_(list(held), list(module(*held)))
+            return held
 
         return run
 
 
-@dataclass
-class _Inserter:
-    graph: fx.Graph
-    reducer: Reducer
-    order: dict[fx.Node, int] = field(default_factory=dict)
+def as_module(
+    tensors: Sequence[Tensor], build: Callable[[fx.Graph, list[fx.Node]], Sequence[fx.Node]]
+) -> fx.GraphModule:
+    """A graph of inputs such as `tensors`, which gives what `build` makes of them."""
+    graph, nodes = fx.Graph(), list[fx.Node]()
+    for number, tensor in enumerate(tensors):
+        nodes.append(graph.placeholder(f"sum_{number}"))
+        nodes[-1].meta["val"] = torch.empty_like(tensor, device="meta")
+    graph.output(tuple(build(graph, nodes)))
+    return fx.GraphModule({}, graph)
 
-    def insert(self, parts: Sequence[Sequence[fx.Node]], before: Sequence[Any]) -> None:
+
+@dataclass
+class Inserter:
+    """Writes collectives of gradients into a graph: each as soon as what it sends is there.
+
+    Args:
+      owner: whose gradients travel low (`owner.low`).
+    """
+
+    graph: fx.Graph
+    owner: Any
+    order: dict[fx.Node, int] = field(default_factory=dict)
+    _place: int = -1
+    _point: fx.Node | None = None
+
+    def insert(self, make: Callable[[], Sequence[fx.Node]], before: Sequence[Any]) -> None:
+        """Let the graph give `before`, and what `make` makes."""
         output = self.graph.output_node()
         self.order = {node: i for i, node in enumerate(self.graph.nodes)}
         with self.graph.inserting_before(output):
-            averages = self.averages(parts)
-        output.args = ((*before, *averages),)
+            made = make()
+        output.args = ((*before, *made),)
         # The descriptions of the outputs were read before; they would be one per gradient.
         output.meta.pop("desc", None)
 
-    def averages(self, parts: Sequence[Sequence[fx.Node]]) -> list[fx.Node]:
-        """The average of each parameter's gradients, in the dtype that it travels in."""
-        sent, place, point = list[tuple[list[int], fx.Node]](), -1, None
-        for members in self._agreed_buckets(parts):
-            last = max((node for i in members for node in parts[i]), key=lambda node: self.order.get(node, 0))
-            # Behind `last`, but never before a bucket that is sent earlier; without an order, at the graph's end.
-            if self.order and self.order[last] > place:
-                place, point = self.order[last], last.next
-            with self.graph.inserting_before(point) if self.order else contextlib.nullcontext():
-                sent += self._send({i: self._whole(parts[i]) for i in members})
-        found = dict[int, fx.Node]()
-        for members, node in sent:
-            arrived = self.call(_C10D.wait_tensor.default, node)
-            found.update(zip(members, self._apart(arrived, [parts[i][0] for i in members]), strict=True))
-        return [found[i] for i in range(len(parts))]
+    def behind(self, nodes: Sequence[fx.Node]) -> contextlib.AbstractContextManager[Any]:
+        """What is made inside stands behind these, and behind what was sent earlier; without an order, at the end."""
+        if not self.order:
+            return contextlib.nullcontext()
+        last = max(nodes, key=lambda node: self.order.get(node, 0))
+        if self.order[last] > self._place:
+            self._place, self._point = self.order[last], last.next
+        return self.graph.inserting_before(self._point)
 
-    def _agreed_buckets(self, parts: Sequence[Sequence[fx.Node]]) -> list[list[int]]:
-        key = tuple((_value(part[0]).numel(), _dtype(part[0])) for part in parts)
-        if key not in self.reducer.buckets:
-            when = [max(self.order.get(node, 0) for node in part) for part in parts]
-            ready = sorted(range(len(parts)), key=when.__getitem__)
-            self.reducer.buckets[key] = list(self._buckets(ready, parts))
-        return self.reducer.buckets[key]
-
-    def _buckets(self, ready: Sequence[int], parts: Sequence[Sequence[fx.Node]]) -> Iterator[list[int]]:
-        members, room = list[int](), FIRST
-        for i in ready:
-            members.append(i)
-            room -= _value(parts[i][0]).numel() * self._travels(parts[i]).itemsize
-            if room <= 0:
-                yield members
-                members, room = [], BUCKET
-        if members:
-            yield members
-
-    def _travels(self, part: Sequence[fx.Node]) -> torch.dtype:
+    def travels(self, part: Sequence[fx.Node]) -> torch.dtype:
+        """The dtype that a parameter's gradient travels in."""
         dtypes = {_dtype(node) for node in part}
-        return dtypes.pop() if self.reducer.low and len(dtypes) == 1 else torch.float32
+        return dtypes.pop() if self.owner.low and len(dtypes) == 1 else torch.float32
 
-    def _whole(self, part: Sequence[fx.Node]) -> fx.Node:
+    def whole(self, part: Sequence[fx.Node]) -> fx.Node:
         """A parameter's gradient: several (of a tied weight) are added in FP32, and rounded once where they travel low."""
         if len(part) == 1:
-            return self.cast(part[0], self._travels(part))
+            return self.cast(part[0], self.travels(part))
         total, *rest = (self.cast(node, torch.float32) for node in part)
         for node in rest:
             total = self.call(_ATEN.add.Tensor, total, node)
-        return self.cast(total, self._travels(part))
-
-    def _send(self, grads: dict[int, fx.Node]) -> list[tuple[list[int], fx.Node]]:
-        """Start the sum of a bucket over the ranks; gives, per tensor that travels, whose gradients are in it."""
-        alike, sent = dict[torch.dtype, list[int]](), list[tuple[list[int], fx.Node]]()
-        for i, node in grads.items():
-            alike.setdefault(_dtype(node), []).append(i)
-        for numbers in alike.values():
-            small = [i for i in numbers if _value(grads[i]).numel() * _dtype(grads[i]).itemsize < SMALL]
-            small = small if len(small) > 1 else []
-            packed = [([i], grads[i]) for i in numbers if i not in small]
-            if small:
-                rows = [self.call(_ATEN.reshape.default, grads[i], [-1]) for i in small]
-                packed.append((small, self.call(_ATEN.cat.default, rows)))
-            summed = self.call(
-                _C10D.all_reduce_coalesced.default, [n for _, n in packed], "sum", self.reducer.ranks.name
-            )
-            sent += [(whose, self.call(operator.getitem, summed, k)) for k, (whose, _) in enumerate(packed)]
-        return sent
-
-    def _apart(self, arrived: fx.Node, like: Sequence[fx.Node]) -> list[fx.Node]:
-        if len(like) == 1:
-            return [arrived]
-        found, start = list[fx.Node](), 0
-        for node in like:
-            shape = list(_value(node).shape)
-            end = start + math.prod(shape)
-            piece = self.call(_ATEN.slice.Tensor, arrived, 0, start, end)
-            found.append(self.call(_ATEN.view.default, piece, shape))
-            start = end
-        return found
+        return self.cast(total, self.travels(part))
 
     def cast(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         if _dtype(node) == dtype:
@@ -191,6 +152,70 @@ class _Inserter:
         return node
 
 
+class _Averages(Inserter):
+    """The collectives of a `Reducer`."""
+
+    def averages(self, parts: Sequence[Sequence[fx.Node]]) -> list[fx.Node]:
+        """The average of each parameter's gradients, in the dtype that it travels in."""
+        sent = list[tuple[list[int], fx.Node]]()
+        for members in self._agreed_buckets(parts):
+            with self.behind([node for i in members for node in parts[i]]):
+                sent += self._send({i: self.whole(parts[i]) for i in members})
+        found = dict[int, fx.Node]()
+        for members, node in sent:
+            arrived = self.call(_C10D.wait_tensor.default, node)
+            found.update(zip(members, self._apart(arrived, [parts[i][0] for i in members]), strict=True))
+        return [found[i] for i in range(len(parts))]
+
+    def _agreed_buckets(self, parts: Sequence[Sequence[fx.Node]]) -> list[list[int]]:
+        key, known = tuple((_value(part[0]).numel(), _dtype(part[0])) for part in parts), self.owner.buckets
+        if key not in known:
+            when = [max(self.order.get(node, 0) for node in part) for part in parts]
+            ready = sorted(range(len(parts)), key=when.__getitem__)
+            known[key] = list(self._buckets(ready, parts))
+        found: list[list[int]] = known[key]
+        return found
+
+    def _buckets(self, ready: Sequence[int], parts: Sequence[Sequence[fx.Node]]) -> Iterator[list[int]]:
+        members, room = list[int](), FIRST
+        for i in ready:
+            members.append(i)
+            room -= _value(parts[i][0]).numel() * self.travels(parts[i]).itemsize
+            if room <= 0:
+                yield members
+                members, room = [], BUCKET
+        if members:
+            yield members
+
+    def _send(self, grads: dict[int, fx.Node]) -> list[tuple[list[int], fx.Node]]:
+        """Start the sum of a bucket over the ranks; gives, per tensor that travels, whose gradients are in it."""
+        alike, sent = dict[torch.dtype, list[int]](), list[tuple[list[int], fx.Node]]()
+        for i, node in grads.items():
+            alike.setdefault(_dtype(node), []).append(i)
+        for numbers in alike.values():
+            small = [i for i in numbers if _value(grads[i]).numel() * _dtype(grads[i]).itemsize < SMALL]
+            small = small if len(small) > 1 else []
+            packed = [([i], grads[i]) for i in numbers if i not in small]
+            if small:
+                rows = [self.call(_ATEN.reshape.default, grads[i], [-1]) for i in small]
+                packed.append((small, self.call(_ATEN.cat.default, rows)))
+            summed = self.call(_C10D.all_reduce_coalesced.default, [n for _, n in packed], "sum", self.owner.ranks.name)
+            sent += [(whose, self.call(operator.getitem, summed, k)) for k, (whose, _) in enumerate(packed)]
+        return sent
+
+    def _apart(self, arrived: fx.Node, like: Sequence[fx.Node]) -> list[fx.Node]:
+        if len(like) == 1:
+            return [arrived]
+        found, start = list[fx.Node](), 0
+        for node in like:
+            shape = list(_value(node).shape)
+            end = start + math.prod(shape)
+            piece = self.call(_ATEN.slice.Tensor, arrived, 0, start, end)
+            found.append(self.call(_ATEN.view.default, piece, shape))
+            start = end
+        return found
+
+
 def _value(node: fx.Node) -> Any:
     return node.meta["val"]
 
@@ -200,4 +225,4 @@ def _dtype(node: fx.Node) -> torch.dtype:
     return found
 
 
-__all__ = ["Reducer"]
+__all__ = ["Inserter", "Reducer", "as_module"]

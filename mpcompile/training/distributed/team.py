@@ -13,6 +13,7 @@ from mpcompile.errors import TrainingError
 from mpcompile.training.distributed.agreement import Facts, agree, tensors_as_facts
 from mpcompile.training.distributed.ranks import Ranks, refuse_alone
 from mpcompile.training.distributed.reduce import Reducer
+from mpcompile.training.distributed.scatter import Scatterer
 
 # (parameter's name, dtype) of each gradient, in order.
 Sent = tuple[tuple[str, torch.dtype], ...]
@@ -25,25 +26,28 @@ class Team:
       ranks: who they are.
       low: gradients that are low travel so.
       accumulate: microbatches of a window; in one of several the sums are averaged, at its end.
+      shared: each rank updates a share, and the averages are handed out in shares.
 
     Fields:
       in_graph, of_sums: what averages the gradients of a batch, and the sums of a window; one of the two at most.
+      scatterer: the one of the two that hands out shares.
     """
 
-    def __init__(self, ranks: Ranks | None, low: bool, accumulate: int) -> None:
+    def __init__(self, ranks: Ranks | None, low: bool, accumulate: int, shared: bool) -> None:
         self._told, self.size = ranks, ranks.size if ranks is not None else 1
         self.ranks = ranks = ranks if self.size > 1 else None
-        reducer = Reducer(ranks, low) if ranks is not None else None
+        self.scatterer = Scatterer(ranks, low) if ranks is not None and shared else None
+        reducer = self.scatterer or (Reducer(ranks, low) if ranks is not None else None)
         self.in_graph = reducer if accumulate == 1 else None
         self.of_sums = reducer if accumulate > 1 else None
         self._agreed: Sent | None = None
-        self._averages: tuple[Sent, Callable[[Sequence[Tensor]], None]] | None = None
+        self._averages: tuple[Sent, Callable[[Sequence[Tensor]], Sequence[Tensor]]] | None = None
 
     def check(self) -> None:
         """Refuse to train one of several ranks apart from the others.
 
         Raises:
-          TrainingError: MP535.
+          TrainingError: MP535, MP547.
         """
         refuse_alone(self._told)
 
@@ -69,21 +73,28 @@ class Team:
         agree(self.ranks, [*words, *gradients, *tensors_as_facts(tensors.items())])
         self._agreed = sent
 
-    def order_of_buckets(self) -> list[list[int]]:
+    def order_of_buckets(self) -> list[Any]:
         """Which gradients travel together, in the order in which they are sent."""
-        return [] if self.in_graph is None else [one for buckets in self.in_graph.buckets.values() for one in buckets]
+        if self.scatterer is not None:
+            return [] if self.scatterer.layout is None else self.scatterer.layout.facts()
+        return [one for buckets in getattr(self.in_graph, "buckets", {}).values() for one in buckets]
 
     def forget(self) -> None:
         """Compare all again before gradients are sent next: the plan is another."""
-        self._agreed = None
+        self._agreed = self._averages = None
+        if self.scatterer is not None:
+            self.scatterer.layout = None
+            self.scatterer.whole.clear()
 
-    def average(self, layout: Sent, sums: Sequence[Tensor]) -> None:
-        """Average the sums of a window over the ranks, in place."""
-        if self.of_sums is None:
-            return
-        if self._averages is None or self._averages[0] != layout:
-            self._averages = layout, self.of_sums.of_sums(sums)
-        self._averages[1](sums)
+    def prepare(self, layout: Sent, sums: Sequence[Tensor]) -> None:
+        """Make what averages a window's sums: who holds what of an update is known then."""
+        if self.of_sums is not None and (self._averages is None or self._averages[0] != layout):
+            self._averages = layout, self.of_sums.of_sums(sums, [name for name, _ in layout])
+
+    def average(self, layout: Sent, sums: Sequence[Tensor]) -> Sequence[Tensor]:
+        """The averages over the ranks of a window's sums: in place, or the rank's pieces of them."""
+        self.prepare(layout, sums)
+        return sums if self._averages is None else self._averages[1](sums)
 
 
 def facts_of(step: Any) -> tuple[Facts, dict[str, Tensor]]:
@@ -106,6 +117,9 @@ def facts_of(step: Any) -> tuple[Facts, dict[str, Tensor]]:
         words.append((f"bucket {bucket} of gradients", repr(numbers)))
     tensors |= {f"buffer {name}": held for name, held in step.model.named_buffers()}
     tensors |= {name: held for name, held in specializations.named.items() if isinstance(held, Tensor)}
+    if plan.shares is not None:
+        # Each rank's state is of its own pieces.
+        return words, tensors
     names = {id(held): name for name, held in specializations.named.items()}
     for optimizer in plan.optimizers:
         for held, state in optimizer.state.items():

@@ -23,6 +23,7 @@ from mpcompile.graph import CAST_OP, CastOrigin, Node, Phase, PrecisionGraph
 from mpcompile.hardware import emulated_kinds
 from mpcompile.rules.table import rules_for
 from mpcompile.training.distributed.reduce import Reducer
+from mpcompile.training.distributed.scatter import Scatterer
 from mpcompile.training.emitted import backward
 from mpcompile.training.emitted.origins import note_origins
 from mpcompile.training.gradients.forward import Forward
@@ -118,7 +119,7 @@ def emit(
     specialization: Specialization,
     update: Update,
     window: dict[str, Tensor] | None = None,
-    reducer: Reducer | None = None,
+    reducer: Reducer | Scatterer | None = None,
 ) -> tuple[Emitted, Joint]:
     """Weave forward, backward and update into one graph.
 
@@ -142,7 +143,7 @@ def emit(
     loss, grads = results[count], results[count + 1 :]
     if window is not None:
         grads = _summed(weaver, specialization, window, grads)
-        grads = reducer.in_graph(weaver.graph, grads) if reducer is not None else grads
+        grads = reducer.in_graph(weaver.graph, grads, list(window)) if reducer is not None else grads
     names, masters = _names(joint, specialization, update), set(map(id, specialization.named.values()))
     operands = []
     for node, need in zip(inputs_of(module), needs, strict=True):

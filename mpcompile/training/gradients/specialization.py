@@ -27,7 +27,9 @@ from mpcompile.runtime.weight_copies import WeightCopies
 from mpcompile.shadows.step_shadows import ShadowSet
 from mpcompile.torch_internals import COMPILING
 from mpcompile.training.accumulation import Layout
+from mpcompile.training.distributed.in_joint import reduce_joint
 from mpcompile.training.distributed.reduce import Reducer
+from mpcompile.training.distributed.scatter import Scatterer
 from mpcompile.training.gradients.batch import TENSOR, Batch
 from mpcompile.training.gradients.compile import Run, compile_joint, decompositions
 from mpcompile.training.gradients.forward import Forward, Input, capture, owned
@@ -61,6 +63,7 @@ class Specialization:
       buffers: the model's tensors that leading outputs replace: (output, tensor).
       writes: inputs of the batch that the model writes to: (output, number among the batch's tensors).
       strides: how each gradient lies in memory; None until the first run.
+      sent: as `layout`, of the gradients that travel, where a rank is given its share of them alone.
       saved: fakes of what the forward makes and keeps for the backward (none where it runs op by op).
       copies: FP8 copies of weights, which the graph that is run reads before the seed.
     """
@@ -74,9 +77,10 @@ class Specialization:
     writes: list[tuple[int, int]]
     named: dict[str, Tensor]
     saved: list[Tensor]
+    sent: Layout
     guard: str | None = None
     strides: tuple[tuple[int, ...], ...] | None = None
-    reducer: Reducer | None = None
+    reducer: Reducer | Scatterer | None = None
     copies: Sequence[Tensor] = ()
 
     def __post_init__(self) -> None:
@@ -187,7 +191,7 @@ class SpecializationCache:
     outside: Callable[[], dict[str, Tensor]] = dict
     around: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
     # Averages the gradients in the graph itself; None for one process, and where a window's sums are averaged.
-    reducer: Reducer | None = None
+    reducer: Reducer | Scatterer | None = None
     # Where FP8 copies of weights are held; None: the graphs make them.
     copies: WeightCopies | None = None
     epoch: int = 0
@@ -309,28 +313,19 @@ class SpecializationCache:
         writes = [(k, numbers[i]) for k, i in enumerate(joint.mutated) if i in numbers]
         _refuse_no_gradient(joint, forward)
         copies = lift(joint, fixed, self.copies) if self.copies is not None else []
-        if self.reducer is not None:
-            reduce_joint(joint, self.reducer)
         values = values_of(outputs_of(joint.module)[len(joint.mutated) + 1 :])
-        layout = tuple((forward.inputs[i].name, value.dtype) for i, value in zip(joint.grads, values, strict=True))
+        layout = sent = tuple((forward.inputs[i].name, v.dtype) for i, v in zip(joint.grads, values, strict=True))
+        if self.reducer is not None:
+            layout, sent = reduce_joint(joint, self.reducer)
         with roundings_kept(has_user_low_cast(forward.plan.graph)):
             run, saved = compile_joint(joint, self.backend, recompute=self.recompute, sends=self.reducer is not None)
         return Specialization(joint=joint, run=run, fixed=fixed, args=places, layout=layout, buffers=buffers_, writes=writes,
-                        named=self.named, saved=saved, reducer=self.reducer, copies=copies)  # fmt: skip
+                        named=self.named, saved=saved, sent=sent, reducer=self.reducer, copies=copies)  # fmt: skip
 
     def _fixed(self, one: Input, tensors: dict[str, Tensor]) -> Any:
         if one.kind in ("arg", "seed"):
             return None if one.kind == "arg" else self.seed
         return self.shadows.get(tensors[one.name], one.dtype) if one.kind == "shadow" else tensors[one.name]
-
-
-def reduce_joint(joint: Joint, reducer: Reducer) -> None:
-    """Let a joint graph give the ranks' average, one gradient for each parameter."""
-    parts: dict[str, list[int]] = {}
-    for position, place in enumerate(joint.grads):
-        parts.setdefault(joint.forward.inputs[place].name, []).append(position)
-    reducer.reduce(joint.module, list(parts.values()), len(joint.mutated) + 1)
-    joint.grads = [joint.grads[part[0]] for part in parts.values()]
 
 
 def _refuse_gradient(batch: Batch) -> None:

@@ -17,6 +17,8 @@ from mpcompile.runtime.inductor import roundings_kept
 from mpcompile.runtime.weight_copies import WeightCopies
 from mpcompile.shadows.step_shadows import ShadowSet
 from mpcompile.training.accumulation import Layout
+from mpcompile.training.distributed.shared_update import SharedUpdate
+from mpcompile.training.distributed.shares import Shares
 from mpcompile.training.gradients.compile import Run, decompositions, run_update
 from mpcompile.training.loss_scale.scale import LossScale, ScaleState
 from mpcompile.training.optimizer import fused_update, kernel_update
@@ -65,7 +67,9 @@ class Updater:
         return seen is not None
 
 
-Update = Updater | fused_update.FusedUpdate | kernel_update.KernelUpdate
+Whole = Updater | fused_update.FusedUpdate | kernel_update.KernelUpdate
+Update = Whole | SharedUpdate
+Like = Callable[[], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,9 @@ class UpdateContext:
     split: SplitMasters | None = None
     # FP8 copies of weights, which are written after each update's shadows.
     copies: WeightCopies = field(default_factory=WeightCopies)
+    # A rank's shares of what is updated, where it is shared out; how often that began or ended.
+    shares: Shares | None = None
+    shares_epoch: int = 0
     # Parameters that a graph reads in FP32: these are never split.
     whole: set[int] = field(default_factory=set)
     builds: dict[Layout, int] = field(default_factory=dict)
@@ -116,6 +123,25 @@ class UpdateContext:
         Raises:
           TrainingError: MP521, MP522.
         """
+        if self.shares is None:
+            return self._build(layout, grads, fused)
+        self.shares.adopt()
+        made = self._build(layout, grads, fused)
+        self.shares.link()
+        return SharedUpdate(made, self.shares)
+
+    @property
+    def updated(self) -> Optimizers:
+        """The optimizers of what is updated here: the user's, or those of the rank's share."""
+        return self.optimizers if self.shares is None else self.shares.optimizers
+
+    def of_rank(self, layout: Layout, strides: Any, like: Like) -> tuple[Layout, Any, Like]:
+        """What reaches this rank's update of a window's sums: their layout, strides, and what gives examples."""
+        if self.shares is None or self.accumulate == 1:
+            return layout, strides, like
+        return self.shares.layout.mine, None, self.shares.examples
+
+    def _build(self, layout: Layout, grads: Sequence[Tensor], fused: bool) -> Whole:
         parts = self._parts(layout, grads)
         if not fused:
             return self._traced(parts, self.backend)
@@ -133,17 +159,16 @@ class UpdateContext:
         return ours or self._aten(layout, parts, self.backend)
 
     def _parts(self, layout: Layout, grads: Sequence[Tensor]) -> _Parts:
-        parameters = self.named()
+        parameters = self.named() if self.shares is None else self.shares.named
         parts: dict[int, list[int]] = {}
         for position, (name, _) in enumerate(layout):
             parts.setdefault(id(parameters[name]), []).append(position)
         with self.split.joined() if self.split is not None else contextlib.nullcontext():
             trained = {id(parameters[name]): parameters[name] for name, _ in layout}
-            binding = bind(self.optimizers, list(trained.values()))
+            binding = bind(self.updated, list(trained.values()))
         index = {id(p): i for i, p in enumerate(binding.params)}
-        held = [
-            (index[id(m)], s) for m, s in zip(self.shadows.masters, self.shadows.shadows, strict=True) if id(m) in index
-        ]
+        pairs = (self.shadows.masters, self.shadows.shadows) if self.shares is None else self.shares.shadows()
+        held = [(index[id(m)], s) for m, s in zip(*pairs, strict=True) if id(m) in index]
         halves, held = self._halves(binding, held)
         spec = Spec(
             self.rule,
@@ -152,6 +177,7 @@ class UpdateContext:
             self.max_grad_norm,
             self.added,
             tuple(halves),
+            None if self.shares is None else self.shares.ranks,
         )
         return _Parts(spec, binding, halves, [shadow for _, shadow in held], grads)
 
@@ -161,7 +187,7 @@ class UpdateContext:
         self.builds[layout] = self.builds.get(layout, 0) + 1
         often = self.builds[layout] > MOST_FUSED or parts.halves
         binding = parts.binding
-        if not often and can_fuse(self.optimizers, binding.params) and fused_update.serves(binding):
+        if not often and can_fuse(self.updated, binding.params) and fused_update.serves(binding):
             binding.fused = True
             return fused_update.build(parts.spec, binding, self.state, self.seed, parts.shadows, parts.grads, backend)
         return self._traced(parts, backend)

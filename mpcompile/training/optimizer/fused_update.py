@@ -17,6 +17,8 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from mpcompile.training.distributed.layout import memory_order
+from mpcompile.training.distributed.one_decision import decide
 from mpcompile.training.gradients.compile import Run, compile_inference, decompositions
 from mpcompile.training.loss_scale.scale import ScaleState, inverse, transition
 from mpcompile.training.optimizer.binding import Binding, follow
@@ -59,16 +61,9 @@ def serves(binding: Binding) -> bool:
     states = [(binding.params[i], t) for (i, _), t in zip(binding.tensors, binding.state_tensors(), strict=True)]
     return (
         sum(p.numel() for p in binding.params) >= SMALL
-        and all(Slice(0, order=_order(p)).of(p).is_contiguous() for p in binding.params)
+        and all(Slice(0, order=memory_order(p)).of(p).is_contiguous() for p in binding.params)
         and all(state.stride() == param.stride() for param, state in states)
     )
-
-
-def _order(param: Tensor) -> tuple[int, ...]:
-    """The dimensions from the slowest to the fastest; () where that is their own order."""
-    if param.is_contiguous():
-        return ()
-    return tuple(sorted(range(param.dim()), key=param.stride, reverse=True))
 
 
 def bucketed(params: Sequence[Tensor], room: int) -> list[Bucket]:
@@ -85,7 +80,7 @@ def bucketed(params: Sequence[Tensor], room: int) -> list[Bucket]:
 
 def _slices(params: Sequence[Tensor], room: int) -> Iterator[tuple[Slice, int]]:
     for i, param in enumerate(params):
-        order, count = _order(param), param.numel()
+        order, count = memory_order(param), param.numel()
         if count <= room or param.dim() == 0:
             yield Slice(i, order=order), count
             continue
@@ -182,12 +177,12 @@ class GradientPath:
           steps: per bucket, the optimizer's step of (found_inf, FP32 gradients).
         """
         found = non_finite(grads, self.kinds)
-        finite, unscale, scale = advance(found)
         buffer = torch.empty(max(layout.size for layout in self.layouts), device=found.device)
-        factor, norm = None if self.spec.rule.is_off else unscale, None
-        if self.spec.max_grad_norm is not None:
-            norm = _norm([_norm(self.fill(layout, grads, buffer)) for layout in self.layouts])
-            norm = norm if factor is None else norm * factor
+        found, norm = self._before(found, grads, buffer)
+        finite, unscale, scale = advance(found)
+        factor = None if self.spec.rule.is_off else unscale
+        norm = norm * factor if norm is not None and factor is not None else norm
+        if self.spec.max_grad_norm is not None and norm is not None:
             clip = clip_factor(norm, self.spec.max_grad_norm)
             factor = clip if factor is None else factor * clip
         norms = []
@@ -199,6 +194,16 @@ class GradientPath:
                 norms.append(_norm(views))
             step(found, views)
         return finite, _norm(norms) if norm is None else norm, scale
+
+    def _before(self, found: Tensor, grads: Sequence[Tensor], buffer: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(`found`, norm of the scaled gradients) of all ranks; the norm only where it is needed before the update."""
+        if self.spec.max_grad_norm is None and self.spec.ranks is None:
+            return found, None
+        norm = _norm([_norm(self.fill(layout, grads, buffer)) for layout in self.layouts])
+        if self.spec.ranks is None:
+            return found, norm
+        broken, norms = decide(self.spec.ranks, found, norm)
+        return broken.amax(), torch.linalg.vector_norm(norms)
 
     def fill(self, layout: BucketLayout, grads: Sequence[Tensor], buffer: Tensor) -> list[Tensor]:
         """A bucket's gradients, summed where a parameter has several, in views of `buffer`."""

@@ -7,6 +7,7 @@ they are asked for (docs/decisions/0027-update-kernel.md).
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,6 +17,7 @@ from torch import Tensor, fx
 
 from mpcompile.runtime.kernels.table import Rows
 from mpcompile.runtime.kernels.update import Rule, Scale, UpdateKernel, adam_numbers, available, serves, sgd_numbers
+from mpcompile.training.distributed.one_decision import decide
 from mpcompile.training.loss_scale.scale import LossScale, ScaleState
 from mpcompile.training.optimizer.binding import Binding
 from mpcompile.training.optimizer.traced_update import Spec
@@ -125,6 +127,7 @@ def build(
     kernel = UpdateKernel(
         rows, spec.parts, grads, adam=rows.seconds[0] is not None, groups=groups, low=low, max_norm=spec.max_grad_norm,
         rule=_rule(spec.rule), scale=Scale(*state, seed), accumulate=spec.accumulate,
+        together=functools.partial(decide, spec.ranks) if spec.ranks is not None else None,
     )  # fmt: skip
     return KernelUpdate(kernel, binding, binding.numbers(), _kinds(binding), state, seed, make)
 

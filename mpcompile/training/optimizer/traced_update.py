@@ -20,6 +20,8 @@ from torch.utils import _pytree as pytree
 
 from mpcompile.aten.graphs import outputs_of
 from mpcompile.errors import TrainingError
+from mpcompile.training.distributed.one_decision import decide
+from mpcompile.training.distributed.ranks import Ranks
 from mpcompile.training.loss_scale.scale import LossScale, ScaleState, inverse, transition
 from mpcompile.training.optimizer.binding import Binding, untraceable
 from mpcompile.training.optimizer.split import join, split
@@ -75,6 +77,7 @@ class Spec:
       shadows: (parameter, low dtype) of each shadow.
       accumulate: microbatches whose gradients were summed.
       split: the parameters that are given in two halves.
+      ranks: among whom the gradients are shared out; None where all are here.
     """
 
     rule: LossScale
@@ -83,6 +86,7 @@ class Spec:
     max_grad_norm: float | None = None
     accumulate: int = 1
     split: tuple[int, ...] = ()
+    ranks: Ranks | None = None
 
 
 def unscaled(spec: Spec, grads: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
@@ -112,6 +116,9 @@ def update(spec: Spec, binding: Binding, given: Operands) -> Outcome:
     """One update; traced, or run as it is. Pure: `given` is left alone."""
     grads = unscaled(spec, given.grads, given.scale.scale)
     finite, norm = check(grads)
+    if spec.ranks is not None:
+        broken, norms = decide(spec.ranks, ~finite, norm * given.scale.scale)
+        finite, norm = (broken == 0).all(), torch.linalg.vector_norm(norms) * inverse(given.scale.scale)
     if spec.max_grad_norm is not None:
         factor = clip_factor(norm, spec.max_grad_norm)
         grads = [g * factor for g in grads]

@@ -56,7 +56,8 @@ class UpdateCache:
     def epoch(self) -> tuple[Any, ...]:
         """What every update stands on, as one value: graphs, groups and state, sums, split masters, rule of the scale."""
         split = self.context.split.epoch if self.context.split is not None else 0
-        return self._specializations.epoch, self.monitor.epoch, self.accumulator.epoch, split, self.context.rule
+        shared = self.context.shares_epoch
+        return self._specializations.epoch, self.monitor.epoch, self.accumulator.epoch, split, shared, self.context.rule
 
     def find(self, layout: Layout, strides: Any, like: Like) -> Update:
         """The update for gradients of `layout`, its numbers (learning rates …) as the groups have them now.
