@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Call": "mpcompile.ranges",
     "mpcompile": "mpcompile.api",
-    "MixedPrecisionModule": "mpcompile.api",
+    "MixedPrecisionModule": "mpcompile.module",
     "MPCompileError": "mpcompile.errors",
     "Policy": "mpcompile.policy",
     "LossScale": "mpcompile.training.loss_scale.scale",

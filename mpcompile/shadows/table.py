@@ -12,7 +12,7 @@ a master is first compared by what is read on the host by a fixed number of call
 On a CPU every shadow that is not cast for these is then compared with its master (`mpcompile.shadows.comparison`), so
 that any edit is seen, however made.  On other devices reading elements would be a sync, and casting again at every
 forward costs what autocast costs: an edit through ``p.data`` between two forwards of one kind, without an optimizer's
-step between them, is not seen there, and `mpcompile.api.MixedPrecisionModule.refresh` is the way to say so.
+step between them, is not seen there, and `mpcompile.module.MixedPrecisionModule.refresh` is the way to say so.
 """
 
 from __future__ import annotations
