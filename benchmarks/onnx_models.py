@@ -24,7 +24,9 @@ import onnx
 from onnx import helper, numpy_helper
 
 from mpcompile.garbage import no_garbage_collection
-from mpcompile.onnx.convert import Options, convert, frontend_policy, plan
+from mpcompile.onnx.convert import convert
+from mpcompile.onnx.options import Options, onnx_policy
+from mpcompile.onnx.plan import plan
 from mpcompile.onnx.read.reader import read
 from mpcompile.onnx.run.session import run, session
 
@@ -98,7 +100,7 @@ def split(count: int, clock: Any = time.process_time) -> dict[str, float]:
         took[name] = (clock() - start) / count * 1e6
         return result
 
-    policy, options = frontend_policy("fp16"), Options()
+    policy, options = onnx_policy("fp16"), Options()
     with no_garbage_collection():
         capture = timed("read", lambda: read(model, "fp16", provider="cuda"))
     made = timed("decide", lambda: plan(policy, options, capture))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Unpack, overload
 
 import torch
 from torch import nn
@@ -17,7 +17,8 @@ from mpcompile.module import MixedPrecisionModule, rewrapped
 from mpcompile.policy import Policy
 
 if TYPE_CHECKING:
-    from mpcompile.onnx.convert import OnnxMixedPrecision
+    from mpcompile.onnx.converted import OnnxMixedPrecision
+    from mpcompile.onnx.options import ConvertOptions
 
 BACKENDS = ("inductor", "eager", "onnxruntime")
 
@@ -40,11 +41,7 @@ def mpcompile(
 def mpcompile(
     model: str | os.PathLike[str],
     policy: str | Policy = "auto",
-    *,
-    keep_fp32: Any = (),
-    low: Any = (),
-    strict: bool = False,
-    **onnx_options: Any,
+    **options: Unpack[ConvertOptions],
 ) -> OnnxMixedPrecision: ...
 @overload
 def mpcompile(model: Any, policy: str | Policy = "auto", **options: Any) -> Any: ...

@@ -136,7 +136,7 @@ def step_report(target: str, policy: str, keep_fp32: Sequence[str] | None = (), 
 
 def _study_onnx(target: str, policy: str, overrides: dict[str, Any]) -> Study:
     from mpcompile import mpcompile
-    from mpcompile.onnx.convert import passes_for
+    from mpcompile.onnx.plan import passes_for
 
     made = mpcompile(existing(target), policy, **overrides)
     return Study(made.report(), made.capture.graph, passes_for(made.policy, made.options, made.capture))

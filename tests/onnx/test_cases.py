@@ -13,7 +13,8 @@ from onnx import numpy_helper
 from onnx_models import noise, parse
 
 from mpcompile.errors import OnnxError
-from mpcompile.onnx.convert import convert, no_garbage_collection
+from mpcompile.garbage import no_garbage_collection
+from mpcompile.onnx.convert import convert
 from mpcompile.onnx.run.session import run, session
 
 TOLERANCE = {"fp16": 2e-2, "bf16": 8e-2}

@@ -568,7 +568,7 @@ def test_the_report_calls_parts_in_half_precision_what_they_are() -> None:
 
 def test_much_fp16_for_a_provider_that_is_not_here_is_loaded_as_its_simulation(monkeypatch: pytest.MonkeyPatch) -> None:
     """ONNX Runtime's CPU provider takes time with the square of the FP16 nodes."""
-    from mpcompile.onnx import convert as onnx_api
+    from mpcompile.onnx import converted as onnx_api
     from mpcompile.onnx.write import check as onnx_check
 
     loaded: list[bool] = []
