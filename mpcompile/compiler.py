@@ -21,10 +21,11 @@ from mpcompile.hardware import resolve_policy, row_name
 from mpcompile.passes.base import Pass
 from mpcompile.passes.classify import refuse_both
 from mpcompile.passes.measured_hazards import MeasuredHazards
-from mpcompile.pipeline import History, Observer, StepRecord, default_passes, run
+from mpcompile.pipeline import History, Observer, StepRecord, run
 from mpcompile.policy import Policy
 from mpcompile.progress import line
 from mpcompile.ranges import HEADROOM, Ranges
+from mpcompile.recipes import fx_passes
 from mpcompile.torch_internals import trace_artifact
 
 
@@ -110,29 +111,27 @@ def decide(
         values = [(v.name, capture.origin[v.name][0]) for v in map(capture.graph.values.get, capture.graph.inputs)
                   if v is not None and v.role in HELD and v.range is None]  # fmt: skip
         note_ranges(capture.graph, held_by(values, capture.module, held or {}), policy.low)
-    passes = default_passes(
+    passes = fx_passes(
         policy,
         row,
-        source="aten",
         keep_fp32=settings.keep_fp32,
         force_low=settings.low,
         force_fp8=settings.fp8,
         strict=settings.strict,
         fused=settings.inner == "inductor",
         partial=partial,
+        measured=_measured(settings.ranges, capture.graph, policy) if narrow else None,
     )
-    if settings.ranges is not None and narrow and policy.plan != "autocast":
-        passes = _with_ranges(passes, settings.ranges, capture.graph, policy.low)
     graph, steps = run(capture.graph, passes, observer)
     return Plan(capture, graph, steps, policy, device, time.perf_counter() - start, row, passes)
 
 
-def _with_ranges(passes: Sequence[Pass], ranges: Ranges, graph: PrecisionGraph, low: str) -> list[Pass]:
-    """The passes, with what was measured held against the low type once the verdicts are given."""
-    values, gradients = ranges.found(graph, low)
-    measured = MeasuredHazards(low, values, headroom=HEADROOM, gradients=gradients)
-    after = next(i for i, one in enumerate(passes) if one.name == "classify") + 1
-    return [*passes[:after], measured, *passes[after:]]
+def _measured(ranges: Ranges | None, graph: PrecisionGraph, policy: Policy) -> MeasuredHazards | None:
+    """What was measured, held against the low type."""
+    if ranges is None or policy.plan == "autocast":
+        return None
+    values, gradients = ranges.found(graph, policy.low)
+    return MeasuredHazards(policy.low, values, headroom=HEADROOM, gradients=gradients)
 
 
 def settings_of(

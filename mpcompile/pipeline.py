@@ -1,32 +1,32 @@
-"""Run passes over a copy of a graph, and put the default ones together."""
+"""Run passes over a copy of a graph; `mpcompile.recipes` says which ones."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from mpcompile import laws
 from mpcompile.garbage import no_garbage_collection
 from mpcompile.graph import PrecisionGraph
 from mpcompile.passes.base import Pass, PassResult
-from mpcompile.policy import Policy
 from mpcompile.text import print_graph
-
-# The laws that hold after a pass; after any other pass the graph is only well formed.
-STAGE_AFTER = {"assign": "assigned", "insert-casts": "cast", "simplify-casts": "simplified", "verify": "simplified"}
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """What one pass did: its name, seconds, whether the graph changed, its notes, and the text after it if asked."""
+    """What one pass did: its name, seconds, whether the graph changed, its notes, and the text after it if asked.
+
+    `ensures` is how far the laws hold after it.
+    """
 
     name: str
     seconds: float
     modified: bool
     notes: tuple[str, ...] = ()
     text: str = ""
+    ensures: str = "structure"
 
 
 Observer = Callable[[PrecisionGraph, StepRecord], StepRecord | None]
@@ -53,7 +53,9 @@ def _run(graph: PrecisionGraph, passes: Iterable[Pass],
         start = time.perf_counter()
         try:
             result = one.apply(graph)
-            record = StepRecord(one.name, time.perf_counter() - start, result.modified, result.notes)
+            record = StepRecord(
+                one.name, time.perf_counter() - start, result.modified, result.notes, ensures=one.ensures
+            )
             records.append((observer(graph, record) if observer else None) or record)
         except Exception as error:
             done = ", ".join(r.name for r in records) or "none"
@@ -83,15 +85,31 @@ def keep_text(names: Sequence[str] = (), **options: Any) -> Observer:
         if names and record.name not in names:
             return None
         title = f"after {record.name}, {record.seconds * 1e3:.1f} ms"
-        return StepRecord(record.name, record.seconds, record.modified, record.notes,
-                          print_graph(graph, title=title, **options))  # fmt: skip
+        return replace(record, text=print_graph(graph, title=title, **options))
 
     return observe
 
 
 def verify_each(graph: PrecisionGraph, record: StepRecord) -> None:
     """An observer that checks, after each pass, the laws that hold from there on."""
-    laws.verify(graph, stage=STAGE_AFTER.get(record.name, "structure"))
+    laws.verify(graph, stage=record.ensures)
+
+
+def honest(graph: PrecisionGraph) -> Observer:
+    """An observer for a run on `graph` that checks what each pass says of itself: `modified`, against the text.
+
+    Raises:
+      AssertionError: a pass changed the graph and said that it did not, or the other way round.
+    """
+    before = [print_graph(graph)]
+
+    def observe(graph: PrecisionGraph, record: StepRecord) -> None:
+        text = print_graph(graph)
+        if record.modified != (text != before[0]):
+            raise AssertionError(f"pass {record.name} says modified={record.modified}")
+        before[0] = text
+
+    return observe
 
 
 def together(*observers: Observer) -> Observer:
@@ -113,61 +131,8 @@ class Verify:
     output: str = "keep"
 
     name: ClassVar[str] = "verify"
+    ensures: ClassVar[str] = "simplified"
 
     def apply(self, graph: PrecisionGraph) -> PassResult:
         laws.verify(graph, output={"fp32": "fp32", "low": self.low}.get(self.output, "keep"))
         return PassResult(False)
-
-
-def default_passes(
-    policy: Policy,
-    device: str = "cpu",
-    source: str = "aten",
-    *,
-    keep_fp32: Any = (),
-    force_low: Any = (),
-    force_fp8: Any = (),
-    strict: bool = False,
-    fused: bool = True,
-    partial: bool = False,
-    verify: bool = True,
-) -> list[Pass]:
-    """The pipeline of a policy whose `low` is settled ("fp16", "bf16" or "fp32").
-
-    Args:
-      device: name of a row of devices.toml.
-      source: whose operation names the graph uses: "aten" or "onnx".
-      keep_fp32, force_low, force_fp8: the caller's overrides (see `mpcompile.passes.classify`).
-      strict: an operation without a rule is an error.
-      partial: the graph is one of several of the model, so an override may match in another.
-      fused: the graph will be compiled, so casts inside a fused region are free.
-      verify: end with the verifier.
-    """
-    from mpcompile.passes.classify import Classify, refuse_both
-    from mpcompile.passes.insert_casts import InsertCasts
-    from mpcompile.passes.normalize import Normalize
-
-    refuse_both(keep_fp32, force_low)
-    refuse_both(keep_fp32, force_fp8, "fp8")
-    low = policy.low
-    classify = Classify(low, source, policy.plan, tuple(keep_fp32), tuple(force_low), strict, partial, tuple(force_fp8))
-    if low == "fp32":
-        from mpcompile.passes.all_fp32 import AllFp32
-
-        return [Normalize(), classify, AllFp32()]
-    from mpcompile.passes.assign import Assign
-    from mpcompile.passes.hazards import Hazards
-    from mpcompile.passes.origins import Origins
-    from mpcompile.passes.simplify_casts import SimplifyCasts
-    from mpcompile.passes.strict import Strict
-
-    recipe = policy.fp8 if low == "bf16" and (policy.products == "fp8" or force_fp8) else ""
-    assign = Assign(
-        low, device, policy.plan, fused, policy.output, source, fp8=recipe, fp8_asked=policy.products != "fp8"
-    )
-    # torch.autocast knows neither hazards nor origins, and plan="autocast" promises its decisions.
-    hazards: list[Pass] = [] if policy.plan == "autocast" else [Hazards(low), Origins(low, policy.output)]
-    if policy.plan == "strict":
-        hazards.append(Strict(low, source))
-    passes: list[Pass] = [Normalize(), classify, *hazards, assign, InsertCasts(low, policy.output), SimplifyCasts()]
-    return [*passes, Verify(low, policy.output)] if verify else passes

@@ -15,6 +15,7 @@ class AllFp32:
     """Every node runs as the user wrote it: `fp32`, or `keep` where it touches no FP32 tensor."""
 
     name: ClassVar[str] = "all-fp32"
+    ensures: ClassVar[str] = "structure"
 
     def apply(self, graph: PrecisionGraph) -> PassResult:
         changed = False

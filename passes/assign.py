@@ -22,6 +22,7 @@ optima the one with the most low nodes is taken; it is unique, so the plan does 
 
 from __future__ import annotations
 
+import operator
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -58,16 +59,18 @@ class Assign:
     fp8_asked: bool = False
 
     name: ClassVar[str] = "assign"
+    ensures: ClassVar[str] = "assigned"
 
     def apply(self, graph: PrecisionGraph) -> PassResult:
-        before = [(node.precision, node.fp8) for node in graph]
+        decided = operator.attrgetter("precision", "fp8", "verdict", "reason", "decided_by")
+        before = [*map(decided, graph)]
         if self.plan == "autocast":
             _follow_autocast(graph, self.low)
         else:
             cost = CostModel(graph, device(self.device), self.low, self.fused)
             reads = FP8Reads(graph, cost, self.fp8, self.fp8_asked) if self.fp8 else None
             _CutProblem(graph, cost, self.low, self.output, self.bind).run(reads)
-        return PassResult(before != [(node.precision, node.fp8) for node in graph])
+        return PassResult(before != [*map(decided, graph)])
 
 
 def has_fixed_dtype(node: Node) -> bool:

@@ -21,8 +21,13 @@ class PassResult:
 
 
 class Pass(Protocol):
-    """One step of the pipeline."""
+    """One step of the pipeline.
+
+    Fields:
+      ensures: how far the laws hold after it: "structure", "assigned", "cast" or "simplified" (see `mpcompile.laws`).
+    """
 
     name: ClassVar[str]
+    ensures: ClassVar[str]
 
     def apply(self, graph: PrecisionGraph) -> PassResult: ...

@@ -54,6 +54,7 @@ class Classify:
     force_fp8: tuple[Any, ...] = ()
 
     name: ClassVar[str] = "classify"
+    ensures: ClassVar[str] = "structure"
 
     def apply(self, graph: PrecisionGraph) -> PassResult:
         rules, names = rules_for(self.source), _Names(graph)

@@ -40,6 +40,7 @@ class Hazards:
     low: str
 
     name: ClassVar[str] = "hazards"
+    ensures: ClassVar[str] = "structure"
 
     def apply(self, graph: PrecisionGraph) -> PassResult:
         sweep = _Sweep(Facts(graph, self.low))

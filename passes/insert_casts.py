@@ -31,6 +31,7 @@ class InsertCasts:
     output: str = "fp32"
 
     name: ClassVar[str] = "insert-casts"
+    ensures: ClassVar[str] = "cast"
 
     def apply(self, graph: PrecisionGraph) -> PassResult:
         writer = _Writer(graph)

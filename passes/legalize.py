@@ -44,6 +44,7 @@ class Legalize:
     dequantize: tuple[str, ...] = ("onnx::DequantizeLinear", "com.microsoft::DequantizeLinear")
 
     name: ClassVar[str] = "legalize"
+    ensures: ClassVar[str] = "structure"
 
     def apply(self, graph: PrecisionGraph) -> PassResult:
         changed = False

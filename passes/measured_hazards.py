@@ -52,6 +52,7 @@ class MeasuredHazards:
     gradients: Mapping[str, str] = field(default_factory=dict)
 
     name: ClassVar[str] = "measured-hazards"
+    ensures: ClassVar[str] = "structure"
 
     def apply(self, graph: PrecisionGraph) -> PassResult:
         reasons = {name: reason for name, seen in self.ranges.items() if (reason := self._reason(seen))}

@@ -28,6 +28,7 @@ class Normalize:
     """No options."""
 
     name: ClassVar[str] = "normalize"
+    ensures: ClassVar[str] = "structure"
 
     def apply(self, graph: PrecisionGraph) -> PassResult:
         erased = erase_casts(graph)

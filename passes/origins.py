@@ -31,6 +31,7 @@ class Origins:
     output: str = "fp32"
 
     name: ClassVar[str] = "origins"
+    ensures: ClassVar[str] = "structure"
 
     def apply(self, graph: PrecisionGraph) -> PassResult:
         flow = Flow(graph, self.low).solve()

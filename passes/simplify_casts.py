@@ -25,6 +25,7 @@ class SimplifyCasts:
     """No options."""
 
     name: ClassVar[str] = "simplify-casts"
+    ensures: ClassVar[str] = "simplified"
 
     def apply(self, graph: PrecisionGraph) -> PassResult:
         if not _worth_a_look(graph):

@@ -26,6 +26,7 @@ class Strict:
     source: str = "aten"
 
     name: ClassVar[str] = "strict"
+    ensures: ClassVar[str] = "structure"
 
     def apply(self, graph: PrecisionGraph) -> PassResult:
         peer = graph.copy()

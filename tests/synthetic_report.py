@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mpcompile.graph import Node, PrecisionGraph, Value
-from mpcompile.pipeline import History, default_passes, run
+from mpcompile.pipeline import History, run
 from mpcompile.policy import Policy
+from mpcompile.recipes import fx_passes
 from mpcompile.report.model import Report, build_report
 
 # Runs, opens a tag or leaves a script wherever a name is taken for HTML.
@@ -43,7 +44,7 @@ def _value(name: str, **more: str) -> Value:
 
 def reported(graph: PrecisionGraph, policy: str = "bf16", keep_fp32: Sequence[str] = ()) -> Report:
     settled = Policy.parse(policy)
-    passes = default_passes(settled, keep_fp32=keep_fp32)
+    passes = fx_passes(settled, keep_fp32=keep_fp32)
     after, steps = run(graph, passes)
     return build_report(after, settled, "cpu", steps=steps, before=graph, history=History(graph, passes))
 

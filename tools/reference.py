@@ -14,8 +14,7 @@ from typing import Any
 
 from mpcompile import errors
 from mpcompile.errors import MPCompileError
-from mpcompile.pipeline import default_passes
-from mpcompile.policy import Policy
+from mpcompile.recipes import one_of_each
 from mpcompile.rules import Rule, rules_for
 
 MADE = "<!-- made by `make docs`; do not edit -->\n"
@@ -59,8 +58,7 @@ def errors_page() -> str:
 def passes_page() -> str:
     how = "In the order in which they run. `mpcompile inspect TARGET --after PASS` shows the graph after one."
     lines = ["# Passes", "", MADE, how, ""]
-    both = [*default_passes(Policy("bf16")), default_passes(Policy("fp32"))[-1]]
-    for one in both:
+    for one in one_of_each():
         kind = type(one)
         said = sys.modules[kind.__module__].__doc__ if one.name != "verify" else kind.__doc__
         lines += [f"## {one.name}", "", (said or "").strip(), ""]

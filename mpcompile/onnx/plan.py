@@ -12,12 +12,11 @@ from mpcompile.onnx.converted import OnnxMixedPrecision
 from mpcompile.onnx.norms import unlike
 from mpcompile.onnx.options import Named, Options, row_of
 from mpcompile.onnx.read import reader as frontend
-from mpcompile.passes.assign import Assign
 from mpcompile.passes.base import Pass
-from mpcompile.passes.legalize import Legalize
 from mpcompile.passes.measured_hazards import Measured, MeasuredHazards
-from mpcompile.pipeline import StepRecord, default_passes, run
+from mpcompile.pipeline import StepRecord, run
 from mpcompile.policy import Policy
+from mpcompile.recipes import onnx_passes
 
 if TYPE_CHECKING:
     pass
@@ -102,12 +101,8 @@ def _call_by_name(graph: PrecisionGraph) -> None:
 
 def passes_for(policy: Policy, options: Options, capture: frontend.OnnxCapture,
                ranges: dict[str, Measured] | None = None, on: str = "", bind: bool = True) -> list[Pass]:  # fmt: skip
-    """The default passes, with the schemas' types and the measured ranges held once the verdicts are given."""
-    passes = default_passes(policy, row_of(policy, options), "onnx", keep_fp32=options.keep_fp32,
-                            force_low=options.low, strict=options.strict, fused=False)  # fmt: skip
-    if policy.low not in LOW:
-        return passes
-    passes = [replace(one, bind=bind) if isinstance(one, Assign) else one for one in passes]
-    after = next(i for i, one in enumerate(passes) if one.name == "classify") + 1
-    measured: list[Pass] = [MeasuredHazards(policy.low, ranges, on, HEADROOM if on else 1.0)] if ranges else []
-    return [*passes[:after], Legalize(policy.low, capture.signatures), *measured, *passes[after:]]
+    """The passes for a capture, with its schemas' types and the measured ranges."""
+    measured = MeasuredHazards(policy.low, ranges, on, HEADROOM if on else 1.0) if ranges else None
+    return onnx_passes(policy, row_of(policy, options), keep_fp32=options.keep_fp32, force_low=options.low,
+                       strict=options.strict, fused=False, bind=bind, signatures=capture.signatures,
+                       measured=measured)  # fmt: skip

@@ -16,8 +16,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from mpcompile.graph import Node, PrecisionGraph, Value
-from mpcompile.pipeline import default_passes, run
+from mpcompile.pipeline import run
 from mpcompile.policy import Policy
+from mpcompile.recipes import fx_passes
 from mpcompile.report import views
 from mpcompile.report.model import Report, build_report
 from mpcompile.tools.inspect import ONLY, PASSES
@@ -99,7 +100,7 @@ def hazardous() -> Report:
     graph.add(Node("mean", "aten.mean.dim", ["mul"], module="norm"), [Value("mean", "fp32", (64, 1), 64)])
     graph.outputs = ["mean"]
     policy = Policy("fp16")
-    done, steps = run(graph, default_passes(policy))
+    done, steps = run(graph, fx_passes(policy))
     return build_report(done, policy, "cpu", steps=steps)
 
 

@@ -16,7 +16,8 @@ from mpcompile.aten.capture import export
 from mpcompile.aten.exported import inline_regions
 from mpcompile.aten.read import read
 from mpcompile.graph import PrecisionGraph
-from mpcompile.pipeline import default_passes, run
+from mpcompile.pipeline import run
+from mpcompile.recipes import fx_passes
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 QUICK = ("llama", "t5", "resnet", "segformer")
@@ -28,7 +29,7 @@ def differences(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] 
     inline_regions(module)
     capture = read(module)
     real = recorded(module)
-    passes = default_passes(Policy("bf16", plan="autocast", output="keep"), "cuda")
+    passes = fx_passes(Policy("bf16", plan="autocast", output="keep"), "cuda")
     # Up to the decisions: casts move through views afterwards, and take the views with them.
     plan, _ = run(capture.graph, passes[: [one.name for one in passes].index("assign") + 1])
     compared, wrong = 0, []

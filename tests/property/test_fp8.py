@@ -20,8 +20,9 @@ from mpcompile.graph import Node, PrecisionGraph, Value
 from mpcompile.passes.assign import _CutProblem, made
 from mpcompile.passes.classify import Classify
 from mpcompile.passes.fp8_reads import FP8Reads
-from mpcompile.pipeline import default_passes, run, verify_each
+from mpcompile.pipeline import run, verify_each
 from mpcompile.policy import Policy
+from mpcompile.recipes import fx_passes
 
 LOW = "bf16"
 SIDES = (1024, 2048, 4096)
@@ -151,7 +152,7 @@ def test_node_order_does_not_matter(seed: int, layers: int, order: int) -> None:
     graph = network(seed, layers)
     found = []
     for version in (graph, shuffled(graph, order)):
-        plan = run(version, default_passes(Policy.parse("fp8"), "h200"), verify_each)[0]
+        plan = run(version, fx_passes(Policy.parse("fp8"), "h200"), verify_each)[0]
         found.append({node.id: (node.precision, dict(node.fp8)) for node in plan})
     assert found[0] == found[1]
 
@@ -159,7 +160,7 @@ def test_node_order_does_not_matter(seed: int, layers: int, order: int) -> None:
 @settings(max_examples=20, deadline=None)
 @given(st.integers(0, 10**6), st.integers(3, 8))
 def test_a_second_run_decides_the_same(seed: int, layers: int) -> None:
-    passes = default_passes(Policy.parse("fp8,device=h200"), "h200")
+    passes = fx_passes(Policy.parse("fp8,device=h200"), "h200")
     once = run(network(seed, layers), passes, verify_each)[0]
     twice = run(once, passes, verify_each)[0]
     assert {n.id: (n.precision, dict(n.fp8)) for n in once} == {n.id: (n.precision, dict(n.fp8)) for n in twice}
@@ -209,7 +210,7 @@ SHAPES = {
 @pytest.mark.parametrize("row", ["h200", "h100"])
 @pytest.mark.parametrize("name", sorted(SHAPES))
 def test_fp8_is_planned_where_it_pays(name: str, row: str) -> None:
-    plan = run(transformer(**SHAPES[name]), default_passes(Policy.parse("fp8"), row), verify_each)[0]  # type: ignore[arg-type]
+    plan = run(transformer(**SHAPES[name]), fx_passes(Policy.parse("fp8"), row), verify_each)[0]  # type: ignore[arg-type]
     inside = [node for node in plan if node.module.startswith(("blocks.1", "blocks.2")) and node.op == fp8.LINEAR]
     outside = [node for node in plan if node not in inside]
     assert not any(node.fp8 for node in outside), "the stem, the first and the last block stay BF16"
@@ -222,13 +223,13 @@ def test_fp8_is_planned_where_it_pays(name: str, row: str) -> None:
 
 @pytest.mark.parametrize("row", ["a100", "t4", "cpu", "cpu-amx"])
 def test_a_device_without_fp8_plans_bf16(row: str) -> None:
-    plan = run(transformer(**SHAPES["llama-8b"]), default_passes(Policy.parse("fp8"), row), verify_each)[0]  # type: ignore[arg-type]
+    plan = run(transformer(**SHAPES["llama-8b"]), fx_passes(Policy.parse("fp8"), row), verify_each)[0]  # type: ignore[arg-type]
     assert not any(node.fp8 for node in plan)
 
 
 def test_an_override_asks_for_fp8_whatever_it_costs_and_keep_fp32_wins() -> None:
     graph = transformer(**SHAPES["gpt2-124m"])  # type: ignore[arg-type]
-    passes = default_passes(Policy("bf16"), "cpu", force_fp8=("blocks",), keep_fp32=("blocks.2",))
+    passes = fx_passes(Policy("bf16"), "cpu", force_fp8=("blocks",), keep_fp32=("blocks.2",))
     plan = run(graph, passes, verify_each)[0]
     found = {node.module: set(node.fp8) for node in plan if node.op == fp8.LINEAR}
     assert found["blocks.0.up"] == found["blocks.3.down"] == set(fp8.PASSES)
@@ -268,7 +269,7 @@ def test_what_cannot_read_fp8_does_not_even_where_it_is_asked_for(change: str, s
 
 
 def test_a_graph_that_reads_digits_in_fp8_breaks_law_10() -> None:
-    plan = run(transformer(**SHAPES["llama-8b"]), default_passes(Policy.parse("fp8"), "h200"))[0]  # type: ignore[arg-type]
+    plan = run(transformer(**SHAPES["llama-8b"]), fx_passes(Policy.parse("fp8"), "h200"))[0]  # type: ignore[arg-type]
     node = next(node for node in plan if node.fp8)
     plan.values[node.inputs[0]].origin = "full"
     assert [breach.code for breach in laws.fp8_reads(plan)] == ["MP409"] * 3

@@ -13,8 +13,9 @@ from mpcompile import laws
 from mpcompile.formats import CASTABLE, LOW
 from mpcompile.graph import Node, PrecisionGraph
 from mpcompile.passes.normalize import erase_casts
-from mpcompile.pipeline import default_passes, run, verify_each
+from mpcompile.pipeline import honest, run, together, verify_each
 from mpcompile.policy import Policy
+from mpcompile.recipes import fx_passes
 from mpcompile.text import print_graph
 
 policies = st.builds(
@@ -26,7 +27,7 @@ policies = st.builds(
 
 
 def rewritten(graph: PrecisionGraph, policy: Policy) -> PrecisionGraph:
-    return run(graph, default_passes(policy), verify_each)[0]
+    return run(graph, fx_passes(policy), together(verify_each, honest(graph)))[0]
 
 
 def dtype_of(policy: Policy) -> str:
@@ -85,7 +86,7 @@ def test_a_strict_plan_stores_nothing_below_what_autocast_stores(graph: Precisio
 
 @given(front_end_graphs())
 def test_the_policy_fp32_changes_no_dtype(graph: PrecisionGraph) -> None:
-    after, _ = run(graph, default_passes(Policy("fp32")))
+    after, _ = run(graph, fx_passes(Policy("fp32")))
     assert not after.casts()
     assert {n: v.dtype for n, v in after.values.items()} == {n: v.dtype for n, v in graph.values.items()}
 

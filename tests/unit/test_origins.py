@@ -8,8 +8,9 @@ from mpcompile import laws
 from mpcompile.errors import LawError
 from mpcompile.graph import PrecisionGraph
 from mpcompile.parse import parse_graph
-from mpcompile.pipeline import default_passes, run, verify_each
+from mpcompile.pipeline import run, verify_each
 from mpcompile.policy import Policy
+from mpcompile.recipes import fx_passes
 
 ROLES = {"x": "input", "w": "parameter", "b": "buffer", "c": "constant"}
 INTEGERS, BOOLS = ("i",), ("m",)
@@ -48,7 +49,7 @@ def _rare(name: str, ranges: dict[str, tuple[float, float]]) -> str:
 def planned(graph: PrecisionGraph, low: str = "bf16", **fields: str) -> PrecisionGraph:
     for node in graph:
         node.flops = 1 << 40 if "linear" in node.op else 0
-    return run(graph, default_passes(Policy(low, **fields), "free-low"), verify_each)[0]  # type: ignore[arg-type]
+    return run(graph, fx_passes(Policy(low, **fields), "free-low"), verify_each)[0]  # type: ignore[arg-type]
 
 
 def origin(text: str, name: str = "y", low: str = "bf16", **ranges: tuple[float, float]) -> str:
@@ -281,7 +282,7 @@ def test_a_product_that_stays_fp32_takes_its_views_with_it() -> None:
     graph.outputs.append("r")
     for node in graph:
         node.flops = 1 if node.id == "o" else 1 << 40 if node.id == "r" else 0
-    plan = run(graph, default_passes(Policy("bf16"), "cpu"), verify_each)[0]
+    plan = run(graph, fx_passes(Policy("bf16"), "cpu"), verify_each)[0]
     assert (plan.nodes["o"].precision, plan.nodes["r"].precision, plan.nodes["v"].precision) == ("fp32", "bf16", "fp32")
 
 
@@ -305,7 +306,7 @@ def test_a_group_is_full_if_one_of_it_is() -> None:
 
 def test_the_caller_s_word_is_stronger() -> None:
     graph = program("y = relu.default(x)\no = exp.default(y)", "o")
-    passes = default_passes(Policy("bf16"), "free-low", force_low=("y",))
+    passes = fx_passes(Policy("bf16"), "free-low", force_low=("y",))
     plan = run(graph, passes, verify_each)[0]
     assert (plan.nodes["y"].precision, plan.values["y"].origin) == ("bf16", "rounded")
     assert plan.nodes["y"].reason == "low='y'"
@@ -313,7 +314,7 @@ def test_the_caller_s_word_is_stronger() -> None:
 
 def test_a_product_that_the_caller_keeps_is_full() -> None:
     graph = program("h = linear.default(x, w)\ny = relu.default(h)\no = linear.default(y, w1)", "o")
-    passes = default_passes(Policy("bf16"), "free-low", keep_fp32=("h",))
+    passes = fx_passes(Policy("bf16"), "free-low", keep_fp32=("h",))
     plan = run(graph, passes, verify_each)[0]
     assert (plan.values["h"].origin, plan.nodes["y"].precision) == ("full", "fp32")
 

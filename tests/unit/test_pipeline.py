@@ -14,8 +14,9 @@ from mpcompile.parse import parse_graph
 from mpcompile.passes.base import PassResult
 from mpcompile.passes.insert_casts import InsertCasts
 from mpcompile.passes.normalize import Normalize
-from mpcompile.pipeline import StepRecord, default_passes, keep_text, run, together, verify_each
+from mpcompile.pipeline import StepRecord, keep_text, run, together, verify_each
 from mpcompile.policy import Policy
+from mpcompile.recipes import fx_passes
 from mpcompile.text import print_graph
 
 
@@ -24,6 +25,7 @@ class Wreck:
     """Damages whatever it is given, and then fails."""
 
     name: ClassVar[str] = "wreck"
+    ensures: ClassVar[str] = "structure"
 
     def apply(self, graph: PrecisionGraph) -> PassResult:
         for node in graph:
@@ -84,6 +86,6 @@ def test_an_observer_that_fails_names_the_pass_too() -> None:
 def test_a_cast_costs_the_same_before_and_after(low: str) -> None:
     """A second run finds the plan's dtypes: priced by them, the cast of a returned view moved over the view."""
     graph = parse_graph("graph source=fx\ninput x: fp32[64]\nn0: fp32[64] = aten.view.default(x)\nreturn n0\n")
-    passes = default_passes(Policy(low, output="low"))
+    passes = fx_passes(Policy(low, output="low"))
     once, _ = run(graph, passes)
     assert print_graph(run(once, passes)[0]) == print_graph(once)

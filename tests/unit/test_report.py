@@ -10,8 +10,9 @@ import pytest
 
 from mpcompile.errors import UsageError
 from mpcompile.graph import Node, PrecisionGraph, Value
-from mpcompile.pipeline import default_passes, run
+from mpcompile.pipeline import run
 from mpcompile.policy import Policy
+from mpcompile.recipes import fx_passes
 from mpcompile.report.costs import Estimate
 from mpcompile.report.model import Report, build_report
 from mpcompile.report.summary import summary_line
@@ -45,7 +46,7 @@ def stack() -> PrecisionGraph:
 @pytest.fixture(scope="module")
 def report() -> Report:
     policy, before = Policy("bf16"), stack()
-    after, steps = run(before, default_passes(policy))
+    after, steps = run(before, fx_passes(policy))
     return build_report(after, policy, "cpu", steps=steps, before=before)
 
 
@@ -97,7 +98,7 @@ def test_summary_counts_the_rows(report: Report) -> None:
 
 
 def test_a_report_leaves_its_graph_alone() -> None:
-    graph, _ = run(stack(), default_passes(Policy("bf16")))
+    graph, _ = run(stack(), fx_passes(Policy("bf16")))
     before = {value.name: value.dtype for value in graph.values.values()}
     build_report(graph, Policy("bf16"), "cpu")
     assert {value.name: value.dtype for value in graph.values.values()} == before
@@ -211,7 +212,7 @@ def test_a_report_of_fp8_says_of_each_operand_how_it_is_read_and_why() -> None:
     graph.outputs = ["fc2"]
     for name, device in (("fp8", "h200"), ("fp8", "a100"), ("bf16", "h200")):
         policy = Policy.parse(name)
-        plan, steps = run(graph, default_passes(policy, device))
+        plan, steps = run(graph, fx_passes(policy, device))
         report = build_report(plan, policy, device, steps=steps)
         found = report.to_dict()
         jsonschema.validate(

@@ -8,15 +8,16 @@ import pytest
 from synthetic import layered
 
 from mpcompile.passes.assign import Assign
-from mpcompile.pipeline import default_passes, run
+from mpcompile.pipeline import run
 from mpcompile.policy import Policy
+from mpcompile.recipes import fx_passes
 
 
 def seconds(nodes: int) -> tuple[float, float]:
     """CPU seconds of the whole pipeline, and of `assign` in it (wall: the same on a quiet machine)."""
     graph = layered(nodes)
     start = time.process_time()
-    plan, records = run(graph, default_passes(Policy("bf16")))
+    plan, records = run(graph, fx_passes(Policy("bf16")))
     spent = time.process_time() - start
     assert len(plan.casts()) > nodes // 50
     return spent, next(record.seconds for record in records if record.name == Assign.name)
