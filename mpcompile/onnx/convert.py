@@ -57,7 +57,7 @@ def convert(
     if calibrate is None:
         made = _ranged(resolved, options, model, ranges)
     elif not isinstance(ranges, bool):
-        raise OnnxError("MP606", "samples and ranges at once", try_="calibrate= measures ranges itself; leave ranges= out")
+        raise OnnxError("MP606", "samples and ranges at once", try_="calibrate= measures ranges itself: no ranges=")
     else:
         made = _calibrated(resolved, options, model, calibrate_room.samples(calibrate), max_error, auto)
     made.check()
