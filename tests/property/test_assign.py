@@ -19,8 +19,10 @@ from mpcompile.graph import Node, PrecisionGraph, Value
 from mpcompile.passes.assign import Assign, _CutProblem, made
 from mpcompile.passes.classify import Classify
 from mpcompile.passes.normalize import Normalize
+from mpcompile.passes.origins import Origins
 
 LOW = "bf16"
+OUTPUTS = ("fp32", "low", "keep")
 
 
 def prepared(graph: PrecisionGraph, flops: int = 0) -> PrecisionGraph:
@@ -31,8 +33,27 @@ def prepared(graph: PrecisionGraph, flops: int = 0) -> PrecisionGraph:
     return graph
 
 
+def with_origins(graph: PrecisionGraph, output: str = "fp32") -> PrecisionGraph:
+    """The graph with origins, and with what must keep its digits raised to FP32."""
+    Origins(LOW, output).apply(graph)
+    return graph
+
+
+def lawful(plan: PrecisionGraph) -> bool:
+    """Law 10 of a plan without casts: what moves a full value low has none but low readers."""
+    readers = plan.readers()
+    return all(
+        reader.precision != "fp32"
+        for node in plan
+        if node.precision == LOW and not node.out_dtype
+        for name in node.outputs
+        if plan.values[name].origin == "full"
+        for reader in readers[name]
+    )
+
+
 def brute_force(graph: PrecisionGraph, assign: Assign) -> float:
-    """The least cost over all plans that keep the fixed precisions and the ties."""
+    """The least cost over all plans that keep the fixed precisions, the ties and law 10."""
     problem = _CutProblem(graph.copy(), CostModel(graph, device(assign.device), LOW, assign.fused), LOW, assign.output)
     problem.vertices()
     free = sorted({at for at in problem.places if at is not None} - {SOURCE, SINK})
@@ -58,7 +79,7 @@ def cost_of_plan(undecided: PrecisionGraph, plan: PrecisionGraph, assign: Assign
     front_end_graphs(max_nodes=9),
     st.sampled_from([0, 10**6, 10**9]),
     st.booleans(),
-    st.sampled_from(["fp32", "low", "keep"]),
+    st.sampled_from(OUTPUTS),
     st.sampled_from(["cpu", "cuda"]),
 )
 def test_no_plan_is_cheaper(graph: PrecisionGraph, flops: int, fused: bool, output: str, machine: str) -> None:
@@ -71,18 +92,91 @@ def test_no_plan_is_cheaper(graph: PrecisionGraph, flops: int, fused: bool, outp
     assert got <= best + 1e-6 * (got + best) + 1e-12
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    front_end_graphs(max_nodes=9),
+    st.sampled_from([0, 10**6, 10**9]),
+    st.booleans(),
+    st.sampled_from(OUTPUTS),
+    st.sampled_from(["cpu", "cuda"]),
+)
+def test_no_lawful_plan_is_cheaper(graph: PrecisionGraph, flops: int, fused: bool, output: str, machine: str) -> None:
+    """With origins: their ties to FP32 and their readers' sides leave one exact cut."""
+    graph = with_origins(prepared(graph, flops), output)
+    assign = Assign(LOW, machine, "global", fused, output)
+    plan = graph.copy()
+    assign.apply(plan)
+    assert lawful(plan)
+    got, best = cost_of_plan(graph, plan, assign), brute_force(graph, assign)
+    assert got <= best + 1e-6 * (got + best) + 1e-12
+
+
+def moved(second: str, flops: int = 1 << 34, numel: int = 1 << 20) -> PrecisionGraph:
+    """An input, seen through a view that a product reads, and `second`."""
+    graph = PrecisionGraph()
+    graph.add_input(Value("x", "fp32", (numel,), numel, role="input"))
+    graph.add_input(Value("w", "fp32", (1024, 1024), 1 << 20, role="parameter"))
+    graph.add(Node("view", "aten.view.default", ["x"]), [Value("view", "fp32", (numel,), numel)])
+    graph.add(Node("mm", "aten.linear.default", ["view", "w"]), [Value("mm", "fp32", (numel,), numel)])
+    graph.nodes["mm"].flops = flops
+    reads = ["view", "w"] if "linear" in second else ["view"]
+    graph.add(Node("second", second, reads), [Value("second", "fp32", (numel,), numel)])
+    graph.nodes["second"].flops = flops if "linear" in second else 0
+    graph.outputs = ["mm", "second"]
+    return graph
+
+
+@pytest.mark.parametrize(
+    ("second", "expected"),
+    [("aten.linear.default", LOW), ("aten.tanh.default", "fp32"), ("aten.exp.default", "fp32")],
+)
+def test_a_full_value_moves_low_only_where_each_reader_rounds_it(second: str, expected: str) -> None:
+    graph = moved(second)
+    Classify(LOW, partial=True).apply(graph)
+    plan = with_origins(graph)
+    assert plan.values["view"].origin == "full"
+    undecided, assign = plan.copy(), Assign(LOW)
+    assign.apply(plan)
+    assert (plan.nodes["view"].precision, plan.nodes["mm"].precision) == (expected, LOW)
+    assert lawful(plan)
+    best = brute_force(undecided, assign)
+    assert cost_of_plan(undecided, plan, assign) == pytest.approx(best, rel=1e-6)
+
+
+def test_the_oracle_sees_an_unlawful_plan() -> None:
+    plan = with_origins(moved("aten.exp.default"))
+    for node in plan:
+        node.precision = LOW if node.id != "second" else "fp32"
+    assert not lawful(plan)
+
+
+@settings(max_examples=60, deadline=None)
+@given(front_end_graphs(max_nodes=14), st.sampled_from([0, 10**9]), st.sampled_from(OUTPUTS))
+def test_the_cut_with_origins_is_networkx_s(graph: PrecisionGraph, flops: int, output: str) -> None:
+    graph = with_origins(prepared(graph, flops), output)
+    plan = _CutProblem(graph, CostModel(graph, device("cuda"), LOW, True), LOW, output)
+    plan.run()
+    if plan.problem.heads:
+        assert_least(plan.problem)
+
+
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 10**6), st.integers(3, 40))
 def test_the_cut_is_networkx_s(seed: int, size: int) -> None:
     rng = random.Random(seed)
     problem = CutProblem()
     vertices = [problem.vertex() for _ in range(size)]
-    graph = nx.DiGraph()
-    graph.add_nodes_from([SOURCE, SINK, *vertices])
     for _ in range(size * 3):
         a, b = rng.choice([SOURCE, *vertices]), rng.choice([SINK, *vertices])
         capacity = rng.choice([rng.random(), rng.random() * 1e3, float("inf") if a != SOURCE and b != SINK else 1.0])
         problem.edge(a, b, capacity)
+    assert_least(problem)
+
+
+def assert_least(problem: CutProblem) -> None:
+    """The solved cut has the value of networkx's minimum cut."""
+    graph = nx.DiGraph()
+    graph.add_nodes_from([SOURCE, SINK, *range(problem.size)])
     for a, b, c in zip(problem.heads, problem.tails, problem.scaled().tolist(), strict=True):
         known = graph.get_edge_data(a, b, {"capacity": 0})["capacity"]
         graph.add_edge(a, b, capacity=known + c)
@@ -123,9 +217,10 @@ def test_node_order_does_not_matter(graph: PrecisionGraph, seed: int) -> None:
     graph = prepared(graph, 10**7)
     plans = []
     for version in (graph, shuffled(graph, seed)):
-        plan = version.copy()
+        plan = with_origins(version.copy())
         Assign(LOW).apply(plan)
-        plans.append({node.id: (node.precision, node.reason) for node in plan})
+        origins = {name: value.origin for name, value in plan.values.items()}
+        plans.append(({node.id: (node.precision, node.reason) for node in plan}, origins))
     assert plans[0] == plans[1]
 
 
