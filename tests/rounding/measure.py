@@ -112,7 +112,7 @@ def step(case: Case, low: str, backend: str = "eager", **fields: str) -> Run:
             )
     if not bool(result.finite):
         found["loss"] = torch.full_like(found["loss"], math.nan)
-    return Run(found, low_products(next(iter(stepping.artefacts)).joint.forward.plan.graph))
+    return Run(found, low_products(next(iter(stepping.specializations)).joint.forward.plan.graph))
 
 
 WAYS: dict[str, Callable[..., Run]] = {"drop-in": drop_in, "step": step}

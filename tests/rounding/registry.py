@@ -42,6 +42,7 @@ class Case:
       row: the kind of loss that it stands for, where it stands for one (see `ROWS`).
       scale: the loss scale in FP16, for both sides.
       lows: the low types that it is for.
+      draw: number of the weights and the batch that are drawn for it.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Case:
     row: str = ""
     scale: float = 1024.0
     lows: tuple[str, ...] = ("bf16", "fp16")
+    draw: int = 0
 
     @property
     def domain(self) -> str:
@@ -56,7 +58,7 @@ class Case:
 
     @property
     def seed(self) -> int:
-        return zlib.crc32(self.name.encode())
+        return zlib.crc32(self.name.encode()) + 100_003 * self.draw
 
     def make(self) -> tuple[nn.Module, Batch, Callable[..., Tensor]]:
         """The model, one batch, and the loss: the same ones at every call."""

@@ -130,3 +130,39 @@ def test_gradients_of_rows_add_up_in_fp32(low: str, how: str) -> None:
         mp.train_step(torch.optim.SGD(twin.parameters(), 1.0), scale=1.0)(i)
         found = before - twin.w.detach()  # type: ignore[operator]
     assert distance(found, wanted) <= 4 * EPS[low]
+
+
+class Broken(nn.Module):
+    """A stream that starts from a product, with a graph break in it where wanted."""
+
+    def __init__(self, broken: bool) -> None:
+        super().__init__()
+        self.broken = broken
+        self.start, self.a, self.b, self.end = (nn.Linear(64, 64) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        stream = self.start(x)
+        stream = stream + F.gelu(self.a(stream))
+        if self.broken:
+            torch._dynamo.graph_break()
+        stream = stream + F.gelu(self.b(stream))
+        return self.end(stream)
+
+
+def test_what_crosses_a_graph_break_is_an_input_and_has_its_digits() -> None:
+    """The program between two graphs may do anything to it, so it crosses in FP32 and counts as full: never less exact."""
+    sums, origins = {}, {}
+    for broken in (False, True):
+        torch.manual_seed(0)
+        mp = mpcompile(Broken(broken), "low=bf16,device=free-low", backend="eager")
+        mp(torch.randn(256, 64))
+        assert len(mp.plans) == 1 + broken
+        assert_low_products(mp)
+        nodes = [(plan.graph, node) for plan in mp.plans for node in plan.graph if node.op == "aten.add.Tensor"]
+        sums[broken] = [node.precision for _, node in nodes]
+        origins[broken] = {plan.graph.values[name].origin for plan in mp.plans[1:] for name in plan.graph.inputs
+                           if plan.graph.values[name].role == "input"}  # fmt: skip
+        reasons = [node.reason for _, node in nodes]
+    assert sums == {False: ["bf16", "bf16"], True: ["bf16", "fp32"]}
+    assert origins[True] == {"full"}
+    assert "because the graph's input" in reasons[1]
