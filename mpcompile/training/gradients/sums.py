@@ -78,7 +78,8 @@ def _in_fp32(graph: fx.Graph, node: Any) -> fx.Node:
     if (wide := _widened(graph, node)) is not None:
         return wide
     others = [user for user in node.users if user.target in _CASTS and _is_fp32(user) and _same_place(user, node)]
-    cast = _again(graph, node, (node,), {"dtype": torch.float32}, _CASTS[0])
+    # Inductor has no lowering of `_to_copy`, which was decomposed before.
+    cast = _again(graph, node, (node, torch.float32), {}, torch.ops.prims.convert_element_type.default)
     for other in others:
         other.replace_all_uses_with(cast)
     return cast
