@@ -146,7 +146,7 @@ def _what(report: Report) -> str:
 def _templates() -> Environment:
     loader = PackageLoader("mpcompile.report", ".")
     pages = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    pages.filters.update(seconds=quantities.seconds, size=quantities.size, percent=_percent)
+    pages.filters.update(seconds=quantities.seconds, size=quantities.size, times=quantities.times, percent=_percent)
     return pages
 
 

@@ -34,3 +34,11 @@ def counted(count: int, thing: str) -> str:
     ('1 node', '1,200 nodes')
     """
     return f"{count:,} {thing}{'s' * (count != 1)}"
+
+
+def times(value: float) -> str:
+    """
+    >>> times(1.0312), times(9267.77)
+    ('1.03', '9,268')
+    """
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -105,6 +105,25 @@ def test_numbers_sort_as_numbers_and_columns_take_a_new_width(page: Chromium, re
     assert page.run("TABLE.getColumn('reason').getWidth()") >= 300
 
 
+def test_beside_a_node_the_table_keeps_its_numbers_in_sight(browser: Chromium, path: Path) -> None:
+    """At 1,920 px the node stands beside the table, which is narrower then: `why` gives way."""
+    browser.size(1920, 900)
+    browser.open(path)
+    whole = browser.run("TABLE.getColumn('reason').getWidth()")
+    browser.run("choose(AT.get('linear3'))")
+    browser.frames()
+    assert 300 <= browser.run("TABLE.getColumn('reason').getWidth()") < whole
+    holder = "document.querySelector('#nodes').getBoundingClientRect()"
+    time = "document.querySelector('#nodes .tabulator-col[tabulator-field=seconds]').getBoundingClientRect()"
+    assert browser.run(f"{time}.right < {holder}.right")
+    assert browser.run(
+        f"(b => b.top > {holder}.top && b.bottom < {holder}.bottom)(at('row-16').getBoundingClientRect())"
+    )
+    browser.run("choose(-1)")
+    browser.frames()
+    assert browser.run("TABLE.getColumn('reason').getWidth()") == whole
+
+
 def test_a_click_draws_the_neighbours_with_their_casts(page: Chromium, report: Report) -> None:
     type_in(page, "linear3")
     page.click("#nodes .tabulator-row .mono")
@@ -339,25 +358,32 @@ def test_a_comparison_sorts_infinities_last_and_first(browser: Chromium, tmp_pat
 
 @pytest.mark.slow
 def test_twenty_thousand_nodes(browser: Chromium, tmp_path: Path) -> None:
-    """Seconds of the page's thread: 2 to open, 0.1 for a filter, a scroll and a sort (painted in software here, hence 0.2)."""
+    """Processor seconds of the page: 2 to open; 0.1 of script, style and layout for a filter, a scroll, a node and a sort.
+
+    What paints is not counted: it is software here and a GPU elsewhere. Neither is what else this machine does.
+    """
     big = stacked(4000)
     assert len(big.nodes) >= 20_000
     big.to_html(tmp_path / "big.html")
     assert (tmp_path / "big.html").stat().st_size < 8e6
     browser.size(1400, 900)
     browser.open(tmp_path / "big.html")
-    took = {"open": browser.busy_so_far()}
+    assert browser.busy_so_far() < 2.0
     assert browser.run(ROWS) < 200  # rows are virtual
     holder = "document.querySelector('#nodes .tabulator-tableholder')"
-    for name, code in {
+    actions = {
         "filter": "narrow({words: ['gelu', 'h.1']})",
         "clear": "narrow(CLEAR)",
         "scroll": f"({holder}.scrollTop += 500, 0)",
         "jump": f"({holder}.scrollTop = 200000, 0)",
         "choose": "choose(9000)",
         "sort": "(TABLE.setSort('seconds', 'desc'), 0)",
-    }.items():
-        took[name] = browser.busy(code)["Task"]
+        "close": "choose(-1)",
+    }
+    took: dict[str, float] = {}
+    for _ in range(3):  # the best of three: beside other work the same work counts double
+        for name, code in actions.items():
+            spent = browser.busy(code)
+            took[name] = min(took.get(name, math.inf), sum(spent[kind] for kind in ("Script", "Style", "Layout")))
     print(took)
-    assert took.pop("open") < 2.0
-    assert max(took.values()) < 0.2, took
+    assert max(took.values()) < 0.1, took

@@ -41,7 +41,7 @@ function seconds(number) {
   if (!number) return "";
   if (number < 1e-8) return "< 0.01 µs";
   const [factor, unit] = number >= 1 ? [1, "s"] : number >= 1e-3 ? [1e3, "ms"] : [1e6, "µs"];
-  return `${short(number * factor)} ${unit}`;
+  return `${number < 1e-6 ? Number((number * factor).toPrecision(2)) : short(number * factor)} ${unit}`;
 }
 
 const short = number => Number(number.toPrecision(3)).toString();

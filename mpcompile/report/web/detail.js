@@ -4,11 +4,20 @@ let HOPS = 1;
 
 function showDetail(node) {
   const panel = at("detail");
+  const width = at("nodes").clientWidth;
   panel.hidden = node < 0;
-  if (node < 0) return panel.replaceChildren();
-  panel.replaceChildren(make("div", {class: "inside"}, drawn(node), said(NODES[node])));
+  if (node < 0) panel.replaceChildren();
+  else panel.replaceChildren(make("div", {class: "inside"}, drawn(node), said(NODES[node])));
+  if (BUILT && at("nodes").clientWidth !== width) fitAnew(node);
+  if (node < 0) return;
   panel.scrollTop = 0;
   centreOn(panel.querySelector(".canvas"));
+}
+
+/** Beside the panel the table is narrower: `why` gives way, and the chosen row stays in sight. */
+function fitAnew(node) {
+  TABLE.redraw();
+  if (node >= 0) TABLE.scrollToRow(node, "nearest", false).catch(() => {});
 }
 
 function drawn(node) {
