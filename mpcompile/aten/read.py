@@ -16,6 +16,7 @@ from torch import fx
 
 from mpcompile.aten import facts
 from mpcompile.aten.custom_ops import registered_autocast
+from mpcompile.aten.flops import flops
 from mpcompile.aten.functional import make_explicit, mutated_storages
 from mpcompile.aten.rewrites.masks import fold_masks
 from mpcompile.aten.rewrites.noop_casts import keep_noop_casts_local
@@ -125,7 +126,7 @@ class _Reader:
             module=facts.module_path(node),
             source=facts.source_line(node),
             region=node.meta.get("mp_region"),
-            flops=facts.flops(node),
+            flops=flops(node),
             autocast=registered_autocast(node),
         )
         results = self._results(node)

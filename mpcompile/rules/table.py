@@ -45,7 +45,14 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """What is known of one operation; `fp32_operands`, `any_operands` are operand slots, `fp32_results` outputs."""
+    """What is known of one operation.
+
+    Fields:
+      fp32_operands, any_operands: operand slots; a row names them as the schema does: ``{ weight = 1, bias = 2 }``.
+      fp32_results: numbers of outputs.
+      flops: the formula of a product's work (`mpcompile.aten.flops`, `mpcompile.onnx.read.facts`), or "none": it is low
+        whatever it costs.
+    """
 
     op: str
     kind: Kind
@@ -60,6 +67,7 @@ class Rule:
     autocast: str = ""
     # Where the operation's origins differ from its kind's.
     origin: str = ""
+    flops: str = ""
     # Least and greatest number of its results, whatever it reads.
     range: tuple[float, float] | None = None
 
@@ -126,6 +134,7 @@ class Rules:
                 "MP202", f"the rule of {op!r} has no origin {fields['origin']!r}", try_=", ".join(BEHAVIOURS)
             )
         lists = {k: tuple(v) for k, v in fields.items() if isinstance(v, list)}
+        lists |= {k: tuple(v.values()) for k, v in fields.items() if k.endswith("_operands") and isinstance(v, dict)}
         return replace(Rule(op, kind), **{**fields, **lists})
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib import resources
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpcompile import mpcompile
+from mpcompile.aten.flops import FORMULAS
 from mpcompile.errors import RuleError
+from mpcompile.graph import Node
+from mpcompile.onnx.read import facts as onnx_facts
 from mpcompile.rules import register, rules_for
 from mpcompile.rules.table import Kind, Rule, Rules, load_kinds
 
@@ -78,6 +83,77 @@ def test_every_row_and_kind_can_be_explained(source: str) -> None:
     assert all(rule.why() for rule in rules_for(source))
     low = {rule.kind.name for rule in rules_for(source) if rule.verdict_for("bf16") == "low"}
     assert {"matmul", "convolution"} <= low <= {"matmul", "convolution", "attention", "rnn", "custom"}
+
+
+# Products that no formula prices: what autograd makes (its forward was priced), and these.
+UNPRICED = {
+    "aten._foreach_mm", "aten._trilinear", "aten.conv_tbc", "transformers.grouped_mm_fallback",
+    "aten.mkldnn_rnn_layer", "aten._cudnn_rnn", "aten._thnn_fused_gru_cell", "aten._thnn_fused_lstm_cell",
+    "aten._cudnn_attention_forward", "aten._efficient_attention_forward", "aten._flash_attention_forward",
+    "aten._native_multi_head_attention", "aten._triton_multi_head_attention",
+}  # fmt: skip
+
+
+def test_every_product_names_a_formula() -> None:
+    """Without one it is low whatever it costs; a new row must say which of the two it is."""
+    low = [rule for rule in rules_for("aten") if rule.kind.verdict == "low"]
+    assert len(low) > 100
+    assert [rule.op for rule in low if rule.flops not in {*FORMULAS, "recurrent", "none"}] == []
+    unpriced = {rule.op for rule in low if rule.flops == "none" and "backward" not in rule.op}
+    assert unpriced == UNPRICED
+    named = {rule.op.rpartition("::")[2] for rule in rules_for("onnx") if rule.flops not in ("", "none")}
+    assert named == set(onnx_facts.FLOPS)
+    assert all(rule.flops for rule in rules_for("onnx") if rule.kind.verdict == "low")
+
+
+@pytest.mark.parametrize("source", ["aten"])
+def test_operands_have_the_schema_s_names(source: str) -> None:
+    text = resources.files("mpcompile.rules").joinpath(f"{source}.toml").read_text(encoding="utf-8")
+    checked = 0
+    for op, row in tomllib.loads(text).items():
+        for field in ("fp32_operands", "any_operands"):
+            named = row.get(field, {}) if isinstance(row, dict) else {}
+            namespace, _, packet = op.partition(".")
+            packet, _, overload = packet.partition(".")
+            for name, slot in named.items():
+                found = getattr(getattr(torch.ops, namespace), packet)
+                schema = getattr(found, overload or found.overloads()[0])._schema
+                assert schema.arguments[slot].name == name, op
+                checked += 1
+    assert checked > 80
+
+
+A, B, V = torch.randn(4, 4), torch.randn(4, 4), torch.randn(4)
+SMALL: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...], int]] = {
+    "linear": (F.linear, (A, B), 128),
+    "einsum": (lambda a, b: torch.einsum("ij,jk->ik", a, b), (A, B), 128),
+    "einsum of batches": (lambda a, b: torch.einsum("...ij,...jk->...ik", a, b), (A[None], B[None]), 128),
+    "inner": (torch.inner, (A, B), 128),
+    "addmv": (torch.addmv, (V, A, V), 32),
+    "tensordot": (lambda a, b: torch.tensordot(a, b, dims=([1], [0])), (A, B), 128),
+    "bilinear": (F.bilinear, (A, B, torch.randn(3, 4, 4)), 2 * 4 * 48),
+    "addr": (torch.addr, (A, V, V), 32),
+    "baddbmm": (torch.baddbmm, (A[None], A[None], B[None]), 128),
+    "multi_dot": (lambda *ms: torch.linalg.multi_dot(ms), (A, B, A), 256),
+}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_small_product_stays_fp32_on_a_processor_whatever_it_is_called(name: str) -> None:
+    """Its price says so; where low calls are free the same product is low."""
+    call, tensors, flops = SMALL[name]
+
+    class Net(nn.Module):
+        def forward(self, *tensors: Tensor) -> Tensor:
+            return call(*tensors)
+
+    def products(row: str) -> list[Node]:
+        plan = mpcompile(Net(), f"bf16,device={row}", backend="eager").plan(*tensors)
+        return [node for node in plan.graph if node.kind == "matmul"]
+
+    assert [node.precision for node in products("cpu")] == ["fp32"] * len(products("cpu"))
+    assert sum(node.flops for node in products("cpu")) == flops
+    assert any(node.precision == "bf16" for node in products("free-low"))
 
 
 @torch.library.custom_op("mptest::halved", mutates_args=())
