@@ -285,16 +285,16 @@ class _CutProblem:
         if low and not self.cost.is_view(node):
             size = sum([value.numel for value in results if value.dtype in CASTABLE]) * ITEMSIZE[self.low]
         key = node.reason, low, size
-        known = self._reasons.get(key)
-        if known is None:
+        if (known := self._reasons.get(key)) is None:
             side = "low, as its neighbours are" if low else "FP32, as its neighbours are"
             fewer = f": {size:,} bytes fewer than in FP32" if size >= 0 else ""
-            known = self._reasons[key] = f"{node.reason}; {side}{fewer}"
+            said = f"; {side}{fewer}"
+            known = self._reasons[key] = f"{node.reason.removesuffix(said)}{said}"  # on a plan it is said already
         return known
 
 
 def made(graph: PrecisionGraph) -> list[list[Value]]:
-    """The results of each node, in order."""
+    """Of each node, in order."""
     return [[*map(graph.values.__getitem__, node.outputs)] for node in graph]
 
 

@@ -71,26 +71,26 @@ def test_prices_of_a_cast() -> None:
     graph = build(("a", "elementwise", ("x",)), ("mm", "matmul", ("a", "w")))
     cost, values = model(graph), graph.values
     row = device("cuda")
-    assert cost.cast(values["w"], "bf16", far=True) == SHADOW_CAST
-    assert cost.cast(values["a"], "bf16", far=False) == FUSED_CAST
+    assert cost.cast(values["w"], "bf16", in_memory=True) == SHADOW_CAST
+    assert cost.cast(values["a"], "bf16", in_memory=False) == FUSED_CAST
     # The fused kernel that makes `a` writes the copy: no launch of its own, and no read.
-    assert cost.cast(values["a"], "bf16", far=True) == pytest.approx(2 * 2 * BIG / row.bandwidth)
+    assert cost.cast(values["a"], "bf16", in_memory=True) == pytest.approx(2 * 2 * BIG / row.bandwidth)
     # A kernel's result is read, written and read again by a kernel of its own.
     alone = (4 + 2 * 2) * BIG / row.bandwidth + row.launch
-    assert cost.cast(values["mm"], "bf16", far=True) == pytest.approx(alone)
+    assert cost.cast(values["mm"], "bf16", in_memory=True) == pytest.approx(alone)
 
 
 def test_a_view_is_looked_through() -> None:
     graph = build(("v", "shape", ("w",)), ("u", "shape", ("v",)), ("mm", "matmul", ("x", "u")))
     cost = model(graph)
     assert cost.base("u") == "w"
-    assert cost.cast(graph.values["u"], "bf16", far=True) == SHADOW_CAST
-    assert cost.is_far(graph.nodes["v"])
+    assert cost.cast(graph.values["u"], "bf16", in_memory=True) == SHADOW_CAST
+    assert cost.needs_memory(graph.nodes["v"])
 
 
 def test_a_view_that_only_fused_kernels_read_is_near() -> None:
     graph = build(("v", "shape", ("x",)), ("a", "elementwise", ("v",)))
-    assert not model(graph).is_far(graph.nodes["v"])
+    assert not model(graph).needs_memory(graph.nodes["v"])
 
 
 def test_matrix_work_is_flops_over_rate() -> None:
@@ -107,7 +107,7 @@ def test_thousands_of_views_of_views() -> None:
     graph = build(*steps, ("mm", "matmul", (names[-1], "w")))
     cost = model(graph)
     assert cost.base(names[-1]) == "x"
-    assert cost.is_far(graph.nodes["v0"])
+    assert cost.needs_memory(graph.nodes["v0"])
 
 
 def test_a_low_plan_of_heavy_products_costs_less_than_fp32() -> None:
