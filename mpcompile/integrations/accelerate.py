@@ -49,10 +49,15 @@ class AcceleratedStep:
       step: the `TrainStep` inside.
       result: the last `StepResult`; None before the first call.
       updated: the last result of an update; None before the first.
+      accumulate: microbatches of a window.
+      divides: what Accelerate divides each loss by, where that must stay as it was; None where another host divides.
     """
 
-    def __init__(self, accelerator: Accelerator, step: Any, optimizers: list[SteppedOptimizer]) -> None:
-        self.accelerator, self.step, self.optimizers = accelerator, step, optimizers
+    def __init__(
+        self, accelerator: Accelerator, step: Any, optimizers: list[SteppedOptimizer], accumulate: int = 1
+    ) -> None:
+        self.accelerator, self.step, self.optimizers, self.accumulate = accelerator, step, optimizers, accumulate
+        self.divides: int | None = None
         self.result: Any = None
         self.updated: Any = None
 
@@ -61,28 +66,33 @@ class AcceleratedStep:
 
         Returns:
           A `StepResult`: device tensors.
+
+        Raises:
+          TrainingError: MP551, where the host's windows are no longer the step's; nothing is changed.
         """
-        waiting = self.step.pending
+        self._agree()
         result = self.step(*args, **kwargs)
         if self.step.pending and self.accelerator.sync_gradients:
             result = self.step.end_window()._replace(loss=result.loss)
         self.result = result
         if not self.step.pending:
-            self._note(result, waiting)
+            self._note(result)
         return result
 
-    def _note(self, result: Any, waiting: int) -> None:
-        """An update was made, or skipped.
+    def _agree(self) -> None:
+        """The window is as long as it was, and this microbatch ends it on both sides or on the host's alone."""
+        now = self.accelerator.gradient_accumulation_steps
+        ends = self.step.pending + 1 >= self.accumulate
+        if (self.divides is None or now == self.divides) and (self.accelerator.sync_gradients or not ends):
+            return
+        raise refused(
+            f"the step updates after {self.accumulate} microbatches, and Accelerate's window is another",
+            why=f"gradient_accumulation_steps is {now} now; or the step stands outside of accelerator.accumulate(model)",
+            try_="make the step anew: train_step(accelerator, model, optimizer)",
+        )
 
-        Raises:
-          TrainingError: MP551, where the host's window is still open.
-        """
-        if not self.accelerator.sync_gradients:
-            raise refused(
-                f"the step updated after {waiting + 1} microbatches, and Accelerate's window goes on",
-                why="gradient_accumulation_steps was changed after train_step was called",
-                try_="make the step anew: train_step(accelerator, model, optimizer)",
-            )
+    def _note(self, result: Any) -> None:
+        """An update was made, or skipped."""
         self.updated = result
         for one in self.optimizers:
             one._result = result
@@ -121,6 +131,7 @@ def train_step(
         raise refused("train_step(accelerator, …, accumulate=…)", try_="Accelerator(gradient_accumulation_steps=…)")
     options["accumulate"] = accelerator.gradient_accumulation_steps
     step = hosted_step(accelerator, model, optimizer, loss_fn, **options)
+    step.divides = options["accumulate"]
     accelerator.register_for_checkpointing(step)
     return step
 
@@ -138,7 +149,9 @@ def hosted_step(
         )
     prepared = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
     step = found.train_step(optimizer, loss_fn, **options)
-    return AcceleratedStep(accelerator, step, [taken_over(one) for one in prepared if _is_prepared(one)])
+    return AcceleratedStep(
+        accelerator, step, [taken_over(one) for one in prepared if _is_prepared(one)], options.get("accumulate", 1)
+    )
 
 
 def compiled_inside(accelerator: Accelerator, model: nn.Module) -> Any:

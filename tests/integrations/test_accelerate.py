@@ -140,6 +140,17 @@ def test_what_cannot_be_is_refused() -> None:
     ours = Run("fp32")
     with pytest.raises(MPCompileError, match=r"MP551.*\n.*gradient_accumulation_steps"):
         train_step(ours.accelerator, ours.model, ours.optimizer, loss_of, accumulate=4)
-    ours.accelerator.gradient_accumulation_steps = 4
-    with pytest.raises(MPCompileError, match="MP551: the step updated after 2 microbatches"):
+
+
+@pytest.mark.parametrize("steps", [4, 1])
+def test_a_window_that_was_changed_is_refused_before_anything_is(steps: int) -> None:
+    ours = Run("fp32").epoch()
+    assert ours.step is not None
+    before = [p.detach().clone() for p in ours.net.parameters()]
+    count = int(ours.step.step.state.steps)
+    ours.accelerator.gradient_accumulation_steps = steps
+    with pytest.raises(MPCompileError, match="MP551: the step updates after 2 microbatches"):
         ours.epoch()
+    assert all(torch.equal(p, q) for p, q in zip(ours.net.parameters(), before, strict=True))
+    assert ours.step.step.pending == 0
+    assert int(ours.step.step.state.steps) == count
