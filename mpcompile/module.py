@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 import torch
 from torch import fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.utils._pytree import tree_map
 
 from mpcompile.aten.capture import export
 from mpcompile.aten.exported import inline_regions
+from mpcompile.aten.facts import LOW_DTYPES
 from mpcompile.aten.recurrent import rnn_kept_opaque
 from mpcompile.aten.write import write
 from mpcompile.compiler import Plan, Settings, decide, log_plan
@@ -125,11 +127,17 @@ class MixedPrecisionModule(nn.Module):
         if call is None:
             return self._first(cap, args, kwargs)
         before = CompiledGraph.runs
-        result = self._run(call, args, kwargs)
+        result = self._full(self._run(call, args, kwargs))
         if CompiledGraph.runs == before and self.plans:
             refuse_sharded(self.model)
             warn_of_eager_call()
         return result
+
+    def _full(self, result: Any) -> Any:
+        """`result` in FP32, where the policy promises it and the graph broke: its last part gives what the program gives."""
+        if not self._compiler.gave_low or self.policy.output != "fp32":
+            return result
+        return tree_map(lambda one: one.float() if getattr(one, "dtype", None) in LOW_DTYPES else one, result)
 
     def _run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
@@ -139,11 +147,13 @@ class MixedPrecisionModule(nn.Module):
             raise _own(error) from error
 
     def _first(self, cap: int | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        compiled = torch.compile(_entry(self.model), backend=self._compiler, dynamic=self.dynamic)
+        entry = _entry(self.model)
+        self._compiler.entries.add(entry.__code__.co_name)
+        compiled = torch.compile(entry, backend=self._compiler, dynamic=self.dynamic)
         self.__dict__["_recurrent"] = any(isinstance(m, nn.RNNBase) for m in self.model.modules())
         refuse_sharded(self.model)
         with counting_breaks() as breaks:
-            result = self._run(compiled, args, kwargs)
+            result = self._full(self._run(compiled, args, kwargs))
         self._compiler.check_overrides()
         # What FSDP2 gathers stands in the model while a part of it runs, and is none of its parameters afterwards.
         if not (self.plans and is_gathered(self.model)):

@@ -264,6 +264,13 @@ class TensorGuards:
         return bool(self._made.check(*self._tensors))
 
 
+def frame_compiled() -> str:
+    """The name of the function that Dynamo compiles now; what follows a graph break is named after its function, too."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    return str(InstructionTranslator.current_tx().f_code.co_name)
+
+
 __all__ = [
     "ABSENT",
     "COMPILING",
@@ -275,6 +282,7 @@ __all__ = [
     "are_calls_taken",
     "calls_taken",
     "compile_pieces",
+    "frame_compiled",
     "graphs_whole",
     "has_communication_hook",
     "hooks_guarded",

@@ -35,7 +35,7 @@ from mpcompile.runtime.fp8_linear import FP8_LINEAR
 from mpcompile.runtime.inductor import compile_inductor, run_eagerly
 from mpcompile.runtime.sharded import refuse_wrapped_inputs, say_gathered
 from mpcompile.shadows.table import use_shadow
-from mpcompile.torch_internals import is_filled_anew, real_tensors
+from mpcompile.torch_internals import frame_compiled, is_filled_anew, real_tensors
 
 # Elements from which a shadow's gradient is cast outside the compiled backward.
 LARGE = 1 << 18
@@ -63,6 +63,9 @@ class Compiler:
         self.seconds = 0.0
         # Ids of the parameters that the compiled graphs were called with.
         self.parameters: set[int] = set()
+        # Names of the functions that call the whole model, and whether a part of it gave low what the program gives low.
+        self.entries: set[str] = set()
+        self.gave_low = False
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         start = time.perf_counter()
@@ -76,9 +79,17 @@ class Compiler:
         if self.on_plan is not None:
             self.on_plan(plan)
         with stage("compiling a graph"), numbers_settled(plan.capture.module):
-            emitted = self._emit(plan, fakes, _dtypes_given(module) if fresh else None)
+            given = _dtypes_given(module) if fresh or self._is_part(module) else []
+            emitted = self._emit(plan, fakes, fresh, given)
         self.seconds += time.perf_counter() - start
         return emitted
+
+    def _is_part(self, module: fx.GraphModule) -> bool:
+        """Whether code that runs as it is written goes on with the results: a graph broke, here or around this function."""
+        if not self.entries or hasattr(module, "compile_subgraph_reason"):
+            return hasattr(module, "compile_subgraph_reason")
+        name = frame_compiled()
+        return not any(name == one or f"_in_{one}_at_" in name for one in self.entries)
 
     def check_overrides(self) -> None:
         """After a whole forward: an override that matched in no graph of it is an error.
@@ -94,20 +105,21 @@ class Compiler:
                 unmatched([plan.graph for plan in self.plans], globs), option, sorted(known), self.paths().values()
             )
 
-    def _emit(self, plan: Plan, fakes: list[Any], sharded: list[Any] | None) -> Callable[..., Any]:
+    def _emit(self, plan: Plan, fakes: list[Any], fresh: bool, given: list[Any]) -> Callable[..., Any]:
         """The compiled graph.
 
         Args:
-          sharded: its weights are filled anew before each forward, so no shadow could follow them: they are cast in the graph.
-            The dtypes that the program gives: where weights are gathered low, what it does next counts on them.
+          fresh: its weights are filled anew before each forward, so no shadow could follow them: they are cast in the graph.
+          given: the dtypes that the program gives, where what it does next counts on them: weights gathered low, and a
+            frozen BF16 layer that runs between two parts of a broken graph.
         """
         compiled = self.settings.inner == "inductor"
         emulate = emulated_kinds(plan.device, plan.policy.low, compiled=compiled)
-        read = None if sharded is not None else use_shadow
+        read = None if fresh else use_shadow
         written = write(plan.capture, plan.graph, use_shadow=read, emulate=emulate, linear=FP8_LINEAR)
-        if sharded is not None:
+        if fresh:
             say_gathered()
-            _give_low(written.module, sharded)
+        self.gave_low |= _give_low(written.module, given)
         places = {name: i for i, name in enumerate(plan.capture.graph.inputs)}
         order = _argument_places(plan.capture)
         shadows = [(order[places[name]], TORCH_DTYPES[low]) for name, low in written.shadows]
@@ -167,8 +179,10 @@ def _dtypes_given(module: fx.GraphModule) -> list[Any]:
     return [v.dtype if isinstance(v, torch.Tensor) else None for v in values]
 
 
-def _give_low(module: fx.GraphModule, dtypes: Sequence[Any]) -> None:
-    """Give low what the program gives low."""
+def _give_low(module: fx.GraphModule, dtypes: Sequence[Any]) -> bool:
+    """Give low what the program gives low; whether there was anything."""
+    if not any(dtype in LOW_DTYPES for dtype in dtypes):
+        return False
     outputs, output = outputs_of(module), module.graph.output_node()
     with module.graph.inserting_before(output):
         for i, dtype in enumerate(dtypes):
@@ -176,6 +190,7 @@ def _give_low(module: fx.GraphModule, dtypes: Sequence[Any]) -> None:
                 outputs[i] = module.graph.call_function(torch.ops.aten.to.dtype, (outputs[i], dtype))
     output.args = (tuple(outputs),)
     module.recompile()
+    return True
 
 
 def _lift_large(module: fx.GraphModule, masters: Sequence[torch.Tensor], several: Container[str]) -> frozenset[int]:

@@ -96,18 +96,22 @@ def test_adapters_are_saved_switched_and_merged(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_dora_as_a_drop_in_keeps_the_types_at_its_graph_breaks() -> None:
+def test_dora_as_a_drop_in_breaks_the_graph_and_trains() -> None:
     model = adapted(dora=True)
-    mp = mpcompile(model, f"{LOW},output=keep", backend="eager")
+    expected = full_precision(model, 3)
+    mp = mpcompile(model, LOW, backend="eager")
+    optimizer = torch.optim.AdamW(trained(model), 1e-2)
     with pytest.warns(UserWarning, match="some of the model was not captured"):
+        first = mp(input_ids=TOKENS, labels=TOKENS)
+    assert first.logits.dtype == first.loss.dtype == torch.float32
+    losses = []
+    for _ in range(3):
         loss = mp(input_ids=TOKENS, labels=TOKENS).loss
-    loss.backward()
-    assert loss.item() == pytest.approx(full_precision(model, 1)[0], abs=0.005)
-
-
-def test_half_precision_adapters_are_refused_with_the_way_to_have_them_full() -> None:
-    with pytest.raises(MPCompileError, match=r"MP103[\s\S]*autocast_adapter_dtype=True"):
-        mpcompile(adapted(autocast_adapter_dtype=False), "bf16")
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses == pytest.approx(expected, abs=0.005)
 
 
 class Adapted(nn.Module):
@@ -120,6 +124,44 @@ class Adapted(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.base(x.bfloat16()).float() + self.adapter(x)  # type: ignore[no-any-return]
+
+
+class Broken(Adapted):
+    """A graph break before, inside and after a frozen layer that runs as it is written."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        low = self.inside((x + self.adapter(x)).bfloat16())
+        torch._dynamo.graph_break()
+        return self.inside(self.outside(low))
+
+    def inside(self, low: torch.Tensor) -> torch.Tensor:
+        low = self.base(low)
+        torch._dynamo.graph_break()
+        return low * 2
+
+    @torch.compiler.disable
+    def outside(self, low: torch.Tensor) -> torch.Tensor:
+        assert low.dtype == torch.bfloat16
+        return self.base(low)  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:mpcompile. some of the model was not captured")
+@pytest.mark.parametrize("output", ["fp32", "keep", "low"])
+def test_where_a_graph_breaks_the_program_s_types_go_on_and_the_model_s_output_is_the_policy_s(output: str) -> None:
+    torch.manual_seed(0)
+    model, x = Broken(), torch.randn(4, 64)
+    mp = mpcompile(model, f"{LOW},output={output}", backend="eager")
+    for _ in range(2):
+        found = mp(x)
+        assert found.dtype == (torch.float32 if output == "fp32" else torch.bfloat16)
+        torch.testing.assert_close(found.float(), model(x).float(), rtol=0.02, atol=0.02)
+    found.sum().backward()
+    assert model.adapter.weight.grad.dtype == torch.float32
+
+
+def test_half_precision_adapters_are_refused_with_the_way_to_have_them_full() -> None:
+    with pytest.raises(MPCompileError, match=r"MP103[\s\S]*autocast_adapter_dtype=True"):
+        mpcompile(adapted(autocast_adapter_dtype=False), "bf16")
 
 
 def in_pairs(model: Adapted) -> str:
