@@ -15,7 +15,7 @@ import typer
 from mpcompile.tools import options
 
 CORE = ("torch", "networkx", "scipy", "numpy", "rich", "typer", "jinja2", "safetensors")
-OPTIONAL = {"onnx": "onnx", "onnxscript": "onnx", "onnx-ir": "onnx", "onnxruntime": "onnx", "matplotlib": "demo"}
+OPTIONAL = {"onnx": "onnx", "onnxscript": "onnx", "onnx-ir": "onnx", "onnxruntime": "onnxruntime", "matplotlib": "demo"}
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,10 @@ def doctor(measure: Measure = False, to: To = None, json: options.Json = False) 
         raise typer.Exit(1)
 
 
+def _named(extra: str) -> str:
+    return "onnxruntime (or onnxruntime-gpu)" if extra == "onnxruntime" else f"'mpcompile[{extra}]'"
+
+
 def _packages() -> list[Check]:
     checks = [Check("python", True, platform.python_version())]
     for name in CORE:
@@ -57,7 +61,7 @@ def _packages() -> list[Check]:
     for name, extra in OPTIONAL.items():
         version = _version(name) or (name == "onnxruntime" and _version("onnxruntime-gpu")) or ""
         checks.append(
-            Check(name, bool(version), version or f"not installed: pip install 'mpcompile[{extra}]'", needed=False)
+            Check(name, bool(version), version or f"not installed: pip install {_named(extra)}", needed=False)
         )
     return checks
 

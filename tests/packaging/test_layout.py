@@ -156,3 +156,26 @@ def imported(path: Path) -> Iterator[str]:
                 yield from (name for name in (inner if inner in known else node.module,) if name in known)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in known)
+
+
+def test_the_onnx_extra_puts_nothing_over_an_onnxruntime_gpu() -> None:
+    """Neither the extra nor what it asks for names a distribution of ONNX Runtime; one extra does for a GPU."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    below = [one for name in extras["onnx"] for one in importlib.metadata.requires(name) or []]
+    asked = [*extras["onnx"], *(one for one in below if "extra ==" not in one)]
+    assert asked
+    assert not [one for one in asked if one.replace("_", "-").lower().startswith("onnxruntime")]
+    assert {*extras["onnx"], "onnxruntime-gpu"} == {*extras["gpu"]}
+
+
+def test_missing_onnx_packages_are_one_coded_message() -> None:
+    code = """
+import importlib.util as util
+found = util.find_spec
+util.find_spec = lambda name, *rest: None if name == "onnxruntime" else found(name, *rest)
+from mpcompile import mpcompile
+mpcompile("absent.onnx", "fp16")
+"""
+    said = python("-c", code).stderr
+    assert "MP613" in said
+    assert "onnxruntime-gpu" in said
