@@ -28,6 +28,7 @@ from mpcompile.training.step_log import StepLog, writer_of
 
 if TYPE_CHECKING:
     from mpcompile.ranges import Ranges
+    from mpcompile.training.numerics.fp8_counts import CopyCount
 
 
 class Inspection:
@@ -160,12 +161,30 @@ class Inspection:
         found = self._own_overflow(args, kwargs)
         return found if self.ranks is None else first_of(self.ranks, found)
 
+    def fp8_counts(self, *args: Any, **kwargs: Any) -> list[CopyCount]:
+        """Run a batch again, node by node, and count what each FP8 copy loses: elements that became zero or reached the
+        format's end, by layer and operand; empty where nothing reads FP8.
+
+        Nothing is changed: no weight, no state, no random number. The batch is the caller's own, with several ranks too.
+        """
+        from mpcompile.training.numerics.fp8_counts import counted
+
+        batch = Batch(args, kwargs)
+        specialization = self.specializations.find(batch)
+        with compiling():
+            joint = specialization.plain_joint()
+        with torch.random.fork_rng(), torch.no_grad():
+            self.context.shadows.bring_up_to_date()
+            inputs = [t.clone() if isinstance(t, Tensor) else t for t in specialization.inputs(batch.tensors)]
+            return counted(joint, specialization.seeded(inputs, self.context.seed), self.context.seed, origins(joint))
+
     def _own_overflow(self, args: Any, kwargs: Any) -> Overflow | None:
         batch = Batch(args, kwargs)
         specialization = self.specializations.find(batch)
         with compiling():
             joint = specialization.plain_joint()
         with torch.random.fork_rng(), torch.no_grad():
+            self.context.shadows.bring_up_to_date()
             inputs = [t.clone() if isinstance(t, Tensor) else t for t in specialization.inputs(batch.tensors)]
             names = origins(joint)
             for factor in (1.0 / self.rule.backoff, 1.0) if self.rule.kind == "dynamic" else (1.0,):

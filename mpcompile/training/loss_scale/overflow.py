@@ -99,7 +99,7 @@ def explain(joint: Joint, inputs: Sequence[Any], seed: Tensor, names: dict[str, 
     module, source, _ = names.get(node.name, Place())
     phase = _phase(node)
     ranges = tuple(
-        (operand.name, _dtype(t), float(t.min()), float(t.max()))
+        (operand.name, _dtype(t), float(_wide(t).min()), float(_wide(t).max()))
         for operand, given in operands
         for t in _tensors(given)
         if t.numel()
@@ -146,16 +146,17 @@ def _keep(node: fx.Node, names: dict[str, Place]) -> list[str]:
 
 def _given(joint: Joint, inputs: Sequence[Any], scale: float) -> Overflow | None:
     """No node made it: what the step was given is not finite."""
-    for node, value in zip(inputs_of(joint.module), inputs, strict=True):
+    known = [one.name if one.kind in ("param", "shadow", "buffer") else "" for one in joint.forward.inputs]
+    for node, value, held in zip(inputs_of(joint.module), inputs, [*known, ""], strict=True):
         if _bad(value):
-            name = str(node.meta.get("mp_name") or node.name)
+            name = held or str(node.meta.get("mp_name") or node.name)
             bad = next(t for t in _tensors(value) if not _finite(t))
             return Overflow(name, "input", "forward", "", "", _made(bad), _dtype(bad), (), scale, "")
     return None
 
 
 def _made(value: Tensor) -> str:
-    return "nan" if bool(value.isnan().any()) else "inf"
+    return "nan" if bool(_wide(value).isnan().any()) else "inf"
 
 
 def _phase(node: fx.Node) -> str:
@@ -184,8 +185,13 @@ def _tensors(value: Any) -> list[Tensor]:
     return [t for t in several if isinstance(t, Tensor) and t.is_floating_point()]
 
 
+def _wide(tensor: Tensor) -> Tensor:
+    """Of FP8 torch compares and reduces nothing."""
+    return tensor.float() if tensor.element_size() == 1 else tensor
+
+
 def _finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all())
+    return bool(torch.isfinite(_wide(tensor)).all())
 
 
 def _bad(value: Any) -> bool:
