@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -185,20 +184,6 @@ def test_the_drop_in_s_gradients_are_those_of_fp32_to_fp8_s_rounding() -> None:
     assert got.item() == pytest.approx(loss.item(), rel=0.01)
     off = [((p.grad - r).norm() / r.norm()).item() for p, r in zip(model.parameters(), right, strict=True)]
     assert 0.01 < max(off) < 0.2
-
-
-@pytest.fixture
-def no_sync() -> Iterator[Any]:
-    """Call it, and whatever waits for the device is an error until the test ends."""
-
-    def refuse() -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
-            torch.cuda.set_sync_debug_mode("error")
-
-    before = torch.cuda.get_sync_debug_mode()
-    yield refuse
-    torch.cuda.set_sync_debug_mode(before)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,21 +22,6 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 SHAPES = [(1000, 513), (513,), (64, 3, 7, 7), (1 << 20,), ()]
-
-
-@pytest.fixture
-def no_sync() -> Iterator[Any]:
-    """Call it, and whatever waits for the device is an error until the test ends."""
-
-    def refuse() -> None:
-        with warnings.catch_warnings():
-            # torch says that the mode is a prototype.
-            warnings.simplefilter("ignore", UserWarning)
-            torch.cuda.set_sync_debug_mode("error")
-
-    before = torch.cuda.get_sync_debug_mode()
-    yield refuse
-    torch.cuda.set_sync_debug_mode(before)
 
 
 def state() -> tuple[Rows, list[Tensor], Any]:
