@@ -39,6 +39,11 @@ EXCEPTIONS: tuple[Bound, ...] = (
         "graphs/molecule[painn]*", 12, "squares of sums that cancel: the output has lost digits before they are taken"
     ),
 )
+# One run of these is a matter of luck: the median over draws of weights and batch holds the usual bound.
+DRAWS = 5
+DRAWN: dict[str, str] = {
+    "detection/detr*": f"absolute differences and ReLU: {FLIPPED}",
+}
 # Known to be wrong and not yet mended, by run. One that holds its bound fails its test, so that its row goes.
 OPEN: dict[str, str] = {}
 
@@ -53,6 +58,11 @@ def _literal(glob: str) -> str:
     return glob.replace("[", "[[]")
 
 
+def draws_of(name: str) -> int:
+    """How many draws of weights and batch a run is judged by."""
+    return DRAWS if any(fnmatch.fnmatchcase(name, _literal(glob)) for glob in DRAWN) else 1
+
+
 def is_open(name: str) -> bool:
     """True for a run that is known to be wrong."""
     return any(fnmatch.fnmatchcase(name, _literal(glob)) for glob in OPEN)
@@ -60,4 +70,5 @@ def is_open(name: str) -> bool:
 
 def unused(names: list[str]) -> list[str]:
     """Globs of exceptions that match no run."""
-    return [glob for glob in [*(one.glob for one in EXCEPTIONS), *OPEN] if not fnmatch.filter(names, _literal(glob))]
+    globs = [*(one.glob for one in EXCEPTIONS), *DRAWN, *OPEN]
+    return [glob for glob in globs if not fnmatch.filter(names, _literal(glob))]
