@@ -157,10 +157,16 @@ class TrainStep(SavedStep, Sharing, Recorded, Inspection):
 
         The step holds its own casts: an ambient autocast, `no_grad` or `inference_mode` changes nothing.
         """
-        if torch.is_inference_mode_enabled() or torch.is_autocast_enabled(self.device.type):
-            with torch.inference_mode(False), autocast_off():
-                return self._call(args, kwargs)
-        return self._call(args, kwargs)
+        try:
+            if torch.is_inference_mode_enabled() or torch.is_autocast_enabled(self.device.type):
+                with torch.inference_mode(False), autocast_off():
+                    return self._call(args, kwargs)
+            return self._call(args, kwargs)
+        except RuntimeError as error:
+            lost = self.team.lost(error)
+            if lost is None:
+                raise
+            raise lost from error
 
     def _call(self, args: Any, kwargs: Any) -> StepResult:
         self.follow()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from mpcompile.errors import TrainingError
@@ -17,6 +18,10 @@ from mpcompile.training.distributed.scatter import Scatterer
 
 # (parameter's name, dtype) of each gradient, in order.
 Sent = tuple[tuple[str, torch.dtype], ...]
+
+
+# Words of gloo's and NCCL's errors, which are plain ones of the runtime.
+_OF_COLLECTIVES = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer")
 
 
 class Team:
@@ -50,6 +55,16 @@ class Team:
           TrainingError: MP535, MP547.
         """
         refuse_alone(self._told)
+
+    def lost(self, error: RuntimeError) -> TrainingError | None:
+        """What a collective's failure in a step means; None for any other error. (NCCL's watchdog ends the process itself.)"""
+        words = str(error)
+        if self.ranks is None or not (
+            isinstance(error, dist.DistError) or any(one in words for one in _OF_COLLECTIVES)
+        ):
+            return None
+        return TrainingError("MP548", "the step could not go on: a rank has ended, or is not there", why=words[-300:],
+                             try_="that rank's own error says why; start all again from the last checkpoint")  # fmt: skip
 
     def agree(self, sent: Sent, facts: Callable[[], tuple[Facts, dict[str, Tensor]]]) -> None:
         """Before gradients are sent: the first time compare all, later that they are the same ones.
