@@ -100,7 +100,11 @@ def _follow(run: Run, file: Any, rest: str, log: str, seconds: float) -> None:
 
 def _more(run: Run, file: Any, rest: str, log: str) -> str:
     """Take in the whole lines that there are now; what is left of one that is still written."""
-    text = rest + file.read()
+    try:
+        text = rest + file.read()
+    except UnicodeDecodeError as error:
+        raise UsageError("MP814", f"{log} is no log of a step", why=str(error),
+                         try_='step.log_to("run.jsonl") writes one') from error  # fmt: skip
     whole, newline, rest = text.rpartition("\n")
     run.take(filter(None, whole.split("\n")) if newline else (), log)
     return rest

@@ -276,6 +276,16 @@ def test_fp32_has_nothing_to_compare() -> None:
     assert any("nothing to compare" in note for note in found.notes)
 
 
+def test_what_compares_nothing_says_so() -> None:
+    model, bad = Two(), torch.full((8, 32), math.nan)
+    for scale in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(MPCompileError, match="MP561"):
+            compared(model, "bf16", torch.randn(8, 32), scale=scale)
+    assert any("FP32's own loss is not finite" in note for note in compared(model, "bf16", bad).notes)
+    with pytest.raises(MPCompileError, match="MP561"):
+        mpcompile(model, f"low=fp16,{FREE}", backend="eager").calibrate([bad])
+
+
 def test_no_batch_is_refused() -> None:
     with pytest.raises(MPCompileError, match="MP561"):
         compare(Two(), settings_of(f"bf16,{FREE}"), (), {})

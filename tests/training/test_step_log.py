@@ -150,3 +150,10 @@ def test_a_file_and_the_verb_that_shows_it(tmp_path: Path) -> None:
     assert refused.exit_code == 2
     assert "MP814" in refused.stderr
     assert CliRunner().invoke(app, ["watch", str(tmp_path / "absent")]).exit_code == 2
+
+
+def test_a_file_of_other_bytes_is_no_log(tmp_path: Path) -> None:
+    (tmp_path / "run.jsonl").write_bytes(b"\x00\xff\xfe\n")
+    refused = CliRunner().invoke(app, ["watch", str(tmp_path / "run.jsonl"), "--once"])
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith("MP814")

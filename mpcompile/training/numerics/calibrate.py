@@ -57,7 +57,10 @@ def _measure(found: Subject, batch: Batch, ranges: Ranges) -> None:
     ranges.operations |= set(keys.values())
     inputs = found.full_inputs(batch)
     with torch.no_grad():
-        _Measuring(found, keys, ranges).run(*inputs, torch.ones((), device=found.device()))
+        outputs: Any = _Measuring(found, keys, ranges).run(*inputs, torch.ones((), device=found.device()))
+    if bool(torch.isnan(outputs[found.loss_at])):
+        raise TrainingError("MP561", "the loss of a batch is NaN in FP32: its ranges say nothing",
+                            try_="batches and weights on which the model itself is finite")  # fmt: skip
 
 
 class _Measuring(fx.Interpreter):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -93,6 +94,8 @@ def compare(model: Any, settings: Settings, args: tuple[Any, ...], kwargs: dict[
     args, kwargs, options = _asked(model, args, kwargs)
     if not args and not kwargs:
         raise TrainingError("MP561", "compare() was given no batch", try_="mp.compare(x), as you would call mp(x)")
+    if options.scale is not None and not 0 < options.scale < math.inf:
+        raise TrainingError("MP561", f"no gradient is left at scale={options.scale}", try_="a positive number")
     batch = Batch(args, kwargs)
     loss = options.loss_fn or Differentiable()
     cpu = torch.get_rng_state()
@@ -167,6 +170,10 @@ def _compared(found: Subject, scale: float | None, state: Tensor) -> Comparison:
     if low not in LOW:
         notes.append("the policy settled on FP32 here: there is nothing to compare")
     loss = outputs[found.loss_at]
+    if found.gradients and not bool(torch.isfinite(loss.full)):
+        notes.append(
+            "FP32's own loss is not finite: where its values or gradients are not, there is nothing to compare with"
+        )
     values = [one for one in rows.found if one.phase == "forward"]
     backward = mark_noise([one for one in rows.found if one.phase == "backward"], lambda one: one.node)
     return Comparison(
