@@ -74,10 +74,11 @@ class OrtTrainStep:
     """
 
     def __init__(self, owner: Any, optimizer: Any, loss_fn: Callable[..., Any] | None = None,
-                 *, accumulate: int = 1, masters: str = "full", cuda_graph: Any = "auto", providers: Any = None,
-                 **options: Any) -> None:  # fmt: skip
-        if accumulate != 1 or masters != "full" or cuda_graph is True:
-            raise RuntimeFailure("MP711", "backend='onnxruntime' has accumulate=1 and masters='full' only")
+                 *, accumulate: int = 1, masters: str = "full", states: str = "fp32", cuda_graph: Any = "auto",
+                 providers: Any = None, **options: Any) -> None:  # fmt: skip
+        if accumulate != 1 or masters != "full" or states != "fp32" or cuda_graph is True:
+            only = "accumulate=1, masters='full' and states='fp32' only"
+            raise RuntimeFailure("MP711", f"backend='onnxruntime' has {only}")
         options.pop("backend", None)
         self.torch_step = TrainStep(owner, optimizer, loss_fn, backend="eager", **{**options, "chunk_loss": False})
         if self.torch_step.ranks is not None:

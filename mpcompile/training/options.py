@@ -22,6 +22,7 @@ class StepOptions(TypedDict, total=False):
     max_grad_norm: float | None
     accumulate: int
     masters: Literal["full", "split"]
+    states: Literal["fp32", "bf16", "8bit"]
     cuda_graph: Literal["auto"] | bool
     chunk_loss: bool
     recompute: Literal["auto"] | bool
@@ -38,6 +39,7 @@ class Options:
     max_grad_norm: float | None = None
     accumulate: int = 1
     masters: Literal["full", "split"] = "full"
+    states: Literal["fp32", "bf16", "8bit"] = "fp32"
     backend: str | None = None
     cuda_graph: Literal["auto"] | bool = "auto"
     chunk_loss: bool = True
@@ -50,6 +52,7 @@ class Options:
 _POSSIBLE: dict[str, tuple[Any, ...]] = {
     "backend": ("inductor", "eager"),
     "masters": ("full", "split"),
+    "states": ("fp32", "bf16", "8bit"),
     "cuda_graph": ("auto", True, False),
     "recompute": ("auto", True, False),
     "chunk_loss": (True, False),
@@ -79,6 +82,13 @@ def check_options(low: str, **given: Any) -> None:
         raise _impossible("max_grad_norm", norm, "a number above 0; None clips nothing")
     if given["loss_fn"] is not None and not callable(given["loss_fn"]):
         raise _impossible("loss_fn", given["loss_fn"], "loss_fn(model, *args, **kwargs) -> scalar")
+    if given["states"] != "fp32" and given["shard"] == "update":
+        raise TrainingError(
+            "MP541",
+            f"train_step(states={given['states']!r}, shard='update') is not possible",
+            why="a rank's share of the moments is FP32",
+            try_="states='fp32', or shard='none'",
+        )
     if given["masters"] == "split" and low != "bf16":
         raise TrainingError(
             "MP541",

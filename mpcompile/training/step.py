@@ -34,6 +34,7 @@ from mpcompile.training.inspection import Inspection
 from mpcompile.training.loss_scale.scale import LossScale
 from mpcompile.training.optimizer.build import UpdateContext
 from mpcompile.training.optimizer.hosts import Optimizers
+from mpcompile.training.optimizer.low_states import LowStates
 from mpcompile.training.optimizer.monitor import OptimizerMonitor, Seen
 from mpcompile.training.optimizer.split import SplitMasters
 from mpcompile.training.optimizer.update_cache import UpdateCache
@@ -56,6 +57,8 @@ class TrainStep(SavedStep, Sharing, Recorded, Inspection):
       max_grad_norm: clip the unscaled gradients to this global norm.
       accumulate: calls per update; gradients are averaged over them.
       masters: "full" (the model's FP32 parameters) or "split" (BF16 shadow and 16 low bits).
+      states: how the optimizer's moments are held between steps: "fp32", "bf16" or "8bit" (a scale for every 256);
+        checkpoints hold FP32.
       backend: "inductor" or "eager"; the module's own by default.
       cuda_graph: "auto" captures the step in a CUDA graph where shapes are static.
       chunk_loss: take the loss of a large vocabulary in chunks of rows, so that its logits are never held whole.
@@ -127,6 +130,7 @@ class TrainStep(SavedStep, Sharing, Recorded, Inspection):
             accumulate=int(options.accumulate),
             added=added,
             split=SplitMasters(self.model, self.optimizers, self.monitor) if options.masters == "split" else None,
+            low_states=LowStates(options.states, self.optimizers, self.monitor) if options.states != "fp32" else None,
         )
 
     def _specializations(self, loss_fn: Callable[..., Any] | None, options: Options) -> SpecializationCache:
@@ -236,12 +240,15 @@ class TrainStep(SavedStep, Sharing, Recorded, Inspection):
 
     @contextlib.contextmanager
     def full_masters(self) -> Iterator[None]:
-        """With ``masters="split"`` or ``shard="update"``: the model's parameters are FP32 inside, for use apart from the step.
+        """Split masters, low states and shares (``shard="update"``) are FP32 and whole inside, for use apart from the step.
 
         With ``shard="update"`` it is a call of all ranks; MP548 where not all come.
         """
-        shares = self.context.shares
-        with shares.joined() if shares is not None else self._wide():
+        shares, lows = self.context.shares, self.context.low_states
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(shares.joined() if shares is not None else self._wide())
+            if lows is not None:
+                stack.enter_context(lows.expanded())
             yield
 
     def _wide(self) -> contextlib.AbstractContextManager[None]:
@@ -253,6 +260,8 @@ class TrainStep(SavedStep, Sharing, Recorded, Inspection):
     def join_masters(self) -> None:
         """As `full_masters`, from here on until the step is called again; the optimizer's state is whole too."""
         self._give_back()
+        if self.context.low_states is not None:
+            self.context.low_states.expand()
         if self.context.split is not None:
             self.context.split.keep_only(set())
             self._after_split()

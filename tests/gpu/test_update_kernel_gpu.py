@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 from mpcompile import mpcompile
 from mpcompile.runtime.kernels.table import Rows
 from mpcompile.runtime.kernels.update import Rule, Scale, UpdateKernel, adam_numbers
+from mpcompile.runtime.state_codes import phase
 from mpcompile.training.loss_scale.scale import LossScale
 from mpcompile.training.optimizer import kernel_update
 from mpcompile.training.optimizer.fused_update import FusedUpdate
 from mpcompile.training.optimizer.kernel_update import KernelUpdate
+from mpcompile.training.optimizer.low_states import decode, encode
 
 pytestmark = [
     pytest.mark.gpu,
@@ -82,6 +85,64 @@ def test_the_same_in_a_graph() -> None:
     assert result.finite.item() is False
     assert all(map(torch.equal, before, [t for t, _, _ in other_rows.cells()]))
     assert other_scale.scale.item() == 4.0
+
+
+@pytest.mark.parametrize("masters", ["full", "split"])
+@pytest.mark.parametrize("states", ["bf16", "8bit"])
+def test_low_states_learn_as_fp32_ones_and_take_fewer_bytes(states: str, masters: str) -> None:
+    """Replayed from the third step on; saved and loaded in between, where the run goes on bit for bit."""
+    ends, held = [], []
+    for kind in ("fp32", states, states):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 1024), nn.GELU(), nn.Linear(1024, 64)
+        ).cuda()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        step = mpcompile(model, "bf16", low=["*"]).train_step(optimizer, distance, masters=masters, states=kind)
+        rng = torch.Generator("cuda").manual_seed(1)
+        losses = []
+        for turn in range(120):
+            x = torch.randn(64, 256, device="cuda", generator=rng)
+            if turn == 60:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            losses.append(step(x, x[:, :64].tanh()).loss)
+        assert all(isinstance(one, KernelUpdate) for one in step._updaters.values())
+        assert step._replays._steps
+        assert {v.dtype for s in optimizer.state_dict()["state"].values() for v in s.values()} == {torch.float32}
+        ends.append(torch.stack(losses))
+        held.append(sum(v.numel() * v.element_size() for s in optimizer.state.values() for v in s.values()))
+    assert ends[0][-10:].mean() < 0.5 * ends[0][:5].mean()
+    assert abs(ends[1][-10:].mean() - ends[0][-10:].mean()) < 0.05 * ends[0][-10:].mean()
+    assert torch.equal(ends[1], ends[2])
+    assert held[1] < (0.51 if states == "bf16" else 0.27) * held[0]
+
+
+def distance(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return (model(x).float() - y).square().mean()
+
+
+@pytest.mark.parametrize("kind", ["bf16", "8bit"])
+def test_low_moments_in_a_graph_are_what_the_library_rounds_them_to(kind: str) -> None:
+    rows, grads, scale = state()
+    first = [torch.randn_like(p) for p in rows.masters]
+    second = [torch.randn_like(p).square() for p in rows.masters]
+    lows = [encode(m, True, kind) for m in first], [encode(v, False, kind) for v in second]
+    rows = replace(rows, firsts=[m for m, _ in lows[0]], seconds=[v for v, _ in lows[1]],
+                   first_scales=[s for _, s in lows[0]], second_scales=[s for _, s in lows[1]])  # fmt: skip
+    first, second = [decode(*m) for m in lows[0]], [decode(*v) for v in lows[1]]
+    kernel = made(rows, grads, scale)
+    at = scale.steps.clone()
+    kernel(grads)
+    factor = kernel._factors[0]
+    for i, grad in enumerate(grads):
+        fresh = grad.float() * factor
+        m = first[i].double() * 0.9 + fresh.double() * (1 - 0.9)
+        v = second[i].double() * 0.999 + fresh.double() ** 2 * (1 - 0.999)
+        for low, signed, value in ((rows.firsts[i], True, m), (rows.seconds[i], False, v)):
+            want, _ = encode(value.float(), signed, kind, phase(at, signed))
+            apart = (low.float() - want.float()).abs()
+            assert (apart <= (1.0 if kind == "8bit" else want.float().abs() * 2.0**-7)).all()
+            assert (apart > 0).sum() <= 1e-3 * apart.numel() + 1
 
 
 def test_shadows_are_rounded_to_nearest() -> None:

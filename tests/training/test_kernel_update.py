@@ -180,6 +180,30 @@ def test_split_masters(pair: Callable[..., Pair]) -> None:
     assert both.by_kernels() == [True, False]
 
 
+@pytest.mark.parametrize(
+    ("name", "states", "masters"),
+    [("adamw, groups", "bf16", "split"), ("adamw, groups", "8bit", "full"), ("sgd, momentum", "8bit", "split")],
+)
+def test_low_states(pair: Callable[..., Pair], name: str, states: str, masters: str) -> None:
+    """From one state each time; a moment between two codes by less than FP32 tells may take either."""
+    both = pair(name, "bf16", states=states, masters=masters, max_grad_norm=0.05)
+    x = torch.randint(0, 12, (2, 5), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    for turn in range(4):
+        for which, devices in ((0, {DEVICE}), (1, set[str]())):
+            both.patch.setattr(kernel_update, "DEVICES", devices)
+            both.steps[which](x, torch.tensor(float("inf") if turn == 2 else 1.0, device=DEVICE))
+        for key, value in both.models[1].state_dict().items():
+            torch.testing.assert_close(both.models[0].state_dict()[key], value, rtol=1e-5, atol=1e-7)
+        mine, theirs = (one.state_dict()["state"] for one in both.optimizers)
+        for number, state in theirs.items():
+            for key in state.keys() & {"exp_avg", "exp_avg_sq", "momentum_buffer"}:
+                apart = (mine[number][key] - state[key]).abs() > 1e-5 * state[key].abs()
+                assert apart.sum() <= 0.02 * apart.numel() + 1
+                # A code, of 8 bits, is at most a sixteenth of the greatest apart.
+                assert (mine[number][key] - state[key]).abs().max() <= state[key].abs().max() / 16
+        assert both.by_kernels() == [True, False]
+
+
 def test_the_emitted_graph_is_atens_and_goes_on_from_the_kernels(pair: Callable[..., Pair]) -> None:
     both = pair("adamw, groups", scale=256.0)
     both.run()

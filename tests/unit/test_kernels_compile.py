@@ -34,9 +34,13 @@ def ptx(kernel, warps, **constants):
 kinds = [(True, tl.bfloat16, False, False), (True, tl.float16, True, True), (False, tl.bfloat16, True, False)]
 for adam, low, mixed, split in kinds:
     text = ptx(move_triton.move, 4, LOW=low, MIXED=mixed, TWO=mixed, SHADOWS=low, SPLIT=split, ADAM=adam, MOMENTUM=True,
-               WIDE=split, CHUNK=1024)
+               WIDE=split, STATES=0, CHUNK=1024)
     found = set(re.findall(r"(?:ld|st)[.]global[.]v[0-9][.]b32", text))
     assert {"ld.global.v4.b32", "st.global.v4.b32", "ld.global.v2.b32", "st.global.v2.b32"} <= found, found
+for states, access in ((1, "v2.b32"), (2, "b32")):
+    text = ptx(move_triton.move, 4, LOW=tl.bfloat16, MIXED=False, TWO=False, SHADOWS=None, SPLIT=True, ADAM=True,
+               MOMENTUM=True, WIDE=False, STATES=states, CHUNK=1024)
+    assert text.count("ld.global." + access) >= 10 and text.count("st.global." + access) >= 8
 assert "ld.global.v2.b32" in ptx(kernels.look, 8, LOW=tl.bfloat16, MIXED=False, TWO=False, CHUNK=4096)
 for owned, adam in ((True, True), (False, False)):
     none = dict.fromkeys(("scale", "growth_tracker", "hysteresis", "steps", "skipped", "floor_hits", "seed"))

@@ -22,7 +22,9 @@ from mpcompile.runtime.kernels.update import (
     serves,
     sgd_numbers,
 )
+from mpcompile.runtime.state_codes import flat, phase
 from mpcompile.training.loss_scale.scale import LossScale, ScaleState, transition
+from mpcompile.training.optimizer.low_states import decode, encode
 from mpcompile.training.optimizer.split import join, split
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -368,6 +370,64 @@ def test_split_masters_are_read_and_written_whole() -> None:
         assert off(whole, want[0][i], before[i], 4.0) <= 1.0
         assert all(map(torch.equal, split(whole), (high, low)))
     assert max(off(case.params[i], want[0][i], before[i], 4.0) for i in (1, 2, 4, 5)) <= 1.0
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("kind", ["bf16", "8bit"])
+def test_low_moments_are_rounded_to_a_neighbour(kind: str, wide: bool) -> None:
+    """Of what the stored moments are exactly moved to; the masters move by the moments before they are rounded."""
+    case = Case.make(wide=MIXED)
+    firsts = [encode(m, True, kind) for m in case.first]
+    seconds = [encode(v, False, kind) for v in case.second]
+    case.first, case.second = [decode(*m) for m in firsts], [decode(*v) for v in seconds]
+    want = exact(torch.optim.AdamW, case, keys=KEYS, lr=1e-3)
+    rows = case.rows(
+        firsts=[m for m, _ in firsts], seconds=[v for v, _ in seconds],
+        first_scales=[s for _, s in firsts], second_scales=[s for _, s in seconds],
+    )  # fmt: skip
+    assert serves(rows, torch.bfloat16)
+    (before,) = copies(case.params)
+    rule, scale, state = owned(LossScale.static(1.0))
+    state.steps.fill_(41)
+    kernel = adamw(case, rows, rule=rule, scale=scale, shape=Shape(chunk=512, look_chunk=128, wide=wide))
+    kernel(case.grads)
+    assert worst(case.params, want[0], before, 0.0 if wide else 4.0) <= 1.0
+    for index, signed in ((1, True), (2, False)):
+        stored = (rows.firsts, rows.seconds)[index - 1]
+        scales = (rows.first_scales, rows.second_scales)[index - 1]
+        for low, blocks, value in zip(stored, scales, want[index], strict=True):
+            assert low is not None
+            # What the library's own rounding makes of the exact value; where it stands between two codes by less than FP32
+            # tells, one beside it.
+            mine, theirs = encode(value.float(), signed, kind, phase(torch.tensor(41, device=DEVICE), signed))
+            apart = (flat(low).view(mine.dtype).float() - flat(mine).float()).abs()
+            step = 1.0 if kind == "8bit" else flat(mine).float().abs() * 2.0**-7
+            assert (apart <= step).all()
+            assert (apart > 0).sum() <= 0.02 * apart.numel() + 1
+            if theirs is not None:
+                assert blocks is not None
+                torch.testing.assert_close(blocks, theirs, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["bf16", "8bit"])
+def test_low_moments_of_a_skipped_step_stay(kind: str) -> None:
+    case = Case.make()
+    firsts, seconds = [encode(m, True, kind) for m in case.first], [encode(v, False, kind) for v in case.second]
+    rows = case.rows(
+        firsts=[m for m, _ in firsts], seconds=[v for v, _ in seconds],
+        first_scales=[s for _, s in firsts], second_scales=[s for _, s in seconds],
+    )  # fmt: skip
+    rule, scale, _ = owned(LossScale.static(1.0))
+    held = [t for t, _, _ in rows.cells()]
+    before = [t.clone() for t in held]
+    case.grads[4][2, 1, 1, 1] = float("nan")
+    kernel = adamw(case, rows, rule=rule, scale=scale, shape=Shape(chunk=256, look_chunk=128))
+    assert kernel(case.grads).finite.item() is False
+    assert all(map(torch.equal, held, before))
+    mixed = dataclasses.replace(rows, firsts=[*rows.firsts[:-1], torch.zeros_like(case.params[-1])])
+    assert not serves(mixed, torch.bfloat16)
+    with pytest.raises(ValueError, match="blocks of 256" if kind == "8bit" else "count of steps"):
+        adamw(case, rows)
 
 
 def test_groups_have_their_numbers_and_may_change_them() -> None:

@@ -12,11 +12,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from mpcompile.runtime.kernels.state_triton import read_state, write_state
 from mpcompile.runtime.kernels.update_triton import (
     ALIGNED,
     COLUMNS,
     COUNT,
     FIRST,
+    FIRST_SCALES,
     GRAD,
     LOW_GRAD,
     LOW_OTHER,
@@ -25,6 +27,7 @@ from mpcompile.runtime.kernels.update_triton import (
     NUMBERS,
     OTHER,
     SECOND,
+    SECOND_SCALES,
     SHADOW,
     gradient,
     read,
@@ -150,15 +153,16 @@ def _square(beta, beta_rest, second, grad, WIDE: tl.constexpr):
 
 @triton.jit
 def _adam_chunk(
-    numbers, factor, at, lower, shadow, at_first, at_second, grad, low, other, low_other, start, offsets, left,
+    numbers, factor, phase, second_phase, at, lower, shadow, at_first, at_second, first_scales, second_scales, grad, low,
+    other, low_other, start, offsets, left,
     LOW: tl.constexpr, MIXED: tl.constexpr, TWO: tl.constexpr, SHADOWS: tl.constexpr, SPLIT: tl.constexpr,
-    WIDE: tl.constexpr, FULL: tl.constexpr,
+    WIDE: tl.constexpr, STATES: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     KIND: tl.constexpr = tl.float64 if WIDE else tl.float32
     # Every load is on its way before the first result is waited for.
     master = _master(at, lower, start, offsets, left, SPLIT, FULL)
-    first = read(at_first, start, offsets, left, tl.float32, FULL)
-    second = read(at_second, start, offsets, left, tl.float32, FULL)
+    first = read_state(at_first, first_scales, start, offsets, left, STATES, True, CHUNK, FULL)
+    second = read_state(at_second, second_scales, start, offsets, left, STATES, False, CHUNK, FULL)
     grad = gradient(grad, low, other, low_other, start, offsets, left, LOW, MIXED, TWO, FULL)
     size, size_rest = _number(numbers, 0, WIDE)
     inverse, inverse_rest = _number(numbers, 1, WIDE)
@@ -176,21 +180,23 @@ def _adam_chunk(
     second = _square(beta2, beta2_rest, second.to(KIND), grad, WIDE)
     change = _quotient(first, second, inverse, inverse_rest, eps, WIDE)
     master = _blend(decay, decay_rest, master, size, size_rest, change, WIDE)
-    write(at_first, start, offsets, left, first.to(tl.float32), tl.float32, FULL)
-    write(at_second, start, offsets, left, second.to(tl.float32), tl.float32, FULL)
+    write_state(at_first, first_scales, start, offsets, left, first.to(tl.float32), phase,
+                STATES, True, CHUNK, FULL)  # fmt: skip
+    write_state(at_second, second_scales, start, offsets, left, second.to(tl.float32), second_phase,
+                STATES, False, CHUNK, FULL)  # fmt: skip
     _write_master(at, lower, shadow, start, offsets, left, master.to(tl.float32), SHADOWS, SPLIT, FULL)
 
 
 @triton.jit
 def _sgd_chunk(
-    numbers, factor, at, lower, shadow, at_first, at_second, grad, low, other, low_other, start, offsets, left,
+    numbers, factor, phase, at, lower, shadow, at_first, first_scales, grad, low, other, low_other, start, offsets, left,
     LOW: tl.constexpr, MIXED: tl.constexpr, TWO: tl.constexpr, SHADOWS: tl.constexpr, SPLIT: tl.constexpr,
-    MOMENTUM: tl.constexpr, WIDE: tl.constexpr, FULL: tl.constexpr,
+    MOMENTUM: tl.constexpr, WIDE: tl.constexpr, STATES: tl.constexpr, CHUNK: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     KIND: tl.constexpr = tl.float64 if WIDE else tl.float32
     master = _master(at, lower, start, offsets, left, SPLIT, FULL)
     if MOMENTUM:
-        buffer = read(at_first, start, offsets, left, tl.float32, FULL)
+        buffer = read_state(at_first, first_scales, start, offsets, left, STATES, True, CHUNK, FULL)
     grad = gradient(grad, low, other, low_other, start, offsets, left, LOW, MIXED, TWO, FULL)
     size, size_rest = _number(numbers, 0, WIDE)
     decay, decay_rest = _number(numbers, 4, WIDE)
@@ -202,7 +208,8 @@ def _sgd_chunk(
         momentum, momentum_rest = _number(numbers, 1, WIDE)
         fresh, fresh_rest = _number(numbers, 2, WIDE)
         moved = _blend(momentum, momentum_rest, buffer.to(KIND), fresh, fresh_rest, grad, WIDE)
-        write(at_first, start, offsets, left, moved.to(tl.float32), tl.float32, FULL)
+        write_state(at_first, first_scales, start, offsets, left, moved.to(tl.float32), phase,
+                    STATES, True, CHUNK, FULL)  # fmt: skip
         grad = tl.where(tl.load(numbers + 6) != 0.0, _plus(grad, momentum, momentum_rest, moved, WIDE), moved)
     master = _plus(master, size, size_rest, grad, WIDE)
     _write_master(at, lower, shadow, start, offsets, left, master.to(tl.float32), SHADOWS, SPLIT, FULL)
@@ -212,10 +219,11 @@ def _sgd_chunk(
 def move(
     table, chunk_row, chunk_number, numbers, factors,
     LOW: tl.constexpr, MIXED: tl.constexpr, TWO: tl.constexpr, SHADOWS: tl.constexpr, SPLIT: tl.constexpr,
-    ADAM: tl.constexpr, MOMENTUM: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr,
+    ADAM: tl.constexpr, MOMENTUM: tl.constexpr, WIDE: tl.constexpr, STATES: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """The optimizer's arithmetic on one chunk of a parameter: Adam and AdamW, or SGD."""
     factor, skipped = tl.load(factors), tl.load(factors + 1)
+    phase, second_phase = tl.load(factors + 2), tl.load(factors + 3)
     which = tl.load(chunk_row + tl.program_id(0))
     start = tl.load(chunk_number + tl.program_id(0)).to(tl.int64) * CHUNK
     # All of the row before the first branch: one wait for them together.
@@ -225,19 +233,22 @@ def move(
     at, lower, shadow = tl.load(row + MASTER), tl.load(row + LOWER), tl.load(row + SHADOW)
     first, second, grad, low = tl.load(row + FIRST), tl.load(row + SECOND), tl.load(row + GRAD), tl.load(row + LOW_GRAD)
     other, low_other = tl.load(row + OTHER), tl.load(row + LOW_OTHER)
+    first_scales, second_scales = tl.load(row + FIRST_SCALES), tl.load(row + SECOND_SCALES)
     if skipped != 0.0:
         return
     offsets = tl.arange(0, CHUNK)
     if ADAM:
         if (left >= CHUNK) & (aligned != 0):
-            _adam_chunk(numbers, factor, at, lower, shadow, first, second, grad, low, other, low_other, start,
-                        offsets, left, LOW, MIXED, TWO, SHADOWS, SPLIT, WIDE, True)  # fmt: skip
+            _adam_chunk(numbers, factor, phase, second_phase, at, lower, shadow, first, second, first_scales, second_scales,
+                        grad, low, other, low_other, start, offsets, left, LOW, MIXED, TWO, SHADOWS, SPLIT, WIDE, STATES,
+                        CHUNK, True)  # fmt: skip
         else:
-            _adam_chunk(numbers, factor, at, lower, shadow, first, second, grad, low, other, low_other, start,
-                        offsets, left, LOW, MIXED, TWO, SHADOWS, SPLIT, WIDE, False)  # fmt: skip
+            _adam_chunk(numbers, factor, phase, second_phase, at, lower, shadow, first, second, first_scales, second_scales,
+                        grad, low, other, low_other, start, offsets, left, LOW, MIXED, TWO, SHADOWS, SPLIT, WIDE, STATES,
+                        CHUNK, False)  # fmt: skip
     elif (left >= CHUNK) & (aligned != 0):
-        _sgd_chunk(numbers, factor, at, lower, shadow, first, second, grad, low, other, low_other, start,
-                   offsets, left, LOW, MIXED, TWO, SHADOWS, SPLIT, MOMENTUM, WIDE, True)  # fmt: skip
+        _sgd_chunk(numbers, factor, phase, at, lower, shadow, first, first_scales, grad, low, other, low_other, start,
+                   offsets, left, LOW, MIXED, TWO, SHADOWS, SPLIT, MOMENTUM, WIDE, STATES, CHUNK, True)  # fmt: skip
     else:
-        _sgd_chunk(numbers, factor, at, lower, shadow, first, second, grad, low, other, low_other, start,
-                   offsets, left, LOW, MIXED, TWO, SHADOWS, SPLIT, MOMENTUM, WIDE, False)  # fmt: skip
+        _sgd_chunk(numbers, factor, phase, at, lower, shadow, first, first_scales, grad, low, other, low_other, start,
+                   offsets, left, LOW, MIXED, TWO, SHADOWS, SPLIT, MOMENTUM, WIDE, STATES, CHUNK, False)  # fmt: skip

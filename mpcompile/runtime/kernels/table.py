@@ -17,6 +17,7 @@ from torch import Tensor
 
 # As in `update_triton`.
 GRAD, OTHER, MASTER, FIRST, SECOND, SHADOW, LOWER, COUNTER, COUNT, GROUP, LOW_GRAD, LOW_OTHER, ALIGNED = range(13)
+FIRST_SCALES, SECOND_SCALES = 13, 14
 COLUMNS = 16
 # Bytes on which a row must lie for wide accesses.
 WIDE = 16
@@ -30,10 +31,12 @@ class Rows:
 
     Fields:
       masters: FP32, or the BF16 half of a split master.
-      firsts, seconds: FP32 moments (SGD: its buffer, and None), laid out as their masters; None where there is none.
+      firsts, seconds: moments (SGD: its buffer, and None), laid out as their masters; None where there is none. All are
+        FP32, all BF16, or all codes (`mpcompile.runtime.state_codes`).
       shadows: low copies of the masters, laid out as they are, or None; lowers: int16 halves of split masters, or None.
       counters: 0-dim FP32, what counts a parameter's steps; None where nothing is counted.
       groups: the group's number.
+      first_scales, second_scales: FP32, one for every 256 elements of moments that are codes; empty where none are.
     """
 
     masters: list[Tensor]
@@ -43,6 +46,8 @@ class Rows:
     lowers: list[Tensor | None]
     counters: list[Tensor | None]
     groups: list[int]
+    first_scales: list[Tensor | None] = field(default_factory=list)
+    second_scales: list[Tensor | None] = field(default_factory=list)
 
     def cells(self) -> list[tuple[Tensor, int, int]]:
         """(tensor, row, column) of all that is there."""
@@ -53,6 +58,8 @@ class Rows:
             SHADOW: self.shadows,
             LOWER: self.lowers,
             COUNTER: self.counters,
+            FIRST_SCALES: self.first_scales,
+            SECOND_SCALES: self.second_scales,
         }
         return [
             (tensor, row, column)

@@ -19,10 +19,23 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mpcompile.runtime.kernels.table import GRAD, OTHER, AddressTable, Rows, chunks, dense, fits
+from mpcompile.runtime.kernels.table import (
+    FIRST_SCALES,
+    GRAD,
+    OTHER,
+    SECOND_SCALES,
+    AddressTable,
+    Rows,
+    chunks,
+    dense,
+    fits,
+)
+from mpcompile.runtime.state_codes import BLOCK
 
 # FP64 numbers of a group and of the rule, FP32 pairs of a parameter.
 NUMBERS = 8
+# How moments are held (`states_of`).
+CODES = 2
 # Programs of the first pass, a multiprocessor.
 RESIDENT = 16
 
@@ -104,19 +117,29 @@ def serves(rows: Rows, low: torch.dtype | None) -> bool:
     Args:
       low: the low type of the shadows.
     """
-    for cell, row, _ in rows.cells():
-        if cell.device != rows.masters[0].device or (cell.dim() and not fits(rows.masters[row], cell)):
+    for cell, row, column in rows.cells():
+        beside = not cell.dim() or column in (FIRST_SCALES, SECOND_SCALES)
+        if cell.device != rows.masters[0].device or not (beside or fits(rows.masters[row], cell)):
             return False
-    states = [t for t in [*rows.firsts, *rows.seconds, *rows.counters] if t is not None]
+    others = [*rows.counters, *rows.first_scales, *rows.second_scales]
     split = [lower is not None for lower in rows.lowers]
     masters = [torch.bfloat16 if halved else torch.float32 for halved in split]
     return (
         all(dense(master) for master in rows.masters)
-        and all(state.dtype == torch.float32 for state in states)
+        and all(t.dtype == torch.float32 for t in others if t is not None)
+        and states_of(rows) >= 0
         and all(master.dtype == dtype for master, dtype in zip(rows.masters, masters, strict=True))
         and all(shadow is None or shadow.dtype == low for shadow in rows.shadows)
         and len({first is None for first in rows.firsts}) == 1
     )
+
+
+def states_of(rows: Rows) -> int:
+    """How moments are held: 0 FP32, 1 BF16, 2 codes; -1 where it is no one way."""
+    firsts = {first.dtype for first in rows.firsts if first is not None}
+    seconds = {second.dtype for second in rows.seconds if second is not None}
+    ways = [(torch.float32,) * 2, (torch.bfloat16,) * 2, (torch.int8, torch.uint8)]
+    return next((n for n, (first, second) in enumerate(ways) if firsts <= {first} and seconds <= {second}), -1)
 
 
 class UpdateKernel:
@@ -160,6 +183,10 @@ class UpdateKernel:
         dtypes = {each.dtype for each in self._gather.like}
         if not dtypes <= {low, torch.float32}:
             raise ValueError(f"gradients are FP32 or {low}, not {dtypes}")
+        if states_of(rows) == CODES and self.shape.chunk % BLOCK:
+            raise ValueError(f"a chunk of {self.shape.chunk} is no number of blocks of {BLOCK}")
+        if states_of(rows) and scale is None:
+            raise ValueError("low moments are rounded by the count of steps in the loss scale's state")
         self._flags = _Flags(
             low if dtypes != {torch.float32} else torch.float32,
             len(dtypes) > 1,
@@ -167,6 +194,7 @@ class UpdateKernel:
             any(shadow is not None for shadow in rows.shadows),
             any(lower is not None for lower in rows.lowers),
             rows.firsts[0] is not None,
+            states_of(rows),
         )
         self._table = AddressTable(rows, self._gather.places(low), self.device)
         counts = [master.numel() for master in rows.masters]
@@ -175,7 +203,7 @@ class UpdateKernel:
         self._programs = max(1, min(len(self._looks[0]), RESIDENT * _multiprocessors(self.device)))
         fresh = functools.partial(torch.empty, device=self.device)
         self._partials = fresh(2 * self._programs, dtype=torch.float32)
-        self._factors = fresh(2, dtype=torch.float32)
+        self._factors = torch.zeros(4, device=self.device)
         self._numbers = fresh(len(counts), 2 * NUMBERS, dtype=torch.float32)
         self._groups = torch.zeros(len(groups), NUMBERS, dtype=torch.float64, device=self.device)
         self._seen: list[list[float]] = []
@@ -191,8 +219,8 @@ class UpdateKernel:
         self._read = {"LOW": _type(flags.low), "MIXED": flags.mixed, "TWO": flags.two}
         self._looked = {**self._read, "CHUNK": shape.look_chunk, "num_warps": shape.look_warps}
         self._moved = {**self._read, "SHADOWS": _type(self.low) if flags.shadows else None, "SPLIT": flags.split,
-                       "ADAM": self.adam, "MOMENTUM": flags.momentum, "WIDE": shape.wide, "CHUNK": shape.chunk,
-                       "num_warps": shape.warps}  # fmt: skip
+                       "ADAM": self.adam, "MOMENTUM": flags.momentum, "WIDE": shape.wide, "STATES": flags.states,
+                       "CHUNK": shape.chunk, "num_warps": shape.warps}  # fmt: skip
         owned = self.scale is not None
         self._advance_options = {"LOOKED": self.clips or owned, "OWNED": owned, "ADAM": self.adam, "num_warps": 4}
 
@@ -267,6 +295,7 @@ class _Flags(NamedTuple):
     Fields:
       low: the gradients' type, the low one where both are there (`mixed`); two: some parameter has two gradients.
       shadows, split, momentum: some row has a shadow, a lower half; all have a first moment.
+      states: how moments are held: 0 FP32, 1 BF16, 2 codes.
     """
 
     low: torch.dtype
@@ -275,6 +304,7 @@ class _Flags(NamedTuple):
     shadows: bool
     split: bool
     momentum: bool
+    states: int
 
 
 class _Way(NamedTuple):

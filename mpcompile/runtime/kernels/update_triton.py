@@ -25,6 +25,8 @@ GROUP = tl.constexpr(9)
 LOW_GRAD = tl.constexpr(10)
 LOW_OTHER = tl.constexpr(11)
 ALIGNED = tl.constexpr(12)
+FIRST_SCALES = tl.constexpr(13)
+SECOND_SCALES = tl.constexpr(14)
 COLUMNS = tl.constexpr(16)
 # FP64 numbers of a group or the rule, FP32 pairs of a parameter; what `advance_scale` reads at once.
 NUMBERS = tl.constexpr(8)
@@ -160,6 +162,14 @@ def _move_scale(finite, rule, scale, growth_tracker, hysteresis, steps, skipped,
 
 
 @triton.jit
+def _phases(factors, steps):
+    """`mpcompile.runtime.state_codes.phase` of both moments; whole numbers below 2**24 are exact in FP32."""
+    taken = tl.load(steps)
+    tl.store(factors + 2, ((taken * 12664747) & 0xFFFFFF).to(tl.float32))
+    tl.store(factors + 3, ((taken * 9560335 + 0x800000) & 0xFFFFFF).to(tl.float32))
+
+
+@triton.jit
 def advance_scale(
     partials, programs, table, rows, groups, numbers, rule, limits, factors,
     scale, growth_tracker, hysteresis, steps, skipped, floor_hits, seed,
@@ -171,7 +181,8 @@ def advance_scale(
     Args:
       rule: kind (0 static), growth, backoff, interval, floor, cap, hysteresis, refill on every clean step.
       limits: the greatest norm (infinite: none), 1 / accumulate.
-      factors: receives what gradients are multiplied by, and 1 where the step is skipped.
+      factors: receives what gradients are multiplied by, 1 where the step is skipped, and the phases
+        that low first and second moments are rounded by (`mpcompile.runtime.state_codes.phase`).
       scale …seed: the loss scale's own state, OWNED by this update; else found_inf and grad_scale are a GradScaler's.
     """
     # Not `tl.full([], ...)`: that is a block, which the interpreter cannot combine with others.
@@ -198,6 +209,7 @@ def advance_scale(
     tl.store(finite_out, finite.to(tl.uint8))
     tl.store(norm_out, norm)
     if OWNED:
+        _phases(factors, steps)
         after = _move_scale(finite, rule, scale, growth_tracker, hysteresis, steps, skipped, floor_hits)
         tl.store(scale_out, after)
         tl.store(seed, after * tl.load(limits + 1).to(tl.float32))

@@ -359,6 +359,8 @@ def _explain_cast(graph: PrecisionGraph, node: Node, found: fx.Node) -> None:
         node.reason = "the shadow of the new master"
     elif node.phase == "optimizer" and before is not None and before.phase == "optimizer":
         node.origin, node.reason = "existing", f"the optimizer's own code goes from {source.dtype} to {to}"
+    elif node.phase == "optimizer" and before is None and not source.name.endswith(".grad"):
+        node.reason = f"a state that is held in {source.dtype} enters the update in FP32"
     elif node.phase == "optimizer":
         node.reason = "a gradient enters the update in FP32"
     else:

@@ -24,6 +24,7 @@ from mpcompile.training.optimizer.hosts import Optimizers
 from mpcompile.training.optimizer.step_counters import STARTED, Shared, counters_of, resync
 from mpcompile.training.optimizer.tensor_numbers import NumbersAsTensors, Test, tensor_builtins
 
+Take = Callable[[torch.optim.Optimizer, Tensor], None]
 FUSED = (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad)
 # Muon's iteration count and polynomial are part of its code: nothing schedules them.
 _NOT_NUMBERS = ("params", "initial_lr", "param_names", "ns_steps", "ns_coefficients")
@@ -218,8 +219,11 @@ class Binding:
         return {**group, **{k: v for k, v in ours.items() if k in group}}
 
 
-def bind(optimizers: Optimizers, trained: Sequence[Tensor]) -> Binding:
+def bind(optimizers: Optimizers, trained: Sequence[Tensor], take: Take | None = None) -> Binding:
     """Make the state of `optimizers` for the parameters `trained` (those with a gradient), and list it.
+
+    Args:
+      take: called with each optimizer and parameter as soon as its state is made; it may make that smaller.
 
     Raises:
       TrainingError: MP521, for an optimizer that is not traceable; MP522, when they hold none of `trained`.
@@ -236,7 +240,11 @@ def bind(optimizers: Optimizers, trained: Sequence[Tensor]) -> Binding:
     for optimizer in optimizers:
         mine = [(p, old) for (p, i), old in zip(pairs, begun, strict=True) if owners[i] is optimizer]
         if mine:
-            _make_state(optimizer, [p for p, _ in mine])
+            # One by one, where what is made for one is made smaller before that of the next: never all in FP32.
+            for some in [[p] for p, _ in mine] if take else [[p for p, _ in mine]]:
+                _make_state(optimizer, some)
+                if take is not None:
+                    take(optimizer, some[0])
             counters_of(optimizer).fresh.update({id(p): p for p, old in mine if not old})
     binding.slots = list(_slots(optimizers.groups))
     _list_state(binding, begun)

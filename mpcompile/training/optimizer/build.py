@@ -24,6 +24,7 @@ from mpcompile.training.loss_scale.scale import LossScale, ScaleState
 from mpcompile.training.optimizer import fused_update, kernel_update
 from mpcompile.training.optimizer.binding import Binding, bind, can_fuse, follow
 from mpcompile.training.optimizer.hosts import Optimizers
+from mpcompile.training.optimizer.low_states import LowStates, claim
 from mpcompile.training.optimizer.split import SplitMasters
 from mpcompile.training.optimizer.traced_update import InPlace, Operands, Spec, in_place, trace
 
@@ -78,12 +79,14 @@ class _Parts:
 
     Fields:
       halves: parameter's number -> int16 low half, of its shape; shadows: those that the update writes.
+      lows: number of a state tensor that is low -> the scales of its codes, if it is codes.
       grads: examples of the gradients, in the layout's order.
     """
 
     spec: Spec
     binding: Binding
     halves: dict[int, Tensor]
+    lows: dict[int, Tensor | None]
     shadows: list[Tensor]
     grads: Sequence[Tensor]
 
@@ -109,6 +112,7 @@ class UpdateContext:
     # A rank's shares of what is updated, where it is shared out; how often that began or ended.
     shares: Shares | None = None
     shares_epoch: int = 0
+    low_states: LowStates | None = None
     # Parameters that a graph reads in FP32: these are never split.
     whole: set[int] = field(default_factory=set)
     builds: dict[Layout, int] = field(default_factory=dict)
@@ -152,6 +156,7 @@ class UpdateContext:
             self.state,
             self.seed,
             parts.halves,
+            parts.lows,
             parts.shadows,
             grads,
             lambda: self._aten(layout, parts, "eager"),
@@ -165,11 +170,15 @@ class UpdateContext:
             parts.setdefault(id(parameters[name]), []).append(position)
         with self.split.joined() if self.split is not None else contextlib.nullcontext():
             trained = {id(parameters[name]): parameters[name] for name, _ in layout}
-            binding = bind(self.updated, list(trained.values()))
+            claim(self.optimizers, self.low_states)
+            binding = bind(
+                self.updated, list(trained.values()), self.low_states.take if self.low_states is not None else None
+            )
         index = {id(p): i for i, p in enumerate(binding.params)}
         pairs = (self.shadows.masters, self.shadows.shadows) if self.shares is None else self.shares.shadows()
         held = [(index[id(m)], s) for m, s in zip(*pairs, strict=True) if id(m) in index]
         halves, held = self._halves(binding, held)
+        lows = self._lows(binding)
         spec = Spec(
             self.rule,
             tuple(tuple(parts[id(p)]) for p in binding.params),
@@ -178,19 +187,28 @@ class UpdateContext:
             self.added,
             tuple(halves),
             None if self.shares is None else self.shares.ranks,
+            self.low_states.kind if self.low_states is not None else "fp32",
+            tuple(lows),
         )
-        return _Parts(spec, binding, halves, [shadow for _, shadow in held], grads)
+        return _Parts(spec, binding, halves, lows, [shadow for _, shadow in held], grads)
 
     def _aten(self, layout: Layout, parts: _Parts, backend: str) -> Updater | fused_update.FusedUpdate:
         """The update in ATen's operations."""
         # A fused kernel holds betas and weight decay as constants: a schedule that moves them gets the traced update.
         self.builds[layout] = self.builds.get(layout, 0) + 1
-        often = self.builds[layout] > MOST_FUSED or parts.halves
+        often = self.builds[layout] > MOST_FUSED or parts.halves or parts.lows
         binding = parts.binding
         if not often and can_fuse(self.updated, binding.params) and fused_update.serves(binding):
             binding.fused = True
             return fused_update.build(parts.spec, binding, self.state, self.seed, parts.shadows, parts.grads, backend)
         return self._traced(parts, backend)
+
+    def _lows(self, binding: Binding) -> dict[int, Tensor | None]:
+        """The numbers of the binding's state tensors that are low, with the scales of those that are codes."""
+        if self.low_states is None:
+            return {}
+        places = ((n, self.low_states.place(binding.params[i], key)) for n, (i, key) in enumerate(binding.tensors))
+        return {number: place[0] for number, place in places if place is not None}
 
     def _halves(
         self, binding: Binding, held: list[tuple[int, Tensor]]
@@ -220,6 +238,7 @@ class UpdateContext:
             binding.params,
             binding.state_tensors(),
             list(parts.halves.values()),
+            [scales for scales in parts.lows.values() if scales is not None],
             list(parts.grads),
         )
         bases = [s.base for s in binding.shared]

@@ -102,6 +102,7 @@ def build(
     state: ScaleState,
     seed: Tensor,
     halves: dict[int, Tensor],
+    lows: dict[int, Tensor | None],
     shadows: Sequence[Tensor],
     grads: Sequence[Tensor],
     make: Callable[[], Emits],
@@ -110,18 +111,19 @@ def build(
 
     Args:
       halves: the low halves of split masters, by parameter; shadows: as `Spec.shadows` lists them.
+      lows: the scales of the states that are codes, by their number in `binding.tensors`.
       grads: examples.
       make: makes the same update in ATen's operations.
     """
     device, groups = binding.params[0].device, _numbers(binding)
     if device.type not in DEVICES or not available(device.type) or groups is None:
         return None
-    lows = {g.dtype for g in grads} | {dtype for _, dtype in spec.shadows} | {torch.bfloat16 for _ in halves}
-    lows -= {torch.float32}
-    low = next(iter(lows), torch.bfloat16)
-    rows = _rows(spec, binding, halves, shadows)
+    found = {g.dtype for g in grads} | {dtype for _, dtype in spec.shadows} | {torch.bfloat16 for _ in halves}
+    found -= {torch.float32}
+    low = next(iter(found), torch.bfloat16)
+    rows = _rows(spec, binding, halves, lows, shadows)
     plain = all(g.layout == torch.strided and g.device == device for g in grads)
-    known = len(lows) <= 1 and low in (torch.bfloat16, torch.float16)
+    known = len(found) <= 1 and low in (torch.bfloat16, torch.float16)
     if rows is None or not plain or not known or not serves(rows, low):
         return None
     kernel = UpdateKernel(
@@ -158,7 +160,9 @@ def _kinds(binding: Binding) -> list[bool]:
     return [bool(group.get("momentum")) for _, group in _groups(binding)]
 
 
-def _rows(spec: Spec, binding: Binding, halves: dict[int, Tensor], shadows: Sequence[Tensor]) -> Rows | None:
+def _rows(
+    spec: Spec, binding: Binding, halves: dict[int, Tensor], lows: dict[int, Tensor | None], shadows: Sequence[Tensor]
+) -> Rows | None:
     """What the kernels read and write; None where a master has two shadows."""
     count, states = len(binding.params), binding.states()
     held = {i: shadow for (i, _), shadow in zip(spec.shadows, shadows, strict=True)}
@@ -174,8 +178,15 @@ def _rows(spec: Spec, binding: Binding, halves: dict[int, Tensor], shadows: Sequ
         seconds, counters = [None] * count, [None] * count
     return Rows(
         binding.params, firsts, seconds, [held.get(i) for i in range(count)], [halves.get(i) for i in range(count)],
-        counters, binding.groups,
+        counters, binding.groups, *_scales(binding, lows),
     )  # fmt: skip
+
+
+def _scales(binding: Binding, lows: dict[int, Tensor | None]) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """The scales of first and second moments that are codes, by parameter."""
+    found = {binding.tensors[number]: scales for number, scales in lows.items()}
+    firsts = [found.get((i, "exp_avg"), found.get((i, "momentum_buffer"))) for i in range(len(binding.params))]
+    return firsts, [found.get((i, "exp_avg_sq")) for i in range(len(binding.params))]
 
 
 def _rule(rule: LossScale) -> Rule:

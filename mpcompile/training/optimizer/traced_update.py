@@ -22,8 +22,10 @@ from mpcompile.aten.graphs import outputs_of
 from mpcompile.errors import TrainingError
 from mpcompile.training.distributed.one_decision import decide
 from mpcompile.training.distributed.ranks import Ranks
+from mpcompile.runtime.state_codes import phase
 from mpcompile.training.loss_scale.scale import LossScale, ScaleState, inverse, transition
 from mpcompile.training.optimizer.binding import Binding, untraceable
+from mpcompile.training.optimizer.low_states import SIGNED, decode, encode
 from mpcompile.training.optimizer.split import join, split
 from mpcompile.training.optimizer.tensor_numbers import UndecidableError
 
@@ -36,6 +38,7 @@ class Operands(NamedTuple):
       scale: the loss scale's state.
       shared: 0-dim, one per `Binding.shared`.
       params, states: FP32 tensors; a split parameter is its BF16 half, and `low` the other halves (`Spec.split`).
+      scales: of the states that are held in codes, in their order (`mpcompile.runtime.state_codes`).
       grads: raw gradients, still scaled, any float dtype; `Spec.parts` says whose.
     """
 
@@ -45,6 +48,7 @@ class Operands(NamedTuple):
     params: list[Tensor]
     states: list[Tensor]
     low: list[Tensor]
+    scales: list[Tensor]
     grads: list[Tensor]
 
 
@@ -65,6 +69,7 @@ class Outcome(NamedTuple):
     params: list[Tensor]
     states: list[Tensor]
     low: list[Tensor]
+    scales: list[Tensor]
     shadows: list[Tensor]
 
 
@@ -78,6 +83,7 @@ class Spec:
       accumulate: microbatches whose gradients were summed.
       split: the parameters that are given in two halves.
       ranks: among whom the gradients are shared out; None where all are here.
+      states: how moments are held that are low, "bf16" or "8bit"; lows: the numbers of those state tensors.
     """
 
     rule: LossScale
@@ -87,6 +93,8 @@ class Spec:
     accumulate: int = 1
     split: tuple[int, ...] = ()
     ranks: Ranks | None = None
+    states: str = "fp32"
+    lows: tuple[int, ...] = ()
 
 
 def unscaled(spec: Spec, grads: Sequence[Tensor], scale: Tensor) -> list[Tensor]:
@@ -125,11 +133,12 @@ def update(spec: Spec, binding: Binding, given: Operands) -> Outcome:
     old = list(given.params)
     for i, low in zip(spec.split, given.low, strict=True):
         old[i] = join(old[i], low)
-    params, states = [p.clone() for p in old], [s.clone() for s in given.states]
+    held = _read_states(spec, given)
+    params, states = [p.clone() for p in old], [s.clone() for s in held]
     after = binding.apply(given.numbers, [s.double() for s in given.shared], params, grads, states)
     chosen = [
         torch.where(finite, new.to(before.dtype), before)
-        for new, before in zip([*after, *params, *states], [*given.shared, *old, *given.states], strict=True)
+        for new, before in zip([*after, *params, *states], [*given.shared, *old, *held], strict=True)
     ]
     n, m = len(after), len(params)
     scale = transition(spec.rule, given.scale, finite)
@@ -139,7 +148,30 @@ def update(spec: Spec, binding: Binding, given: Operands) -> Outcome:
     new_params = [halves[i][0] if i in halves else p for i, p in enumerate(new_params)]
     low_bits = [halves[i][1] for i in spec.split]
     seed = scale.scale * (1.0 / spec.accumulate)
-    return Outcome(finite, norm, seed, scale, chosen[:n], new_params, chosen[n + m :], low_bits, shadows)
+    new_states, blocks = _store_states(spec, binding, given, chosen[n + m :], finite)
+    return Outcome(finite, norm, seed, scale, chosen[:n], new_params, new_states, low_bits, blocks, shadows)
+
+
+def _read_states(spec: Spec, given: Operands) -> list[Tensor]:
+    """The states as the optimizer computes with them: low ones in FP32."""
+    states, scales = list(given.states), iter(given.scales)
+    for number in spec.lows:
+        states[number] = decode(states[number], next(scales) if spec.states == "8bit" else None)
+    return states
+
+
+def _store_states(
+    spec: Spec, binding: Binding, given: Operands, new: Sequence[Tensor], finite: Tensor
+) -> tuple[list[Tensor], list[Tensor]]:
+    """(states as they are held, scales of those that are codes); as they were, bit for bit, where a step is skipped."""
+    states, scales, old_scales = list(new), list[Tensor](), iter(given.scales)
+    for number in spec.lows:
+        signed = SIGNED[binding.tensors[number][1]]
+        low, blocks = encode(new[number], signed, spec.states, phase(given.scale.steps, signed))
+        states[number] = torch.where(finite, low, given.states[number])
+        if blocks is not None:
+            scales.append(torch.where(finite, blocks, next(old_scales)))
+    return states, scales
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:
