@@ -129,6 +129,18 @@ def kernel_of(state: State, rows: Rows | None = None, shape: Shape | None = None
     return kernel, scale
 
 
+def low_moments(state: State, kind: str, rows: Rows) -> Rows:
+    """The same rows with their moments in BF16 or in codes."""
+    from mpcompile.training.optimizer.low_states import encode
+
+    firsts = [encode(m, True, kind) for m in state.first]
+    seconds = [encode(v, False, kind) for v in state.second]
+    return replace(
+        rows, firsts=[m for m, _ in firsts], seconds=[v for v, _ in seconds],
+        first_scales=[s for _, s in firsts], second_scales=[s for _, s in seconds],
+    )  # fmt: skip
+
+
 Before = tuple[Tensor, Tensor, Tensor]
 
 
@@ -323,6 +335,12 @@ def measured(
         row(f"kernel {asdict(shape)}", functools.partial(other, state.grads), least)
     halved, _ = kernel_of(state, state.split())
     row("kernel, split masters", lambda: halved(state.grads), least - 2 * count)
+    for kind, bytes_ in (("bf16", 8), ("8bit", 12)):
+        for masters in ("whole", "split"):
+            lower, _ = kernel_of(state, low_moments(state, kind, state.rows() if masters == "whole" else state.split()))
+            saved = bytes_ * count + (2 * count if masters == "split" else 0)
+            row(f"kernel, {kind} moments, {masters} masters", functools.partial(lower, state.grads), least - saved)
+            del lower
     if device == "cuda":
         del halved
         row("ATen fused AdamW alone", aten(state), 28 * count)

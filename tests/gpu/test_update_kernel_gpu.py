@@ -106,8 +106,8 @@ def test_low_states_learn_as_fp32_ones_and_take_fewer_bytes(states: str, masters
             if turn == 60:
                 optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
             losses.append(step(x, x[:, :64].tanh()).loss)
-        assert all(isinstance(one, KernelUpdate) for one in step._updaters.values())
-        assert step._replays._steps
+        assert all(isinstance(one, KernelUpdate) for one in step.updates)
+        assert step.updates.replays._steps
         assert {v.dtype for s in optimizer.state_dict()["state"].values() for v in s.values()} == {torch.float32}
         ends.append(torch.stack(losses))
         held.append(sum(v.numel() * v.element_size() for s in optimizer.state.values() for v in s.values()))

@@ -264,10 +264,10 @@ def test_a_large_model_is_held_in_few_bytes() -> None:
             mp = mpcompile(model, "bf16", backend="eager", low=["*"])
             step = mp.train_step(optimizer, lambda m, x: m(x).float().square().mean(), masters=masters, states=states)
             step(torch.randn(4, 256))
-            held = [*model.parameters(), *step.plan.shadows.shadows]
+            held = [*model.parameters(), *step.context.shadows.shadows]
             held += [v for s in optimizer.state.values() for k, v in s.items() if k != "step"]
-            held += [step.plan.split._held[id(p)][2] for p in model.parameters()] if masters == "split" else []
-            lows = step.plan.low_states
+            held += [step.context.split._held[id(p)][2] for p in model.parameters()] if masters == "split" else []
+            lows = step.context.low_states
             held += [one.scales for one in lows._held.values() if one.scales is not None] if lows else []
             count = sum({t.data_ptr(): t.numel() * t.element_size() for t in held}.values())
             assert count / sum(p.numel() for p in model.parameters()) <= most
