@@ -230,8 +230,8 @@ def test_the_one_graph_is_the_step(states: str) -> None:
     assert all(torch.equal(value, twin.state_dict()[name]) for name, value in model.state_dict().items())
     for mine, theirs in zip(optimizer.state.values(), own.state.values(), strict=True):
         assert all(torch.equal(value, theirs[key]) for key, value in mine.items())
-    reasons = {node["reason"] for node in step.report().to_dict()["nodes"] if node["phase"] == "optimizer"}
-    assert states == "8bit" or any("held in bf16" in reason for reason in reasons)
+    casts = {cast["value"] for cast in step.report().to_dict()["casts"] if cast["from"] == "bf16"}
+    assert ("up.weight.exp_avg" in casts) is (states == "bf16")
 
 
 @pytest.mark.parametrize(

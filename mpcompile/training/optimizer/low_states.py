@@ -81,7 +81,7 @@ class LowStates:
         """Make the moments of `param` low, where they are not.
 
         Raises:
-          TrainingError: MP541, for a state that would not survive it; nothing of `param` is changed.
+          TrainingError: MP541, for a state that would not survive it; all are FP32 then.
         """
         state: Any = optimizer.state.get(param, {})
         wanted = [
@@ -100,6 +100,7 @@ class LowStates:
     def _refuse(self, optimizer: torch.optim.Optimizer, keys: list[str]) -> None:
         other = [key for key in keys if key not in SIGNED]
         if other:
+            self.expand()
             raise TrainingError(
                 "MP541",
                 f"train_step(states={self.kind!r}) is not possible with {type(optimizer).__name__}",
