@@ -20,9 +20,9 @@ from torch.utils import _pytree as pytree
 
 from mpcompile.aten.graphs import outputs_of
 from mpcompile.errors import TrainingError
+from mpcompile.runtime.state_codes import phase
 from mpcompile.training.distributed.one_decision import decide
 from mpcompile.training.distributed.ranks import Ranks
-from mpcompile.runtime.state_codes import phase
 from mpcompile.training.loss_scale.scale import LossScale, ScaleState, inverse, transition
 from mpcompile.training.optimizer.binding import Binding, untraceable
 from mpcompile.training.optimizer.low_states import SIGNED, decode, encode
