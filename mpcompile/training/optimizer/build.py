@@ -242,6 +242,8 @@ class UpdateContext:
             list(parts.grads),
         )
         bases = [s.base for s in binding.shared]
+        # A kernel that finds a block's scale, stores it in place and decodes again would decode by the new one.
+        backend = "eager" if parts.lows else backend
 
         def make(table: Any = None) -> InPlace:
             return in_place(trace(spec, binding, given, table), given, self.seed, bases, shadows)
