@@ -1,7 +1,8 @@
 """Write the plan into the graph: one shared cast per value and target, right after the value is made.
 
 Every operand says in which precision it is read (`Node.reads_at`).  Where the value has another one, its reader is
-redirected to a cast.  A cast of a parameter is its *shadow*: the runtime refreshes it when the master changes.
+redirected to a cast.  A cast of a parameter is its *shadow*: the runtime refreshes it when the master changes.  A
+parameter that the graph itself writes to has none.
 
 Storage that someone writes to is the one exception to "right after": the readers before and after a write see
 different numbers, so a cast of such a value stands in front of its first reader and is shared up to the next write.
@@ -16,7 +17,7 @@ from typing import ClassVar
 
 from mpcompile import laws
 from mpcompile.formats import CASTABLE
-from mpcompile.graph import CAST_OP, Node, PrecisionGraph, Value
+from mpcompile.graph import CAST_OP, CastOrigin, Node, PrecisionGraph, Value
 from mpcompile.passes.base import PassResult
 
 
@@ -113,11 +114,16 @@ def make_cast(graph: PrecisionGraph, source: Value, to: str) -> Node:
     name = graph.fresh_name(f"{source.name}_{to}")
     cast = _blank(source.dtype, to).copy()
     cast.id, cast.inputs, cast.outputs, cast.scope = name, [source.name], [name], source.scope
-    cast.origin = "shadow" if source.role == "parameter" else "inserted"
+    cast.origin = origin_of(source)
     if (maker := graph.nodes.get(source.producer)) is not None:
         cast.phase, cast.module, cast.source = maker.phase, maker.module, maker.source
     graph.values[name] = Value(name, to, source.shape, source.numel, name, "activation", None, "", source.scope)
     return cast
+
+
+def origin_of(source: Value) -> CastOrigin:
+    """Whose cast it is. What the graph itself writes to has no shadow: that of before the write would be read."""
+    return "shadow" if source.role == "parameter" and not source.alias else "inserted"
 
 
 @cache

@@ -16,7 +16,7 @@ from mpcompile import laws
 from mpcompile.formats import ITEMSIZE
 from mpcompile.graph import CAST_OP, Node, PrecisionGraph, Value
 from mpcompile.passes.base import PassResult
-from mpcompile.passes.insert_casts import make_cast, place
+from mpcompile.passes.insert_casts import make_cast, origin_of, place
 from mpcompile.rules.table import load_kinds
 
 
@@ -121,7 +121,7 @@ class _Editor:
         if root is source:
             return False
         self.reread(cast, 0, root.name)
-        cast.origin = "shadow" if root.role == "parameter" else "inserted"
+        cast.origin = origin_of(root)
         return True
 
     def share(self, cast: Node) -> bool:

@@ -147,18 +147,22 @@ class Counters:
 
         Reads the device, until each has been stepped once.
         """
-        if self.fresh and not self.edited():
-            started = {
-                id(p): base[j]
-                for one in self._classes
-                for base, _ in filter(None, [one.states.get(STARTED)])
-                for j, p in enumerate(one.params)
-            }
-            for key, param in self.fresh.items():
-                if _untouched(state.get(param, {}), started.get(key)):
-                    state.pop(param)
-                    self.generation += 1
+        if self.fresh and not self.edited() and not self._taken(state):
+            self.generation += len([state.pop(param) for param in self.fresh.values() if param in state])
         self.fresh.clear()
+
+    def _taken(self, state: Any) -> bool:
+        """True when the update that `fresh` was made for was taken: for all of them, or for none.
+
+        An empty parameter, or one whose gradient is zero, does not show it itself.
+        """
+        started = {
+            id(p): base[j]
+            for one in self._classes
+            for base, _ in filter(None, [one.states.get(STARTED)])
+            for j, p in enumerate(one.params)
+        }
+        return not all(_untouched(state.get(param, {}), started.get(key)) for key, param in self.fresh.items())
 
     def _bases(self) -> list[Tensor]:
         return [base for one in self._classes for base, _ in one.states.values()]
@@ -219,7 +223,7 @@ def _untouched(state: dict[str, Any], started: Tensor | None) -> bool:
     """True for state as it was made: its counter (or ours) is at zero; where nothing counts, all of it is."""
     tensors = [v for v in state.values() if isinstance(v, Tensor)]
     counter = started if started is not None else state.get("step")
-    return bool(tensors) and not any(bool(t.any()) for t in ([counter] if isinstance(counter, Tensor) else tensors))
+    return not any(bool(t.any()) for t in ([counter] if isinstance(counter, Tensor) else tensors))
 
 
 def _within(params: Iterable[Tensor], place: dict[int, int]) -> int:
