@@ -7,6 +7,7 @@ whatever loss scale, is then known without the tensor.  This room knows no frame
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
@@ -168,9 +169,13 @@ class Ranges:
         """Write a JSON file; it appears whole or not at all."""
         text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
         draft = f"{os.fspath(path)}.{os.getpid()}.draft"
-        with open(draft, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(draft, path)
+        try:
+            with open(draft, "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(draft, path)
+        finally:
+            with contextlib.suppress(OSError):  # it took its place, or was never begun
+                os.unlink(draft)
 
     @classmethod
     def load(cls, given: Any) -> Ranges:

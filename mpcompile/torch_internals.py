@@ -18,6 +18,7 @@ from torch.fx import GraphModule, Node
 from torch.nn import Module
 from torch.nn.modules import module as _module
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import optimizer as _optimizer
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 # Tracing and compiling keep their state in torch's modules: one thread at a time.
@@ -192,6 +193,11 @@ def is_watched() -> bool:
     return bool(is_in_torch_dispatch_mode(include_infra_modes=False))
 
 
+def hooks_of_all_optimizers() -> tuple[dict[int, Any], dict[int, Any]]:
+    """(before, after) a step: `torch.optim.optimizer.register_optimizer_step_pre_hook` and its twin."""
+    return _optimizer._global_optimizer_pre_hooks, _optimizer._global_optimizer_post_hooks
+
+
 # A module's tables of what it owns, and of what it calls around itself.
 MODULE_TENSORS = ("_parameters", "_buffers", "_modules")
 MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -216,6 +222,8 @@ def real_tensors(fakes: Sequence[Any]) -> list[Tensor | None]:
 
 # A value that a module has none of.
 ABSENT = object()
+# What a capture itself sets before it reads it: nothing that lasts from one call to the next.
+WRITTEN = object()
 
 
 Accesses = dict[Any, tuple[nn.Module, str, Any]]
@@ -226,9 +234,11 @@ def module_reads() -> Iterator[tuple[Accesses, Accesses]]:
     """What is read of modules inside, with the first values, and what is assigned after it was read. Hold `COMPILING`."""
     found: Accesses = {}
     written: Accesses = {}
-    assign = nn.Module.__setattr__
+    assign, mine = nn.Module.__setattr__, threading.get_ident()
 
     def read(self: nn.Module, name: str) -> Any:
+        if threading.get_ident() != mine:  # another thread's modules are none of this capture's
+            return object.__getattribute__(self, name)
         try:
             value = object.__getattribute__(self, name)
         except AttributeError:
@@ -238,8 +248,11 @@ def module_reads() -> Iterator[tuple[Accesses, Accesses]]:
         return value
 
     def write(self: nn.Module, name: str, value: Any) -> None:
-        if (id(self), name) in found:
-            written[id(self), name] = self, name, value
+        if threading.get_ident() == mine:
+            if (id(self), name) in found:
+                written[id(self), name] = self, name, value
+            else:
+                found[id(self), name] = self, name, WRITTEN
         assign(self, name, value)
 
     nn.Module.__getattribute__ = read  # type: ignore[method-assign,assignment]
@@ -277,6 +290,7 @@ __all__ = [
     "GLOBAL_HOOKS",
     "MODULE_HOOKS",
     "MODULE_TENSORS",
+    "WRITTEN",
     "TensorGuards",
     "active_ddp",
     "are_calls_taken",
@@ -286,6 +300,7 @@ __all__ = [
     "graphs_whole",
     "has_communication_hook",
     "hooks_guarded",
+    "hooks_of_all_optimizers",
     "is_filled_anew",
     "is_watched",
     "masks_taken_as_given",

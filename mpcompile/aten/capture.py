@@ -12,12 +12,9 @@ Activation checkpoints are inlined with their recompute tags; every other higher
 from __future__ import annotations
 
 import contextlib
-import io
 import itertools
-import logging
 import os
 import re
-import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,6 +36,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from mpcompile.aten.facts import DTYPES
 from mpcompile.aten.recurrent import rnn_kept_opaque
+from mpcompile.aten.surroundings import quiet_torch
 from mpcompile.aten.transforms import transformed, with_transforms_apart
 from mpcompile.errors import CaptureError, MPCompileError
 from mpcompile.torch_internals import masks_taken_as_given
@@ -304,26 +302,9 @@ _PACKAGE = re.escape(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _LIBRARIES = re.compile(rf"site-packages|dist-packages|^{_PACKAGE}|^<|[\\/]lib[\\/]python3")
 
 
-@contextlib.contextmanager
-def _quiet_torch() -> Iterator[None]:
-    """Torch writes out the whole graph that it failed on; the error that is raised says what there is to say.
-
-    What the program itself wrote to the error stream is written after a trace that succeeded.
-    """
-    log, told = logging.getLogger("torch"), io.StringIO()
-    before = log.level
-    log.setLevel(logging.CRITICAL + 1)
-    try:
-        with contextlib.redirect_stderr(told):
-            yield
-        sys.stderr.write(told.getvalue())
-    finally:
-        log.setLevel(before)
-
-
 def _guarded(call: Callable[[], torch.export.ExportedProgram]) -> torch.export.ExportedProgram:
     try:
-        with warnings.catch_warnings(), _quiet_torch():
+        with warnings.catch_warnings(), quiet_torch():
             # What `nn.LSTM` and its kin do to themselves in a trace.
             warnings.filterwarnings("ignore", message="The tensor attributes? .* assigned during export")
             return call()

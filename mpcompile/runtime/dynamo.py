@@ -21,6 +21,7 @@ from mpcompile.aten.facts import LOW_DTYPES, TORCH_DTYPES
 from mpcompile.aten.graphs import outputs_of
 from mpcompile.aten.read import FxCapture
 from mpcompile.aten.rewrites.align import align_linears
+from mpcompile.aten.rewrites.statistics import keep_finite
 from mpcompile.aten.write import has_user_low_cast, read_apart, read_shadows, write
 from mpcompile.compiler import Plan, Settings, decide, log_plan, settings_of
 from mpcompile.errors import RuntimeFailure, suggest
@@ -117,6 +118,8 @@ class Compiler:
         emulate = emulated_kinds(plan.device, plan.policy.low, compiled=compiled)
         read = None if fresh else use_shadow
         written = write(plan.capture, plan.graph, use_shadow=read, emulate=emulate, linear=FP8_LINEAR)
+        if plan.policy.low == "fp16":
+            keep_finite(written.module)
         if fresh:
             say_gathered()
         self.gave_low |= _give_low(written.module, given)

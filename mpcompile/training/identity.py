@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from mpcompile.torch_internals import GLOBAL_HOOKS, MODULE_HOOKS, MODULE_TENSORS, TensorGuards
 
 _TRAINING, _CLASS_FORWARD = operator.itemgetter("training"), operator.attrgetter("forward")
+_CLASS_CALL = operator.attrgetter("__call__")
 _GRADIENT_HOOKS = (operator.attrgetter("_backward_hooks"), operator.attrgetter("_post_accumulate_grad_hooks"))
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
 _LAYOUT = operator.attrgetter("shape", "dtype", "device", "layout")
@@ -72,6 +73,7 @@ class ModelIdentity:
         self._types = list(map(type, self.modules))
         self._classes = list(dict.fromkeys(self._types))
         self._forwards = list(map(_CLASS_FORWARD, self._classes))
+        self._calls = list(map(_CLASS_CALL, self._classes))
         self._own_forwards = self._forwards_of_instances()
         self._take_hooks()
         held = (t for t in (*self._full.values(), *self._others()) if isinstance(t, Tensor))
@@ -107,6 +109,7 @@ class ModelIdentity:
             and self._full.same()
             and _identical(map(type, self.modules), self._types)
             and _identical(map(_CLASS_FORWARD, self._classes), self._forwards)
+            and _identical(map(_CLASS_CALL, self._classes), self._calls)
             and _identical(self._forwards_of_instances(), self._own_forwards)
         )
 

@@ -17,7 +17,7 @@ import sys
 import types
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, repeat
 from typing import Any, cast
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from mpcompile.errors import TrainingError
-from mpcompile.torch_internals import ABSENT, module_reads
+from mpcompile.torch_internals import ABSENT, WRITTEN, module_reads
 
 # So many states of the values are compiled for before a word is said.
 MANY_STATES = 8
@@ -52,7 +52,10 @@ class Walk:
         self.alive: list[Any] = []
         self._places: set[Any] = set()
 
-    def of_table(self, table: dict[Any, Any], key: Any, name: str, above: tuple[int, ...], **how: Any) -> Any:
+    def of_table(
+        self, table: dict[Any, Any], key: Any, name: str, above: tuple[int, ...], *, whole: bool = False, **how: Any
+    ) -> Any:
+        """The signature of an entry; `whole`: by its identity alone."""
         if (id(table), key) in self._moved:
             return None
         if (id(table), key) not in self._places:
@@ -60,14 +63,19 @@ class Walk:
             self.tables.append(table)
             self.keys.append(key)
             self.names.append(name)
-        return self.of(dict.get(table, key, _MISSING), name, above, **how)
+        value = dict.get(table, key, _MISSING)
+        return self._by_identity(value) if whole else self.of(value, name, above, **how)
 
-    def of_attribute(self, owner: Any, key: str, name: str, above: tuple[int, ...], **how: Any) -> Any:
+    def of_attribute(
+        self, owner: Any, key: str, name: str, above: tuple[int, ...], *, whole: bool = False, **how: Any
+    ) -> Any:
+        """The signature of an attribute; `whole`: by its identity alone."""
         if (id(owner), key) not in self._places:
             self._places.add((id(owner), key))
             self.owners.append(owner)
             self.attributes.append(key)
-        return self.of(getattr(owner, key, _MISSING), name, above, **how)
+        value = getattr(owner, key, _MISSING)
+        return self._by_identity(value) if whole else self.of(value, name, above, **how)
 
     def of(self, value: Any, name: str, above: tuple[int, ...], only: frozenset[str] | None = None) -> Any:
         """The signature of a value: 1, 1.0 and True are three, and so are 0.0 and -0.0.
@@ -137,14 +145,16 @@ class Walk:
         named.append(self.of_attribute(f, "__kwdefaults__", f"a default of {name}", above, only=only))
         for cell, free in zip(f.__closure__ or (), f.__code__.co_freevars, strict=True):
             with contextlib.suppress(ValueError):  # an empty cell
-                if not isinstance(cell.cell_contents, types.FunctionType):
-                    named.append(self.of_attribute(cell, "cell_contents", free, above, only=only))
+                whole = isinstance(cell.cell_contents, types.FunctionType)
+                named.append(self.of_attribute(cell, "cell_contents", free, above, whole=whole, only=only))
         for key in sorted(names_of(f.__code__) & known.keys()):
             value = known[key]
             if isinstance(value, types.ModuleType):
                 named += self._of_module(value, key, above, only)
-            elif not callable(value) or isinstance(value, functools.partial):
-                named.append(self.of_table(known, key, key, above, only=only))
+            else:
+                # What a function calls by name is read with it; here that the name still stands for it.
+                whole = callable(value) and not isinstance(value, functools.partial)
+                named.append(self.of_table(known, key, key, above, whole=whole, only=only))
         return tuple(named)
 
     def _of_module(
@@ -152,8 +162,19 @@ class Walk:
     ) -> list[Any]:
         if module.__name__.partition(".")[0] in _STRANGERS:
             return []
-        keys = sorted(k for k in only & vars(module).keys() if isinstance(vars(module)[k], (float, complex, *_ATOMS)))
-        return [self.of_table(vars(module), k, f"{name}.{k}", above) for k in keys]
+        held = vars(module)
+        keys = sorted(
+            k for k in only & held.keys() if callable(held[k]) or isinstance(held[k], (float, complex, *_ATOMS))
+        )
+        return [self.of_table(held, k, f"{name}.{k}", above, whole=callable(held[k])) for k in keys]
+
+
+def _of_module(module: nn.Module, walk: Walk) -> Any:
+    """The signature of a module that is in nobody's tables: its tensors, its children, its mode."""
+    own, tables = vars(module), (module._parameters, module._buffers, module._modules)
+    walk.sized.extend(tables)
+    places = [(own, "training"), (own, "forward"), *((table, key) for table in tables for key in table)]
+    return tuple(walk.of_table(table, key, f"{type(module).__name__}.{key}", (), whole=True) for table, key in places)
 
 
 class PlainValues:
@@ -161,10 +182,12 @@ class PlainValues:
 
     Args:
       loss_fn: the loss; None, or a module, has nothing beside its attributes.
+      known: gives the modules whose tables someone else compares; of others, which a module holds in a list or apart from
+        its tables, all that is read is compared here.
     """
 
-    def __init__(self, loss_fn: Callable[..., Any] | None) -> None:
-        self._loss_fn = loss_fn
+    def __init__(self, loss_fn: Callable[..., Any] | None, known: Callable[[], Sequence[nn.Module]] = tuple) -> None:
+        self._loss_fn, self._known = loss_fn, known
         self.clear()
 
     def clear(self) -> None:
@@ -193,7 +216,11 @@ class PlainValues:
         with module_reads() as (found, written):
             yield
         self._leave_out(found, written)
+        known = set(map(id, self._known()))
         for owner, name, value in found.values():
+            self._note_functions(type(owner))
+            if known and id(owner) not in known:
+                self._roots.setdefault((id(owner), "its tables"), functools.partial(_of_module, owner))
             self._note(owner, name, value)
         self._alive |= {id(owner): owner for owner, _, _ in found.values()}
         self._states[self._number].update(self._walk())
@@ -201,26 +228,21 @@ class PlainValues:
     def _note(self, owner: nn.Module, name: str, value: Any) -> None:
         """An attribute of a module that was read, or asked for in vain."""
         cls = type(owner)
-        if (
-            name in _OWN
-            or name.startswith("__")
-            or cls.__module__.partition(".")[0] == "mpcompile"
-            or isinstance(value, (Tensor, nn.Module))
-        ):
+        if name in _OWN or name.startswith("__") or cls.__module__.partition(".")[0] == "mpcompile" or value is WRITTEN:
             return
         if any(name in table for table in (owner._parameters, owner._buffers, owner._modules)):
             return
         at, path = vars(owner), f"{cls.__name__}.{name}"
-        self._note_functions(cls)
-        if isinstance(value, types.MethodType) and name not in at:
-            return
         self._roots.setdefault((id(owner), name), lambda walk: walk.of_table(at, name, path, ()))
-        if name not in at and isinstance(getattr(cls, name, _MISSING), (float, complex, *_ATOMS, tuple, list, dict)):
-            self._roots.setdefault((cls, name), lambda walk: walk.of_attribute(cls, name, path, ()))
+        held = getattr(cls, name, _MISSING)
+        if name in at or (callable(held) and is_stranger(held)):
+            return
+        whole = not isinstance(held, (float, complex, *_ATOMS, tuple, list, dict))
+        self._roots.setdefault((cls, name), lambda walk: walk.of_attribute(cls, name, path, (), whole=whole))
 
     def _note_functions(self, cls: type) -> None:
-        forward = getattr(cls, "forward", None)
-        if cls not in self._roots and isinstance(forward, types.FunctionType) and not is_stranger(forward):
+        forward, plain = getattr(cls, "forward", None), cls not in self._roots
+        if plain and isinstance(forward, types.FunctionType) and not is_stranger(forward):
             self._roots[cls] = lambda walk: walk.of_functions(functions_of(forward, cls), f"{cls.__name__}.forward", ())
 
     def _leave_out(self, found: dict[Any, Any], written: dict[Any, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpcompile.torch_internals import hooks_of_all_optimizers
 from mpcompile.training.accumulation import Layout
 from mpcompile.training.cuda_graph import Run
 from mpcompile.training.distributed.team import Team
@@ -15,6 +16,7 @@ from mpcompile.training.gradients.batch import Batch
 from mpcompile.training.gradients.specialization import Specialization
 from mpcompile.training.loss_scale.floor_monitor import LossScaleFloorMonitor
 from mpcompile.training.optimizer.build import Update
+from mpcompile.training.optimizer.hosts import GradientsUnread, is_not_ours
 from mpcompile.training.optimizer.update_cache import Like, UpdateCache
 from mpcompile.training.result import StepResult
 from mpcompile.training.skipped_buffers import SkippedBuffers
@@ -54,6 +56,11 @@ class Runner:
         if specialization.writes:
             batch.write_back()
         return result
+
+    def clear(self) -> None:
+        """The graphs that ran are void: of the model as it was."""
+        self.buffers.clear()
+        self.last = self._recent = None
 
     def end_window(self) -> StepResult:
         """The update of the open window as it is; where none is open, nothing is done."""
@@ -128,7 +135,7 @@ class Runner:
         self, specialization: Specialization, key: tuple[Any, ...], run: Run, tensors: Sequence[Tensor], fixed: Like
     ) -> Run:
         """`run`, or its replay. A recording reads a copy of the batch: what the model writes to it would be lost."""
-        return run if specialization.writes else self._updates.replayed(key, run, tensors, fixed)
+        return self._updates.replayed(key, run, tensors, fixed) if specialization.replayable else run
 
     def _written(self, updater: Update) -> list[Tensor]:
         """What an update writes at fixed addresses; a master that only its shadow stands for is in no specialization."""
@@ -144,9 +151,10 @@ class Runner:
 
     def _before_update(self) -> None:
         """Run the optimizers' own hooks, before the groups' numbers are read: a hook may set them."""
-        with self._monitor.own():
+        of_all, _ = hooks_of_all_optimizers()
+        with self._monitor.own(), GradientsUnread():
             for one in self._context.optimizers:
-                for hook in one._optimizer_step_pre_hooks.values():
+                for hook in [*of_all.values(), *one._optimizer_step_pre_hooks.values()]:
                     hook(one, (), {})
 
     def _updated(self, updater: Update, run: Callable[[], Sequence[Tensor]]) -> StepResult:
@@ -162,9 +170,10 @@ class Runner:
         self._context.optimizers.note_step()
         for counters in self._monitor.counters:
             counters.note()
+        _, of_all = hooks_of_all_optimizers()
         with self._monitor.own():
             for one in self._context.optimizers:
-                for hook in one._optimizer_step_post_hooks.values():
+                for hook in [*one._optimizer_step_post_hooks.values(), *filter(is_not_ours, of_all.values())]:
                     hook(one, (), {})
         self.floor.look()
         return StepResult(loss, finite, finite, scale, norm)

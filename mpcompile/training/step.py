@@ -43,6 +43,9 @@ from mpcompile.training.result import StepResult
 from mpcompile.training.runner import Runner
 from mpcompile.training.saved_step import SavedStep
 
+# What `train_step` takes, and the model.
+_SETTLED = frozenset({"model", "optimizer", "loss_fn", "policy", "backend", *StepOptions.__annotations__})
+
 
 class TrainStep(SavedStep, Sharing, Recorded, Inspection):
     """`mp.train_step(optimizer, …)`: one call is one (micro)batch.
@@ -114,6 +117,17 @@ class TrainStep(SavedStep, Sharing, Recorded, Inspection):
         )
         self._prepare_shares()
         self.runner = Runner(self.updates, self.team, self._share_out)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Options are settled when the step is made: to set one later would change nothing.
+
+        Raises:
+          TrainingError: MP541.
+        """
+        if name in _SETTLED and "runner" in self.__dict__:
+            raise TrainingError("MP541", f"step.{name} cannot be set", why="the step was made with it",
+                                try_="make another step, and load this one's state_dict()")  # fmt: skip
+        super().__setattr__(name, value)
 
     def _context(self, options: Options) -> UpdateContext:
         """What all updates share."""
@@ -233,7 +247,7 @@ class TrainStep(SavedStep, Sharing, Recorded, Inspection):
         self.specializations.shadows = self.context.shadows = ShadowSet()
         self.specializations.clear()
         self.context.copies.clear()
-        self.runner.buffers.clear()
+        self.runner.clear()
         self.identity.take()
         named = self.specializations.named
         self.accumulator.forget([name for name, held in before.items() if named.get(name) is not held])

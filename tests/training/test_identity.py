@@ -357,3 +357,14 @@ def test_events_in_any_order(names: list[str], kind: str, accumulate: int) -> No
             race.turn(2)
         except MPCompileError:
             return
+
+
+def test_a_window_that_ends_after_a_replacement_shows_no_graph_of_what_is_gone() -> None:
+    race = Race("sgd", accumulate=2)
+    race.turn()
+    assert race.step.graph is not None
+    race.step(torch.randn(5, 6))
+    race.mine.heads["a"] = nn.Linear(6, 3)
+    assert race.step.end_window().stepped
+    with pytest.raises(TrainingError, match="MP542"):
+        race.step.emitted()

@@ -125,3 +125,36 @@ def test_a_fused_optimizer_goes_on_where_a_weight_lies_otherwise_than_its_state(
         plain(x).square().mean().backward()
         twin.step()
     torch.testing.assert_close(mine.weight, plain.weight, rtol=1e-5, atol=1e-6)
+
+
+class Normed(nn.Module):
+    """Running statistics behind a product that overflows FP16."""
+
+    def __init__(self, norm: type[nn.Module]) -> None:
+        super().__init__()
+        self.l, self.n = nn.Linear(8, 4), norm(4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.l(x)
+        return self.n(h if isinstance(self.n, nn.BatchNorm1d) else h.unsqueeze(-1).expand(-1, -1, 3)).square().mean()
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("policy", ["fp16,device=free-low", "bf16,device=free-low"])
+def test_running_statistics_stay_finite_in_the_drop_in(policy: str, backend: str) -> None:
+    torch.manual_seed(0)
+    mine = Normed(nn.BatchNorm1d)
+    plain = copy.deepcopy(mine)
+    mp = mpcompile(mine, policy, backend=backend)
+    good, bad = torch.randn(6, 8), torch.full((6, 8), float("inf"))
+    mp(good).backward()
+    plain(good).backward()
+    torch.testing.assert_close(mine.n.running_mean, plain.n.running_mean, rtol=0.01, atol=1e-3)
+    torch.testing.assert_close(mine.n.running_var, plain.n.running_var, rtol=0.01, atol=1e-3)
+    kept = [mine.n.running_mean.clone(), mine.n.running_var.clone()]
+    mp(bad).backward()
+    if policy.startswith("fp16"):
+        assert torch.equal(mine.n.running_mean, kept[0])
+        assert torch.equal(mine.n.running_var, kept[1])
+    mp(good).backward()
+    assert mine.n.running_mean.isfinite().all() == policy.startswith("fp16")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from mpcompile.aten.exported import inline_regions
 from mpcompile.aten.read import FxCapture, read
 from mpcompile.aten.write import write
 from mpcompile.errors import CaptureError
+from mpcompile.torch_internals import module_reads
 
 
 def captured(fn: Any, *args: torch.Tensor) -> FxCapture:
@@ -251,3 +254,34 @@ def test_a_transformers_mask_is_read_as_it_is() -> None:
     a, b, mask = torch.randn(2, 5, 16), torch.randn(2, 6, 16), nn.Transformer.generate_square_subsequent_mask(6)
     program = export(model, (a, b), {"tgt_mask": mask})
     torch.testing.assert_close(program.module()(a, b, tgt_mask=mask), model(a, b, tgt_mask=mask))
+
+
+class Chatty(nn.Module):
+    """Says what it does while another thread does, and then cannot be one graph."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        print("mine", file=sys.stderr)
+        other = threading.Thread(target=lambda: print("another's", file=sys.stderr))
+        other.start()
+        other.join()
+        return x + 1 if x.sum() > 0 else x - 1
+
+
+def test_what_a_program_and_other_threads_write_stays_on_the_screen(capsys: pytest.CaptureFixture[str]) -> None:
+    before = sys.stderr
+    with pytest.raises(CaptureError, match="MP101"):
+        export(Chatty(), (torch.ones(3),))
+    said = capsys.readouterr().err
+    assert said.splitlines()[:2] == ["mine", "another's"]
+    assert len(said) < 500
+    assert sys.stderr is before
+
+
+def test_what_other_threads_read_of_modules_is_no_capture_of_ours() -> None:
+    mine, other = Branches(), Branches()
+    with module_reads() as (found, _):
+        assert mine.training
+        reader = threading.Thread(target=lambda: other.training)
+        reader.start()
+        reader.join()
+    assert {id(owner) for owner, _, _ in found.values()} == {id(mine)}

@@ -103,3 +103,10 @@ def test_a_file_that_holds_none_is_refused(tmp_path: Path) -> None:
     Ranges(batches=2).save(path)
     assert Ranges.load(str(path)).batches == 2
     assert [one.name for one in tmp_path.iterdir()] == ["r.json"]
+
+
+def test_ranges_that_cannot_be_saved_leave_nothing_behind(tmp_path: Path) -> None:
+    (tmp_path / "ranges.json").mkdir()
+    with pytest.raises(IsADirectoryError):
+        Ranges().save(tmp_path / "ranges.json")
+    assert [one.name for one in tmp_path.iterdir()] == ["ranges.json"]

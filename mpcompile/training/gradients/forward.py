@@ -6,6 +6,7 @@ shadow, a graph input of its own: its gradient then arrives in the low type, and
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from mpcompile.aten.graphs import inputs_of
 from mpcompile.aten.rewrites import chunked_loss as loss_region
 from mpcompile.aten.rewrites.align import align_linears, low_columns, padding
 from mpcompile.aten.rewrites.logits import values_of_written
+from mpcompile.aten.surroundings import containers_kept, host_random_refused
 from mpcompile.aten.write import read_shadows, write
 from mpcompile.compiler import Plan, Settings, decide
 from mpcompile.errors import TrainingError
@@ -29,7 +31,7 @@ from mpcompile.hardware import device_of, emulated_kinds
 from mpcompile.runtime.fp8_linear import FP8_LINEAR
 from mpcompile.runtime.kernels import loss as loss_kernel
 from mpcompile.training.gradients import activation_checkpoints as checkpoints
-from mpcompile.training.gradients import assignments, custom_functions, gradient_hooks, traced_calls
+from mpcompile.training.gradients import assignments, custom_functions, gradient_hooks, traced_calls, whole_calls
 from mpcompile.training.gradients.batch import Batch
 
 
@@ -149,10 +151,13 @@ def capture(
       CaptureError: MP101. TrainingError: MP531.
     """
     sizes = tuple({d: Dim.AUTO for t, d in dynamic if t == i} for i in range(len(batch.tensors))) if dynamic else None
-    with traced_calls.recording() as calls, checkpoints.seen(), custom_functions.recorded(), gradient_hooks.recorded():
+    with traced_calls.recording() as calls, contextlib.ExitStack() as stack:
+        for reads in (checkpoints.seen, custom_functions.recorded, gradient_hooks.recorded, whole_calls.taken_whole):
+            stack.enter_context(reads())
         # Export marks on the tensors themselves which sizes move: on aliases, not on the caller's.
         tensors = tuple(t.detach().requires_grad_(t.requires_grad) for t in batch.tensors)
-        program = export(LossOf(model, loss_fn, batch), tensors, None, sizes and {"tensors": sizes})
+        with host_random_refused(), containers_kept([model, loss_fn]):
+            program = export(LossOf(model, loss_fn, batch), tensors, None, sizes and {"tensors": sizes})
     module = program.graph_module
     inline_regions(module)
     traced_calls.make_calls(module, calls)

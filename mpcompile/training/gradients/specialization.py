@@ -35,6 +35,7 @@ from mpcompile.training.gradients.compile import Run, compile_joint, decompositi
 from mpcompile.training.gradients.forward import Forward, Input, capture, owned
 from mpcompile.training.gradients.gradient_hooks import refuse_unseen
 from mpcompile.training.gradients.joint import Joint, trace
+from mpcompile.training.gradients.traced_calls import calls_of
 from mpcompile.training.gradients.weight_copies import lift
 from mpcompile.training.identity import ModelIdentity
 from mpcompile.training.plain_values import PlainValues
@@ -86,6 +87,7 @@ class Specialization:
     def __post_init__(self) -> None:
         self._from, self._held = [i for i, _ in self.buffers], [held for _, held in self.buffers]
         self._count = len(self.buffers) + len(self.writes)
+        self.replayable = not (self.writes or any(one.host for one in calls_of(self.joint.forward.module).values()))
 
     def plain_joint(self) -> Joint:
         """Forward and backward as ATen has them, without the backend's decompositions."""
@@ -200,7 +202,7 @@ class SpecializationCache:
     _seen: dict[Any, list[tuple[torch.Size, ...]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.values = PlainValues(self.loss_fn)
+        self.values = PlainValues(self.loss_fn, lambda: self.identity.modules)
         self.named = {**owned(self.model, self.loss_fn)[0], **self.outside()}
 
     def clear(self) -> None:

@@ -49,6 +49,7 @@ class Call:
       is_hook: gives its one operand back, and acts on the gradient alone.
       dtypes: the float type of each result as the plan has it; None: as the function gives them.
       opaque: runs as it is, each time, instead of what a trace of it made.
+      host: and must run on the host each time: a replay of its kernels alone would be wrong.
       dropped: the program took it back (a hook's handle was removed).
     """
 
@@ -59,6 +60,7 @@ class Call:
     is_hook: bool = False
     dtypes: Sequence[torch.dtype | None] | None = None
     opaque: bool = False
+    host: bool = False
     dropped: bool = False
     number: int = field(default_factory=lambda: next(_NUMBERS))
 

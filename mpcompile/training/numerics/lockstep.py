@@ -7,6 +7,8 @@ held at any time is what one training step holds of each run, and no more.
 
 Random numbers are the same in all lanes: a mask is drawn under one state of the generator, and what is noise from the
 start (`randn`) is the plan's.
+
+A graph without a backward may write in place.  Its lanes then share no storage: what one of them writes, no other reads.
 """
 
 from __future__ import annotations
@@ -57,6 +59,8 @@ class Lockstep(fx.Interpreter):
         self.group, self.rounded, self.observer = group, rounded, observer
         self.held = held_types(module.graph)
         self.copies = fp8_lanes.copies(module.graph, MOVES)
+        # Lanes that share what is alike save a run of it, and are right where nothing is written in place.
+        self._apart = any(map(_writes, module.graph.nodes))
         self.full_inputs: dict[fx.Node, Any] = {}
 
     def compare(self, inputs: Sequence[Any], full: Sequence[Any]) -> list[Lanes]:
@@ -69,23 +73,27 @@ class Lockstep(fx.Interpreter):
         if n.op == "output":
             return super().run_node(n)
         if n.op == "placeholder":
-            lanes = Lanes(super().run_node(n), self.full_inputs[n], self.full_inputs[n])
+            lanes = self._own(super().run_node(n), self.full_inputs[n])
         elif n.op == "get_attr":
             plan = super().run_node(n)
-            full = raised(plan)
-            lanes = Lanes(plan, full, full)
+            lanes = self._own(plan, raised(plan))
         else:
             lanes = self._called(n)
         if isinstance(lanes.plan, Tensor) and lanes.plan.is_floating_point():
             self.observer(n, lanes)
         return lanes
 
+    def _own(self, plan: Any, full: Any) -> Lanes:
+        """The lanes of what is given: of their own where the graph writes in place."""
+        return Lanes(_copied(plan), _copied(full), _copied(full)) if self._apart else Lanes(plan, full, full)
+
     def _called(self, n: fx.Node) -> Lanes:
-        same, named = all(self.env[a].plan is self.env[a].full for a in n.all_input_nodes), names_low(n)
-        if _is_noise(n):
+        same = all(self.env[a].plan is self.env[a].full for a in n.all_input_nodes) and not self._apart
+        named = names_low(n)
+        if _is_noise(n) and not _writes(n):
             plan = self._call(n, lambda a: self.env[a].plan)
             full = plan if not named and same else pytree.tree_map_only(Tensor, raised, plan)
-            return Lanes(plan, full, full)
+            return self._own(plan, full)
         state = _state(n)
         full = self._full(n)
         if same and not named:
@@ -93,7 +101,9 @@ class Lockstep(fx.Interpreter):
         _restore(state)
         plan = self._call(n, lambda a: self.env[a].plan)
         read = {a: self._fed(a, n) for a in n.all_input_nodes}
-        if not named and all(read[a] is self.env[a].full for a in read):
+        if self._apart:
+            read = {a: _copied(value) for a, value in read.items()}
+        elif not named and all(read[a] is self.env[a].full for a in read):
             return Lanes(plan, full, full)
         _restore(state)
         return Lanes(plan, full, self._call(n, read.__getitem__))
@@ -112,7 +122,7 @@ class Lockstep(fx.Interpreter):
         if is_cast(n) and n.meta["val"].dtype in (*LOW_DTYPES, torch.float32):
             given = self.env[n.all_input_nodes[0]].full
             if given.dtype == torch.float32 and given.device == n.meta["val"].device:
-                return given
+                return _copied(given) if self._apart else given
         return self._call(n, lambda a: self.env[a].full, full=True)
 
     def _call(self, n: fx.Node, value: Callable[[fx.Node], Any], *, full: bool = False) -> Any:
@@ -191,6 +201,21 @@ def _rounded_like(full: Any, plan: Any, held: torch.dtype | None) -> Any:
         return full
     rounded = full if held is None else full.to(held)
     return rounded.to(plan.dtype)
+
+
+def _writes(n: fx.Node) -> bool:
+    """True where a node writes to what it reads."""
+    if n.op in ("placeholder", "get_attr", "output") or n.target is operator.getitem:
+        return False
+    schema, name = getattr(n.target, "_schema", None), op_name(n.target)
+    # Their schemas do not say that running statistics are written.
+    statistics = "batch_norm" in name or "instance_norm" in name
+    return statistics or (bool(schema.is_mutable) if schema is not None else n.op == "call_method")
+
+
+def _copied(value: Any) -> Any:
+    """Tensors of storage of their own, laid out alike."""
+    return pytree.tree_map_only(Tensor, torch.clone, value)
 
 
 def _is_noise(n: fx.Node) -> bool:

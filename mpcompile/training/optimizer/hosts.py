@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import inspect
+import traceback
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from mpcompile.errors import TrainingError
 
@@ -21,6 +23,37 @@ _WRAPPERS = {
     ("accelerate.optimizer", "AcceleratedOptimizer"): "optimizer",
 }
 _DROP_IN = "the drop-in way: loss = mp(x); loss.backward(); optimizer.step()"
+
+
+_READ_GRADIENT = cast(Any, Tensor.grad).__get__
+
+
+class GradientsUnread(TorchFunctionMode):
+    """While the optimizers' hooks run before an update: none of them reads ``.grad``, where the step keeps no gradient.
+
+    Raises:
+      TrainingError: MP523, as soon as one does: to clip or change gradients there would change nothing.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == _READ_GRADIENT:
+            raise TrainingError("MP523", "a hook before the optimizer's step reads gradients", where=_caller(),
+                                why="the step's gradients are in its graph, and in no .grad",
+                                try_="max_grad_norm= to clip; a hook on the parameter (p.register_hook) to change a "
+                                "gradient; or the drop-in way: loss = mp(x); loss.backward(); optimizer.step()")  # fmt: skip
+        return func(*args, **(kwargs or {}))
+
+
+def _caller() -> str:
+    """file:line of the user's hook."""
+    frames = [
+        f for f in traceback.extract_stack() if "site-packages" not in f.filename and "mpcompile" not in f.filename
+    ]
+    return f"{frames[-1].filename}:{frames[-1].lineno}" if frames else ""
+
+
+def is_not_ours(hook: Any) -> bool:
+    return not str(getattr(hook, "__module__", "")).startswith("mpcompile.")
 
 
 class Optimizers:
