@@ -82,7 +82,8 @@ def test_a_norm_and_its_copies_are_read_once() -> None:
 
     with torch.no_grad():
         got = run(x)
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        activities = [torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities, acc_events=True) as profile:  # else torch 2.11 warns
             run(x)
             torch.cuda.synchronize()
         names = [event.key for event in profile.key_averages() if event.self_device_time_total]
