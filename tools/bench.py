@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -80,6 +81,11 @@ def bench(
         options.print_json(found)
     elif output:
         typer.echo(f"written: {output}")
+
+
+def quiet_profiler() -> None:
+    """Before torch is imported: its profiler's library, which counts a CPU's bytes, else writes two lines for each count."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 
 def _model(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,6 +37,15 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(bench_run, "SLOT_SECONDS", 0.0)
     yield
     torch._dynamo.reset()
+
+
+def test_the_profiler_writes_nothing() -> None:
+    program = (
+        "from mpcompile.tools.bench import quiet_profiler; quiet_profiler(); import torch;"
+        "from mpcompile.tools.measure import peak_bytes; assert peak_bytes(lambda: torch.ones(4), 'cpu') == 16"
+    )
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ran.stdout + ran.stderr == ""
 
 
 def job(micro: int = 1, policy: str = "bf16") -> Job:
