@@ -43,7 +43,7 @@ def test_a_later_graph_sends_as_the_first_one_did(other: str, monkeypatch: pytes
     reducer = Reducer(Ranks(None, "0", 2, 0), low=False)
     first, later = backward("bca"), backward(other)
     for module in (first, later):
-        reducer.reduce(module, [[0], [1], [2]], first=1)
+        reducer.reduce(module, [[0], [1], [2]], list(SIZES), first=1)
         module.graph.lint()
     assert sent(first) == [["b"], ["c"], ["a"]]
     assert sent(later) == sent(first)

@@ -2,8 +2,8 @@
 
 A block ```` ```python name.py ```` is a file, a block ```` ```console ```` holds commands ("$ mpcompile …") and their
 output. Each line must be printed as it is shown, in any order where numbers sort them, and each number within a tenth;
-what a clock measured may be any number, and a line of "…" stands for any lines. Of ```` ```console names ```` (what this
-machine is) the names alone count.
+what a clock measured may be any number (```` ```console timed ````: all numbers), and a line of "…" stands for any lines. Of
+```` ```console names ```` (what this machine is) the names alone count.
 ``--update-goldens`` writes what was printed into the page.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -22,12 +23,14 @@ from mpcompile.tools.main import app
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs" / "verbs").glob("*.md"))
-BLOCK = re.compile(r"^```(python [\w.]+|console|console names)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+# Compiles three ways to train.
+SLOW = {"bench": pytest.mark.slow}
+BLOCK = re.compile(r"^```(python [\w.]+|console|console names|console timed)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NUMBER = re.compile(r"-?\d[\d,]*\.?\d*(e[+-]?\d+)?|\b(inf|nan)\b|(?<= )-(?= |$)")
 RULED = re.compile(r"[ ─━╭╮╰╯│▁-█]+")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [pytest.param(page, id=page.stem, marks=SLOW.get(page.stem, ())) for page in PAGES])
 def test_the_page_shows_what_is_printed(page: Path, tmp_path: Path, request: pytest.FixtureRequest,
                                         monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
@@ -40,7 +43,7 @@ def test_the_page_shows_what_is_printed(page: Path, tmp_path: Path, request: pyt
         page.write_text(made, encoding="utf-8")
     assert _prose(text) == _prose(made)
     for shown, printed in zip(BLOCK.findall(text), BLOCK.findall(made), strict=True):
-        (_assert_same_names if shown[0] == "console names" else _assert_like)(shown[1], printed[1])
+        CHECKS.get(shown[0], _assert_like)(shown[1], printed[1])
 
 
 def _block(kind: str, body: str, folder: Path) -> str:
@@ -61,13 +64,13 @@ def _commands(body: str) -> list[tuple[str, str]]:
 
 
 def _run(command: str, environment: dict[str, str]) -> str:
-    words = command.split()
+    words = shlex.split(command)
     if words[0] == "python":
         done = subprocess.run([sys.executable, *words[1:]], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         return done.stdout
     assert words[0] == "mpcompile", command
-    ran = CliRunner().invoke(app, [word.strip("'\"") for word in words[1:]], env=environment)
+    ran = CliRunner().invoke(app, words[1:], env=environment)
     if ran.exception and not isinstance(ran.exception, SystemExit):
         raise ran.exception
     text = ran.output.replace(f"{os.getcwd()}/", "")
@@ -80,6 +83,14 @@ def _prose(text: str) -> str:
 
 def _assert_like(shown: str, printed: str) -> None:
     """The same lines, as often, and the same numbers to a tenth; where the page has "…", more may be printed."""
+    _assert_same_lines(shown, printed, numbers=True)
+
+
+def _assert_same_words(shown: str, printed: str) -> None:
+    _assert_same_lines(shown, printed, numbers=False)
+
+
+def _assert_same_lines(shown: str, printed: str, *, numbers: bool) -> None:
     theirs, mine = (_by_words(text) for text in (printed, shown))
     any_more = mine.pop("…", None) is not None
     lacking = [line for line in mine if len(mine[line]) > len(theirs.get(line, ()))]
@@ -89,7 +100,7 @@ def _assert_like(shown: str, printed: str) -> None:
         (ours, its)
         for line in mine
         for ours, its in zip(mine[line], theirs[line], strict=False)
-        if not _near(ours, its)
+        if numbers and not _near(ours, its)
     ]
     assert off == [], printed
 
@@ -101,6 +112,7 @@ def _assert_same_names(shown: str, printed: str) -> None:
     assert set(names[0]) - OF_SOME_MACHINES == set(names[1]) - OF_SOME_MACHINES
 
 
+CHECKS = {"console names": _assert_same_names, "console timed": _assert_same_words}
 # Checks that one machine has and another has not.
 OF_SOME_MACHINES = {"cuda", "FP16 on cpu", "policy 'auto' on cuda", "products on cuda", "FLOP/s on cuda"}
 # Lines with what a clock measured.
