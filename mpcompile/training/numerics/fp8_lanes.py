@@ -43,8 +43,13 @@ def copies(graph: fx.Graph, moves: frozenset[str]) -> frozenset[fx.Node]:
     return frozenset(found)
 
 
-def full_quantise(x: Tensor, form: str, lies: bool, transposed: bool, rowwise: bool) -> tuple[Tensor, ...]:
-    """The matrix itself and a scale of one for each copy that is wanted; see `mpcompile.runtime.quantise`."""
+def full_quantise(
+    x: Tensor, form: str, lies: bool, transposed: bool, rowwise: bool, largest: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """The matrix itself and a scale of one for each copy that is wanted; see `mpcompile.runtime.quantise`.
+
+    The largest magnitude is for a scale, and there is none here to find.
+    """
     wide, none, one = x.float(), x.new_empty((0,), dtype=torch.float32), x.new_ones((1, 1), dtype=torch.float32)
     first = (wide, one) if lies else (none, none)
     return (*first, *((wide.t(), one.clone()) if transposed else (none, none)))
