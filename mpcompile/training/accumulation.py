@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,11 +143,12 @@ class GradAccumulator:
         """The sums of a layout."""
         return [self.sums[name] for name, _ in layout]
 
-    def forget(self, names: Iterable[str]) -> None:
-        """These names stand for other parameters now: what was summed is not theirs."""
+    def follow(self, moved: Mapping[str, str | None]) -> None:
+        """Parameters go by other names now, and their sums with them; None: they are gone, and what was summed of them."""
         self.epoch += 1
-        self.sums = {name: held for name, held in self.sums.items() if name not in set(names)}
-        self.present &= frozenset(self.sums)
+        names = {name: moved.get(name, name) for name in self.sums}
+        self.sums = {new: self.sums[name] for name, new in names.items() if new is not None}
+        self.present = frozenset(new for name in self.present if (new := names.get(name)) is not None)
         self._ways.clear()
         self._layouts.clear()
 

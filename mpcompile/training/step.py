@@ -249,8 +249,11 @@ class TrainStep(SavedStep, Sharing, Recorded, Inspection):
         self.context.copies.clear()
         self.runner.clear()
         self.identity.take()
+        # A parameter that left the model is still the optimizer's, with the gradients that this window has of it.
         named = self.specializations.named
-        self.accumulator.forget([name for name, held in before.items() if named.get(name) is not held])
+        names = {id(held): name for name, held in named.items()}
+        moved = {name: names.get(id(held)) for name, held in before.items() if named.get(name) is not held}
+        self.accumulator.follow(moved)
 
     @contextlib.contextmanager
     def full_masters(self) -> Iterator[None]:
