@@ -70,6 +70,7 @@ class Lowest:
     """Everything that may be low is low: what a plan would do for the best of its neighbours."""
 
     name: ClassVar[str] = "lowest"
+    ensures: ClassVar[str] = "structure"
 
     def apply(self, graph: PrecisionGraph) -> PassResult:
         free = [node for node in graph if node.verdict != "fp32" and node.kind != "cast"]
