@@ -41,6 +41,19 @@ UNCERTAIN = (
 )
 
 
+def write_whole(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
+    """Write a JSON file; it appears whole or not at all."""
+    text = json.dumps(data, indent=1, ensure_ascii=False)
+    draft = f"{os.fspath(path)}.{os.getpid()}.draft"
+    try:
+        with open(draft, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(draft, path)
+    finally:
+        with contextlib.suppress(OSError):  # it took its place, or was never begun
+            os.unlink(draft)
+
+
 @dataclass(frozen=True)
 class Call:
     """A batch as a call of the model, with arguments and keywords: for `calibrate`, and for `compare` beside its options."""
@@ -167,15 +180,7 @@ class Ranges:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a JSON file; it appears whole or not at all."""
-        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
-        draft = f"{os.fspath(path)}.{os.getpid()}.draft"
-        try:
-            with open(draft, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.replace(draft, path)
-        finally:
-            with contextlib.suppress(OSError):  # it took its place, or was never begun
-                os.unlink(draft)
+        write_whole(path, self.to_dict())
 
     @classmethod
     def load(cls, given: Any) -> Ranges:

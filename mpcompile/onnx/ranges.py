@@ -16,6 +16,7 @@ from mpcompile.onnx.read import reader
 from mpcompile.onnx.run import calibrate
 from mpcompile.onnx.run.generate import NotRun, on_generated
 from mpcompile.passes.measured_hazards import Measured
+from mpcompile.ranges import write_whole
 
 SCHEMA = "mpcompile.onnx-ranges/1"
 # BF16 reaches as far as FP32: what is measured is for FP16.
@@ -40,9 +41,7 @@ class OnnxRanges:
         """Write a JSON file; it appears whole or not at all."""
         values = {name: [one.least, one.most, one.vanishing] for name, one in self.values.items()}
         data = {"schema": SCHEMA, "on": self.on, "operations": dict(self.operations), "values": values}
-        draft = Path(f"{os.fspath(path)}.{os.getpid()}.draft")
-        draft.write_text(json.dumps(data, indent=1, ensure_ascii=False), encoding="utf-8")
-        os.replace(draft, path)
+        write_whole(path, data)
 
     @classmethod
     def load(cls, given: Any) -> OnnxRanges:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -169,16 +170,12 @@ class Inspection:
         """
         from mpcompile.training.numerics.fp8_counts import counted
 
-        batch = Batch(args, kwargs)
-        specialization = self.specializations.find(batch)
-        with compiling():
-            joint = specialization.plain_joint()
-        with torch.random.fork_rng(), torch.no_grad():
-            self.context.shadows.bring_up_to_date()
-            inputs = [t.clone() if isinstance(t, Tensor) else t for t in specialization.inputs(batch.tensors)]
+        with self._again(args, kwargs) as (specialization, joint, inputs):
             return counted(joint, specialization.seeded(inputs, self.context.seed), self.context.seed, origins(joint))
 
-    def _own_overflow(self, args: Any, kwargs: Any) -> Overflow | None:
+    @contextlib.contextmanager
+    def _again(self, args: Any, kwargs: Any) -> Iterator[tuple[Specialization, Joint, list[Any]]]:
+        """Inside, a batch can run again without a trace: (what is compiled for it, its plain graph, copies of its inputs)."""
         batch = Batch(args, kwargs)
         specialization = self.specializations.find(batch)
         with compiling():
@@ -186,6 +183,10 @@ class Inspection:
         with torch.random.fork_rng(), torch.no_grad():
             self.context.shadows.bring_up_to_date()
             inputs = [t.clone() if isinstance(t, Tensor) else t for t in specialization.inputs(batch.tensors)]
+            yield specialization, joint, inputs
+
+    def _own_overflow(self, args: Any, kwargs: Any) -> Overflow | None:
+        with self._again(args, kwargs) as (specialization, joint, inputs):
             names = origins(joint)
             for factor in (1.0 / self.rule.backoff, 1.0) if self.rule.kind == "dynamic" else (1.0,):
                 found = explain(
