@@ -74,14 +74,18 @@ def cost_of_plan(undecided: PrecisionGraph, plan: PrecisionGraph, assign: Assign
     return plan_cost(plan, model, wanted)
 
 
-@settings(max_examples=150, deadline=None)
-@given(
+# A graph, the work of its products, fused or not, the policy's output, the machine.
+PROBLEMS = given(
     front_end_graphs(max_nodes=9),
     st.sampled_from([0, 10**6, 10**9]),
     st.booleans(),
     st.sampled_from(OUTPUTS),
     st.sampled_from(["cpu", "cuda"]),
 )
+
+
+@settings(max_examples=150, deadline=None)
+@PROBLEMS
 def test_no_plan_is_cheaper(graph: PrecisionGraph, flops: int, fused: bool, output: str, machine: str) -> None:
     graph = prepared(graph, flops)
     assign = Assign(LOW, machine, "global", fused, output)
@@ -93,13 +97,7 @@ def test_no_plan_is_cheaper(graph: PrecisionGraph, flops: int, fused: bool, outp
 
 
 @settings(max_examples=150, deadline=None)
-@given(
-    front_end_graphs(max_nodes=9),
-    st.sampled_from([0, 10**6, 10**9]),
-    st.booleans(),
-    st.sampled_from(OUTPUTS),
-    st.sampled_from(["cpu", "cuda"]),
-)
+@PROBLEMS
 def test_no_lawful_plan_is_cheaper(graph: PrecisionGraph, flops: int, fused: bool, output: str, machine: str) -> None:
     """With origins: their ties to FP32 and their readers' sides leave one exact cut."""
     graph = with_origins(prepared(graph, flops), output)
