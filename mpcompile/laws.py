@@ -34,8 +34,11 @@ def writes(graph: PrecisionGraph, node: Node) -> set[str]:
     """Alias groups whose storage `node` may change.
 
     In-place operations are named with a trailing underscore ("aten.add_.Tensor"), or return a value of the group that
-    is no view of it; normalizations update the running statistics that they are given.
+    is no view of it; normalizations update the running statistics that they are given.  Where `torch.no_grad` begins or ends,
+    all storage counts as written: a cast on one side of it is no cast for the other, whose gradient would be lost.
     """
+    if node.op == GRADIENTS:
+        return {value.alias for value in graph.values.values()} - {""}
     touched = {graph.values[name].alias for name in node.inputs} - {""}
     if not touched or node.is_cast:
         return set()
@@ -54,6 +57,8 @@ def writers(graph: PrecisionGraph) -> dict[str, set[str]]:
 
 
 _ALIAS = attrgetter("alias")
+# Turns gradients on or off from there on.
+GRADIENTS = "builtin._set_grad_enabled"
 # Custom operations may write to whatever they are given; ONNX and prims never do.
 _IN_PLACE = re.compile(r"_$|_\.|[._]out\b|batch_norm|instance_norm|rrelu_with_noise")
 _PURE = ("aten.", "prims.", "onnx::")

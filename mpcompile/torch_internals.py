@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import _C, Tensor, nn
 from torch._C._dynamo import guards as _guards
 from torch._dynamo import config as _dynamo_config
 from torch._logging._internal import trace_structured
@@ -23,6 +23,8 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 # Tracing and compiling keep their state in torch's modules: one thread at a time.
 COMPILING = threading.RLock()
+# What a graph calls where `torch.no_grad` begins or ends.
+SET_GRAD_ENABLED = _C._set_grad_enabled
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from mpcompile.aten.facts import DTYPES
+from mpcompile.torch_internals import SET_GRAD_ENABLED
 
 
 def inline_regions(module: fx.GraphModule) -> None:
@@ -56,7 +57,7 @@ def _inline(
     result: Any = None
     with graph.inserting_before(call):
         if grad is not None:
-            graph.call_function(torch._C._set_grad_enabled, (grad,))
+            graph.call_function(SET_GRAD_ENABLED, (grad,))
         for node in inner.graph.nodes:
             if node.op == "output":
                 result = fx.map_arg(node.args[0], lambda n: env[n])
@@ -67,7 +68,7 @@ def _inline(
                 if region is not None:
                     env[node].meta.setdefault("mp_region", region)
         if grad is not None:
-            graph.call_function(torch._C._set_grad_enabled, (not grad,))
+            graph.call_function(SET_GRAD_ENABLED, (not grad,))
     _replace(graph, call, result)
 
 

@@ -196,10 +196,15 @@ class _Writer:
         return new
 
     def _item(self, name: str, old: fx.Node, new: fx.Node, index: int) -> fx.Node:
-        item = self.graph.call_function(operator.getitem, (new, index))
         planned, dtype = self.plan.nodes.get(old.name), self.plan.values[name].dtype
         emulated = planned is not None and self._emulated(planned) and dtype in LOW
-        return self._cast(item, TORCH_DTYPES[dtype]) if emulated else item
+        # Right behind its tuple: who reads it first may stand under `torch.no_grad`, where a cast has no gradient.
+        with self.graph.inserting_after(new):
+            item = self.graph.call_function(operator.getitem, (new, index))
+        if not emulated:
+            return item
+        with self.graph.inserting_after(item):
+            return self._cast(item, TORCH_DTYPES[dtype])
 
     def _casts(self, casts: Iterable[Node]) -> None:
         for cast in casts:
