@@ -22,6 +22,7 @@ from rounding import (
     series,
     signal,
     speech,
+    sundry,
     tabular,
     vision,
 )
@@ -29,7 +30,7 @@ from rounding.registry import CASES, Case
 
 DOMAINS = (
     adversary, bayes, detection, diffusion, dynamics, flows, graphs, language, metric, points, published,
-    recommender, regularisers, restoration, rl, selfsup, series, signal, speech, tabular, vision,
+    recommender, regularisers, restoration, rl, selfsup, series, signal, speech, sundry, tabular, vision,
 )  # fmt: skip
 
 __all__ = ["CASES", "DOMAINS", "Case"]
