@@ -6,7 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mpcompile import rules
+    from mpcompile import optim, rules
     from mpcompile.api import MixedPrecisionModule, mpcompile
     from mpcompile.errors import MPCompileError
     from mpcompile.policy import Policy
@@ -30,8 +30,8 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "rules":
-        return importlib.import_module("mpcompile.rules")
+    if name in ("optim", "rules"):
+        return importlib.import_module(f"mpcompile.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'mpcompile' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
@@ -50,6 +50,7 @@ __all__ = [
     "__version__",
     "load_checkpoint",
     "mpcompile",
+    "optim",
     "rules",
     "save_checkpoint",
 ]

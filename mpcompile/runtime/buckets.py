@@ -17,7 +17,8 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mpcompile.aten.rewrites.align import closed, padded
-from mpcompile.shadows.table import use_shadow, use_shadows
+from mpcompile.shadows.low_gradients import use_shadows
+from mpcompile.shadows.table import use_shadow
 from mpcompile.torch_internals import active_ddp, compile_pieces
 
 # What torch gives the first bucket to be sent, so that communication starts early: torch.distributed's own constant.
@@ -70,7 +71,7 @@ class Piece:
             return self.inner(*args)
         given = list(args)
         for masters, shadows in self.groups:
-            used = use_shadows([args[i] for i in masters], [args[i] for i in shadows])
+            used = use_shadows([args[i] for i in masters], [args[i] for i in shadows], low=False)
             for place, shadow in zip(shadows, used, strict=True):
                 given[place] = shadow
         return self.inner(*given)

@@ -9,7 +9,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from mpcompile.errors import RuntimeFailure
-from mpcompile.shadows.table import SHADOWS, ShadowGroup, use_shadows
+from mpcompile.shadows.low_gradients import use_shadows
+from mpcompile.shadows.table import SHADOWS, ShadowGroup
+from mpcompile.torch_internals import active_ddp
 
 
 class CompiledGraph:
@@ -46,8 +48,9 @@ class CompiledGraph:
         shadows = self._shadows(masters) if masters else []
         if self.lifted and torch.is_grad_enabled():
             shadows = list(shadows)
+            low = active_ddp() is None
             for group, places in self.lifted:
-                used = use_shadows([args[place] for place in places], [shadows[number] for number in group])
+                used = use_shadows([args[place] for place in places], [shadows[number] for number in group], low=low)
                 for number, shadow in zip(group, used, strict=True):
                     shadows[number] = shadow
         outputs = self.inner(*args, *shadows)

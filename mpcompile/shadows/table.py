@@ -29,6 +29,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from mpcompile.errors import RuntimeFailure
 from mpcompile.shadows.comparison import Comparison
 
+# Where an optimizer that writes shadows leaves what it wrote, for the hook after its step.
+WROTE = "_mpcompile_wrote"
 _VERSION, _GRAD = operator.attrgetter("_version"), operator.attrgetter("grad")
 
 
@@ -49,30 +51,6 @@ def use_shadow(master: torch.Tensor, shadow: torch.Tensor) -> torch.Tensor:
     return UseShadow.apply(master, shadow)  # type: ignore[no-any-return,no-untyped-call]
 
 
-class UseShadows(torch.autograd.Function):
-    """Reads several shadows in place of their masters; the gradients are cast by one call."""
-
-    @staticmethod
-    def forward(ctx: Any, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        return tuple(shadow.view_as(shadow) for shadow in given[len(given) // 2 :])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        low = [grad for grad in grads if grad is not None]
-        if not low:  # no weight of the group reached the loss (a detached branch)
-            return (None,) * (2 * len(grads))
-        single = [torch.empty_like(grad, dtype=torch.float32) for grad in low]
-        torch._foreach_copy_(single, low)
-        made = iter(single)
-        return (*(None if grad is None else next(made) for grad in grads), *(None,) * len(grads))
-
-
-def use_shadows(masters: Sequence[torch.Tensor], shadows: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
-    """The shadows, as one function of their masters: for calls op by op."""
-    return UseShadows.apply(*masters, *shadows)  # type: ignore[no-any-return,no-untyped-call]
-
-
 @dataclass(slots=True)
 class _Entry:
     """One shadow and what its master looked like when it was cast.
@@ -86,6 +64,11 @@ class _Entry:
     lie: tuple[Any, ...]
     state: tuple[int, int, int] = (-1, 0, 0)
     had_grad: bool = False
+
+
+_STATE = operator.attrgetter("state")
+# What an optimizer wrote: (master, its entry, the master's version and address then).
+Written = Sequence[tuple[torch.Tensor, _Entry, int, int]]
 
 
 @dataclass(frozen=True)
@@ -149,6 +132,25 @@ class ShadowTable:
             if id(master) in self._steps:
                 self._steps[id(master)] += 1
                 self.epoch += 1
+
+    @property
+    def changes(self) -> tuple[int, int]:
+        """Another pair as soon as a shadow came, went or was replaced."""
+        return self.gone, len(self._entries)
+
+    def held(self, masters: Sequence[torch.Tensor], dtype: torch.dtype) -> list[_Entry | None]:
+        """The entries of `masters` in this type, where there are any; their shadows may be stale."""
+        return [self._entries.get((id(master), dtype)) for master in masters]
+
+    def are_current(self, masters: Sequence[torch.Tensor], entries: Sequence[_Entry]) -> bool:
+        """Whether all these shadows are their masters', as far as host calls tell."""
+        return list(map(_STATE, entries)) == list(self.states(self.look(masters)))
+
+    def note_written(self, written: Written) -> None:
+        """An optimizer wrote these shadows with their masters, and its step has been noted."""
+        self.written += 1
+        for master, entry, version, address in written:
+            entry.state, entry.had_grad = (version, address, self._steps[id(master)]), False
 
     def states(self, look: MasterSnapshot) -> Iterator[tuple[int, int, int]]:
         """(version, address, steps) of each master."""
@@ -304,6 +306,10 @@ SHADOWS = ShadowTable()
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     SHADOWS.note_step([p for group in optimizer.param_groups for p in group["params"]])
+    # What a hook after the step edits is seen by the versions.
+    written = vars(optimizer).pop(WROTE, None)
+    if written is not None:
+        SHADOWS.note_written(written)
 
 
 register_optimizer_step_post_hook(_after_step)

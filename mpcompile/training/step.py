@@ -140,7 +140,7 @@ class TrainStep(SavedStep, Sharing, Recorded, Inspection):
             seed=self.state.scale * (1.0 / added),
             shadows=ShadowSet(),
             backend=self.backend,
-            max_grad_norm=options.max_grad_norm,
+            max_grad_norm=self.optimizers.clip_norm(options.max_grad_norm),
             accumulate=int(options.accumulate),
             added=added,
             split=SplitMasters(self.model, self.optimizers, self.monitor) if options.masters == "split" else None,

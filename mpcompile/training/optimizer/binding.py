@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mpcompile.errors import TrainingError
-from mpcompile.training.optimizer.hosts import Optimizers
+from mpcompile.training.optimizer.hosts import Optimizers, torch_class
 from mpcompile.training.optimizer.step_counters import STARTED, Shared, counters_of, resync
 from mpcompile.training.optimizer.tensor_numbers import NumbersAsTensors, Test, tensor_builtins
 
@@ -280,7 +280,7 @@ def untraceable(optimizers: Optimizers, why: str) -> TrainingError:
 def can_fuse(optimizers: Optimizers, trained: Sequence[Tensor]) -> bool:
     """True when ATen has a fused kernel for all of this update."""
     kernels = ("cpu", "cuda")
-    plain = all(type(one) in FUSED for one in optimizers) and all(p.device.type in kernels for p in trained)
+    plain = all(torch_class(one) in FUSED for one in optimizers) and all(p.device.type in kernels for p in trained)
     adagrad = any(isinstance(one, torch.optim.Adagrad) for one in optimizers)
     if adagrad and any(p.device.type != "cpu" for p in trained):
         return False

@@ -128,10 +128,30 @@ class Optimizers:
                 try_=f"{type(self.each[0]).__name__}(model.parameters(), …)",
             )
 
+    def clip_norm(self, given: float | None) -> float | None:
+        """The step's `max_grad_norm`, or that of its one optimizer (`mpcompile.optim`).
+
+        Raises:
+          TrainingError: MP541, where they say different things.
+        """
+        norms = {getattr(one, "max_grad_norm", None) for one in self.each}
+        if norms <= {None, given}:
+            return given
+        if given is not None or len(self.each) > 1:
+            raise TrainingError("MP541", f"max_grad_norm of the step is {given}, of its optimizers {norms}",
+                                why="the gradients of all optimizers have one norm in a step",
+                                try_="train_step(..., max_grad_norm=), and none on the optimizers")  # fmt: skip
+        return next(iter(norms))
+
     def note_step(self) -> None:
         """What schedulers look for before they step."""
         for one in (*self.each, *self.given):
             one._opt_called = True
+
+
+def torch_class(optimizer: Any) -> type:
+    """The class, or that of torch which it is (`mpcompile.optim`)."""
+    return getattr(optimizer, "torch_class", type(optimizer))
 
 
 def unwrap(optimizer: Any) -> torch.optim.Optimizer:

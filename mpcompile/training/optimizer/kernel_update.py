@@ -20,6 +20,7 @@ from mpcompile.runtime.kernels.update import Rule, Scale, UpdateKernel, adam_num
 from mpcompile.training.distributed.one_decision import decide
 from mpcompile.training.loss_scale.scale import LossScale, ScaleState
 from mpcompile.training.optimizer.binding import Binding
+from mpcompile.training.optimizer.hosts import torch_class
 from mpcompile.training.optimizer.traced_update import Spec
 
 # The devices whose updates run by our kernels; the others have ATen's.
@@ -141,14 +142,14 @@ def _groups(binding: Binding) -> Iterator[tuple[torch.optim.Optimizer, dict[str,
 def _numbers(binding: Binding) -> list[list[float]] | None:
     """The groups' numbers as the kernels read them; None where one asks for what they have not."""
     each = list(_groups(binding))
-    if all(type(owner) in _ADAM for owner, _ in each):
+    if all(torch_class(owner) in _ADAM for owner, _ in each):
         if any(group.get("amsgrad") or group.get("differentiable") for _, group in each):
             return None
         return [
             adam_numbers(group, bool(group.get("decoupled_weight_decay", isinstance(owner, torch.optim.AdamW))))
             for owner, group in each
         ]
-    plain = all(type(owner) is torch.optim.SGD for owner, _ in each)
+    plain = all(torch_class(owner) is torch.optim.SGD for owner, _ in each)
     # The first, undampened step of each parameter is a branch of the traced update.
     if not plain or any(group.get("differentiable") or group["dampening"] for _, group in each):
         return None
@@ -169,7 +170,7 @@ def _rows(
     if len(held) < len(shadows):
         return None
     kinds = _kinds(binding)
-    if type(binding.optimizers.owners()[0]) in _ADAM:
+    if torch_class(binding.optimizers.owners()[0]) in _ADAM:
         firsts = [state["exp_avg"] for state in states]
         seconds, counters = [state["exp_avg_sq"] for state in states], [state["step"] for state in states]
     else:
