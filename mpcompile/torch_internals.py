@@ -19,7 +19,7 @@ from torch.nn import Module
 from torch.nn.modules import module as _module
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import optimizer as _optimizer
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
 
 # Tracing and compiling keep their state in torch's modules: one thread at a time.
 COMPILING = threading.RLock()
@@ -200,6 +200,13 @@ def hooks_of_all_optimizers() -> tuple[dict[int, Any], dict[int, Any]]:
     return _optimizer._global_optimizer_pre_hooks, _optimizer._global_optimizer_post_hooks
 
 
+@contextlib.contextmanager
+def outside_of_modes() -> Iterator[None]:
+    """Inside, operations on real tensors run as they are, in the middle of a trace."""
+    with _disable_current_modes():
+        yield
+
+
 # A module's tables of what it owns, and of what it calls around itself.
 MODULE_TENSORS = ("_parameters", "_buffers", "_modules")
 MODULE_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -308,6 +315,7 @@ __all__ = [
     "masks_taken_as_given",
     "module_reads",
     "module_replaced",
+    "outside_of_modes",
     "real_tensors",
     "replaced",
 ]

@@ -297,8 +297,15 @@ def _own_line(error: Exception) -> str:
     return f"{own[-1].filename}:{own[-1].lineno}" if own else ""
 
 
+def outside_torch(frames: Sequence[traceback.FrameSummary]) -> str:
+    """The last place of code that is neither torch's nor this package's, the user's or a model library's: file:line."""
+    found = [f for f in frames if not _TORCH_OR_OURS.search(f.filename)]
+    return f"{found[-1].filename}:{found[-1].lineno}" if found else ""
+
+
 # Code that is no user's: this package, what is installed, what has no file.
 _PACKAGE = re.escape(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+_TORCH_OR_OURS = re.compile(rf"[\\/]torch[\\/]|^{_PACKAGE}|^<frozen|[\\/]lib[\\/]python3[.\\d]+[\\/](?!site-packages)")
 _LIBRARIES = re.compile(rf"site-packages|dist-packages|^{_PACKAGE}|^<|[\\/]lib[\\/]python3")
 
 

@@ -37,6 +37,23 @@ EVENTS = (
     Part("unfreeze", run="w.m.requires_grad_(True)", needs=needs("window")),
     Part("add parameter", run="l = linear(w, 0)\nn = nn.Sequential(l, nn.Linear(l.out_features, l.out_features))\nswap(w, l, n)\ntell(w, n[1].parameters())"),
     Part("attribute", run="for m in w.m.modules():\n if isinstance(m, nn.Dropout): m.p = 0.0\n if isinstance(m, nn.LayerNorm): m.eps = 0.1"),
+    # what is called by a name, and tensors that no table of a module has
+    Part("function replaced by name", run="names(of_module=torch.sin, of_class=torch.cos)"),
+    Part("function of a class replaced", run="names(of_class=lambda z: 0.5 * z)"),
+    Part("held function replaced", run="for n, v in list(vars(w.m).items()):\n if n.startswith('f') and callable(v): setattr(w.m, n, torch.sin)\n"
+         " if n.startswith('f') and isinstance(v, list): v[0] = torch.sin"),
+    Part("forward replaced", run="l = linear(w, 0)\nl.forward = lambda z: 0.5 * F.linear(z, l.weight, l.bias)"),
+    Part("forward of a class replaced", run="l = linear(w, 0)\nclass Other(nn.Linear):\n"
+         " def forward(self, z): return torch.sin(F.linear(z, self.weight, self.bias))\nl.__class__ = Other"),
+    Part("plain tensor replaced", run="for n, v in list(vars(w.m).items()):\n if isinstance(v, torch.Tensor): setattr(w.m, n, v * 0.5)\n"
+         " if n.startswith('t') and isinstance(v, list): v[0] = v[0] * 0.5"),
+    Part("plain tensor edited", run="for n, v in list(vars(w.m).items()):\n if isinstance(v, torch.Tensor): v.mul_(0.5)\n"
+         " if n.startswith('t') and isinstance(v, list): v[1]['a'].add_(0.3)"),
+    Part("plain tensor edited through data", run="for n, v in list(vars(w.m).items()):\n if isinstance(v, torch.Tensor): v.data[1] = 3.0"),
+    Part("layer leaves", run="l = linear(w, 0)\nif l.in_features == l.out_features: swap(w, l, nn.Identity())"),
+    Part("parameter leaves", run="l = linear(w, 0)\nl.weight = nn.Parameter(l.weight.detach().clone(), requires_grad=False)"),
+    Part("parameter becomes a buffer", run="l = linear(w, 0)\nif l.bias is not None and not parametrize.is_parametrized(l):\n"
+         " b = l.bias.detach().clone()\n del l.bias\n l.register_buffer('bias', b)"),
     # the optimizer
     Part("swap groups", run="gs = w.o.param_groups\nif len(gs) > 1: gs[0]['params'][0], gs[1]['params'][0] = gs[1]['params'][0], gs[0]['params'][0]"),
     Part("leave group", run="g = w.o.param_groups[0]\nif len(g['params']) > 2: w.o.state.pop(g['params'].pop(0), None)"),
@@ -54,6 +71,10 @@ EVENTS = (
     Part("optimizer post-hook", run="w.o.register_step_post_hook(lambda o, a, k: [g.update(lr=g['lr'] * 0.9) for g in o.param_groups] and None)"),
     Part("optimizer pre-hook", run="w.o.register_step_pre_hook(lambda o, a, k: [g.update(lr=g['lr'] * 0.9) for g in o.param_groups] and None)",
          needs=needs("skip")),
+    Part("hook that reads gradients", run="w.o.register_step_pre_hook(lambda o, a, k: [p.grad.mul_(0.5) for g in o.param_groups for p in g['params'] if p.grad is not None] and None)",
+         needs=needs("skip")),
+    Part("hook that reads parameters", run="def clamp(o, a, k):\n with torch.no_grad():\n  for g in o.param_groups:\n   for p in g['params']: p.clamp_(-0.4, 0.4)\n"
+         "w.o.register_step_post_hook(clamp)"),
     Part("foreign step", run="w.foreign()", needs=needs("window")),
     Part("second step", run="w.s = w.new_step() if w.how == 'step' else None", needs=needs("window")),
     # edits
@@ -77,6 +98,10 @@ EVENTS = (
          "torch.manual_seed(SEED)\nw.take(Model())\nw.m.load_state_dict(kept[0])\nw.o.load_state_dict(kept[1])\n"
          "if w.sched: w.sched.load_state_dict(kept[2])\nif w.s: w.s.load_state_dict(kept[3])", needs=needs("structure", "window")),
     Part("deep copy", run="m = copy.deepcopy(w.m)\nw.take(m)", needs=needs("window")),
+    Part("copy of the step", run="w.copied(copy.deepcopy)"),
+    Part("pickle of the step", run="w.copied(lambda things: pickle.loads(pickle.dumps(things)))"),
+    Part("through a file", run="w.through_a_file()", needs=needs("structure", "generator")),
+    Part("step state alone", run="if w.s: w.s.load_state_dict(copy.deepcopy(w.s.state_dict()))"),
     # evaluation
     Part("evaluate", run="w.m.eval()\nwith torch.no_grad(): w.note('evaluated', w.loss(*batch(303, SIZES[0]), 0.5))\nw.m.train()", needs=needs("inside")),
     Part("infer", run="w.m.eval()\nwith torch.inference_mode(): w.note('inferred', w.loss(*batch(304, SIZES[0]), 0.5).clone())\nw.m.train()", needs=needs("inside")),
@@ -93,6 +118,12 @@ EVENTS = (
     Part("zero and minus zero", run="w.micro(*batch(313, SIZES[0]), 0.0)\nw.micro(*batch(313, SIZES[0]), -0.0)"),
     Part("labels edited in place", run="x, y, f = batch(314, SIZES[0])\nw.micro(x, y, f, 0.5)\ny.copy_(y.flip(0))\nw.micro(x, y, f, 0.5)"),
     Part("count FLOPs", run="from torch.utils.flop_counter import FlopCounterMode\nwith FlopCounterMode(display=False): w.micro(*batch(315, SIZES[0]), 0.5)"),
+    Part("dispatch mode", run="with Passing(): w.micro(*batch(316, SIZES[0]), 0.5)"),
+    Part("function mode", run="with PassingFunctions(): w.micro(*batch(317, SIZES[0]), 0.5)"),
+    Part("dispatch mode in evaluation", run="w.m.eval()\nwith torch.no_grad(), Passing(): w.note('moded', w.loss(*batch(318, SIZES[0]), 0.5))\nw.m.train()", needs=needs("inside")),
+    Part("anomalies looked for", run="with torch.autograd.detect_anomaly(check_nan=False): w.micro(*batch(319, SIZES[0]), 0.5)"),
+    Part("default device", run="with torch.device('cpu'): w.micro(*batch(320, SIZES[0]), 0.5)"),
+    Part("saved tensors hooks", run="with torch.autograd.graph.saved_tensors_hooks(lambda z: z.clone(), lambda z: z): w.micro(*batch(321, SIZES[0]), 0.5)"),
     Part("clip kept", run="for p in w.params(): p.grad = None", needs=needs("window")),
 )  # fmt: skip
 
@@ -100,4 +131,7 @@ EVENTS = (
 STRUCTURE = frozenset({"replace layer", "wrap layer", "drop bias", "prune", "weight norm", "add parameter", "replace layer and tell",
                        "replace parameter", "replace parameter and tell", "replace in its group", "swap groups", "leave group", "freeze",
                        "unfreeze", "load assigned", "replace activation", "forward hook", "forward pre-hook", "backward hook",
-                       "gradient hook", "accumulated hook", "optimizer post-hook", "optimizer pre-hook", "attribute", "replace buffer"})  # fmt: skip
+                       "gradient hook", "accumulated hook", "optimizer post-hook", "optimizer pre-hook", "attribute", "replace buffer",
+                       "held function replaced", "forward replaced", "forward of a class replaced", "plain tensor replaced",
+                       "plain tensor edited", "plain tensor edited through data", "layer leaves", "parameter leaves",
+                       "parameter becomes a buffer", "hook that reads gradients", "hook that reads parameters"})  # fmt: skip

@@ -1,19 +1,26 @@
 # What a generated script runs on: one world trained plainly, one by mpcompile, and how far apart they end.
 # Every script carries this text, so it needs nothing but torch and mpcompile. It is filled in by names the script
-# defines: Model, optimizer(m), scheduler(o), EVENTS, SIZES, POLICY, BACKEND, HOW, CLIP, WINDOW, SEED, MODES.
+# defines: Model, optimizer(m), scheduler(o), EVENTS, SIZES, POLICY, BACKEND, HOW, CLIP, WINDOW, SEED, MODES, STATES.
 import copy
 import math
 import os
+import pickle
+import random
+import tempfile
+import types
 import warnings
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+import numpy
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from mpcompile import MPCompileError, mpcompile
+from mpcompile import MPCompileError, load_checkpoint, mpcompile, save_checkpoint
 
 D, V = 8, 11  # width of the stream, classes
 
@@ -25,6 +32,40 @@ def batch(i, size, poison=False):
     x, y = (torch.randint(1, V, (rows, length), generator=g) for _ in range(2))
     f = torch.randn(rows, length, D, generator=g)
     return x, y, f * float("nan") if poison else f
+
+
+class Names:
+    """What a forward calls by a name; an event puts another function there."""
+
+    @staticmethod
+    def of_class(z):
+        return torch.tanh(z)
+
+
+def of_module(z):
+    return torch.tanh(z)
+
+
+AS_WRITTEN = (of_module, Names.of_class)
+
+
+def names(of_module=AS_WRITTEN[0], of_class=AS_WRITTEN[1]):
+    """Put functions where the names are looked up; without arguments, those of the text."""
+    globals()["of_module"], Names.of_class = of_module, staticmethod(of_class)
+
+
+class Passing(TorchDispatchMode):
+    """A dispatch mode that changes nothing."""
+
+    def __torch_dispatch__(self, call, kinds, args=(), kwargs=None):
+        return call(*args, **(kwargs or {}))
+
+
+class PassingFunctions(TorchFunctionMode):
+    """A function mode that changes nothing."""
+
+    def __torch_function__(self, call, kinds, args=(), kwargs=None):
+        return call(*args, **(kwargs or {}))
 
 
 class World:
@@ -45,8 +86,41 @@ class World:
 
     def new_step(self):
         return self.mp.train_step(
-            self.o, accumulate=WINDOW, max_grad_norm=CLIP, scale=1.0 if "fp16" in POLICY else "auto"
+            self.o, accumulate=WINDOW, max_grad_norm=CLIP, scale=1.0 if "fp16" in POLICY else "auto", states=STATES
         )
+
+    def move(self, m, o, sched, mp=None, s=None):
+        """Go on with copies of everything, an open window's gradients with them."""
+        for mine, p in zip(self.params(), [p for group in o.param_groups for p in group["params"]]):
+            p.grad = None if mine.grad is None else mine.grad.clone()
+        self.m, self.o, self.sched = m, o, sched
+        self.mp = mp if mp is not None else m
+        self.s = s
+
+    def copied(self, how):
+        """The copies that `how` (deepcopy, a pickle) makes of what trains."""
+        if self.mp is self.m:
+            self.move(*how((self.m, self.o, self.sched)))
+            return
+        mp, s, o, sched = how((self.mp, self.s, self.o, self.sched))
+        self.move(mp.model, o, sched, mp, s)
+
+    def through_a_file(self):
+        """Everything written to a file and read into new ones."""
+        window, grads = self.open, [p.grad for p in self.params()]
+        parts = {"model": self.m, "optimizer": self.o, **({"step": self.s} if self.s is not None else {})}
+        extra = self.sched.state_dict() if self.sched else None
+        with tempfile.TemporaryDirectory() as folder:
+            save_checkpoint(folder + "/c", **parts, extra=extra)
+            torch.manual_seed(SEED)
+            self.take(Model())
+            parts = {"model": self.m, "optimizer": self.o, **({"step": self.s} if self.s is not None else {})}
+            extra = load_checkpoint(folder + "/c", **parts)
+        if self.sched:
+            self.sched.load_state_dict(extra)
+        self.open = window
+        for p, grad in zip(self.params(), grads):
+            p.grad = grad
 
     def params(self):
         return [p for group in self.o.param_groups for p in group["params"]]
@@ -146,6 +220,9 @@ def tell(w, new, old=()):
 
 def train(how, shake=0.0):
     """Train; `shake` moves every parameter at the start by that share of itself (what rounding alone would do)."""
+    names()
+    random.seed(SEED)
+    numpy.random.seed(SEED)
     w = World(how)
     if shake:
         with torch.no_grad():

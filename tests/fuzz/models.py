@@ -125,6 +125,16 @@ LAYERS = (
          "h = h + torch.linalg.solve(self.w# @ self.w#.T + torch.eye(D), h.transpose(1, 2)).transpose(1, 2) * 0.1"),
     Part("bilinear", "self.l# = nn.Bilinear(D, D, D)", "h = h + 0.1 * self.l#(h, torch.tanh(h))"),
     Part("prelu", "self.l# = nn.PReLU(D)", "h = self.l#(h.transpose(1, 2)).transpose(1, 2)"),
+    Part("function held", f"{_L}\nself.f# = torch.tanh", "h = h + self.f#(self.l#(h))"),
+    Part("lambda held", f"{_L}\nself.f# = [lambda z: torch.tanh(z)]", "h = h + self.f#[0](self.l#(h))"),
+    Part("function of the module", _L, "h = h + of_module(self.l#(h))"),
+    Part("function of a class", _L, "h = h + Names.of_class(self.l#(h))"),
+    Part("own method", _L, "h = h + self.l#._get_name().__len__() * 0.01 * self.l#(h)"),
+    Part("tensor that is no buffer", "self.t# = torch.linspace(0.5, 1.5, D)", "h = h * self.t#"),
+    Part("tensors in a list", "self.t# = [torch.linspace(0.5, 1.5, D), {'a': torch.zeros(D)}]", "h = h * self.t#[0] + self.t#[1]['a']"),
+    Part("host draw", "", "if self.training: h = h * (1.0 + 0.1 * random.random())"),
+    Part("numpy draw", "", "if self.training: h = h * (1.0 + 0.1 * float(numpy.random.rand()))"),
+    Part("generator", "self.g# = torch.Generator().manual_seed(3)", "h = h + 0.01 * torch.randn(h.shape, generator=self.g#)", needs("rng", "generator")),
     Part("grad of features", "", "h = h + 0.0 * f"),
 )  # fmt: skip
 
@@ -161,5 +171,7 @@ LOSSES = (
     Part("margin", _LOGITS, "return F.multi_margin_loss(self.head(h).flatten(0, 1), y.flatten())"),
     Part("logsumexp", _LOGITS, "z = self.head(h)\nreturn (z.logsumexp(-1) - z.gather(-1, y.unsqueeze(-1)).squeeze(-1)).mean()"),
     Part("weighted by a number", _LOGITS, "return F.cross_entropy(self.head(h).flatten(0, 1), y.flatten()) * (1 + t)"),
+    Part("ctc", _LOGITS, "n = torch.full((x.shape[0],), x.shape[1])\nk = 1 + (x[:, 0] > 5).long()\n"
+         "return F.ctc_loss(self.head(h).log_softmax(-1).transpose(0, 1), y[:, :2], n, k, zero_infinity=True)"),
     Part("auxiliary", _LOGITS, "return F.cross_entropy(self.head(h).flatten(0, 1), y.flatten()) + 0.01 * h.square().mean()"),
 )  # fmt: skip

@@ -51,6 +51,7 @@ class Case:
     backend: str = "eager"
     clip: float | None = None
     window: int = 1
+    states: str = "fp32"
     names: tuple[str, ...] = field(default=(), compare=False)
 
     def parts(self) -> Sequence[str]:

@@ -39,11 +39,15 @@ def case(seed: int, policy: str = "", without: frozenset[str] = frozenset()) -> 
         # Torch's own fused kernels go by address: with a state of another layout than its parameter they mix elements.
         barred |= {"layout"}
     steps = rng.choice([3, 4, 5, 6])
+    states = rng.choice(["fp32", "fp32", "bf16", "8bit"]) if policy != "fp32" and how == "step" else "fp32"
+    # In low every second case has events too: what a shadow, or a low state, misses shows there alone.
+    eventful = policy == "fp32" or (states == "fp32" and rng.random() < 0.5)
     return Case(
         seed=seed, layers=layers, start=_one(rng, STARTS, without), loss=_one(rng, LOSSES, without), optimizer=optimizer,
-        scheduler=scheduler, events=_events(rng, steps * window, barred, without) if policy == "fp32" else (),
+        scheduler=scheduler, events=_events(rng, steps * window, barred, without) if eventful else (),
         sizes=_sizes(rng, steps * window), modes=rng.choice([(0.5,), (0.5,), (0.5, 0.9), (0.1, 0.9), (0.9, 0.5, 0.1)]), how=how,
         policy=policy, backend=backend, clip=rng.choice([None, None, 0.5, 5.0]), window=window,
+        states=states,
     )  # fmt: skip
 
 

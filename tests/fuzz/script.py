@@ -22,6 +22,7 @@ def source(case: Case) -> str:
     return f"""
 SEED, HOW, POLICY, BACKEND = {case.seed}, {case.how!r}, {case.policy!r}, {case.backend!r}
 CLIP, WINDOW, SIZES, MODES = {case.clip}, {case.window}, {list(case.sizes)}, {list(case.modes)}
+STATES = {case.states!r}
 
 
 class Model(nn.Module):

@@ -15,6 +15,7 @@ PLAIN = {
     "modes": (0.5,),
     "clip": None,
     "window": 1,
+    "states": "fp32",
     "backend": "eager",
     "loss": LOSSES[0],
     "start": STARTS[1],

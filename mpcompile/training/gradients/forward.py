@@ -33,6 +33,7 @@ from mpcompile.runtime.kernels import loss as loss_kernel
 from mpcompile.training.gradients import activation_checkpoints as checkpoints
 from mpcompile.training.gradients import assignments, custom_functions, gradient_hooks, traced_calls, whole_calls
 from mpcompile.training.gradients.batch import Batch
+from mpcompile.training.gradients.decisions import Decision, decided, traced_as
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,8 @@ class Forward:
     constants: dict[str, Tensor]
     # Number among the batch's tensors -> its fake, of those too that are read for their size alone.
     examples: dict[int, Tensor] = field(default_factory=dict)
+    # What the program asked of the batch on its way.
+    decisions: Sequence[Decision] = ()
 
 
 class LossOf(nn.Module):
@@ -78,6 +81,7 @@ class LossOf(nn.Module):
         self.training = model.training
 
     def forward(self, *tensors: Tensor) -> Tensor:
+        traced_as(tensors)
         args, kwargs = self.batch.rebuild(tensors)
         call = self.model if self.loss_fn is None else self.loss_fn
         operands = args if self.loss_fn is None else (self.model, *args)
@@ -152,8 +156,10 @@ def capture(
     """
     sizes = tuple({d: Dim.AUTO for t, d in dynamic if t == i} for i in range(len(batch.tensors))) if dynamic else None
     with traced_calls.recording() as calls, contextlib.ExitStack() as stack:
-        for reads in (checkpoints.seen, custom_functions.recorded, gradient_hooks.recorded, whole_calls.taken_whole):
+        for reads in (checkpoints.seen, custom_functions.recorded, gradient_hooks.recorded):
             stack.enter_context(reads())
+        stack.enter_context(whole_calls.taken_whole(model))
+        decisions = stack.enter_context(decided(batch.tensors))
         # Export marks on the tensors themselves which sizes move: on aliases, not on the caller's.
         tensors = tuple(t.detach().requires_grad_(t.requires_grad) for t in batch.tensors)
         with host_random_refused(), containers_kept([model, loss_fn]):
@@ -186,7 +192,9 @@ def capture(
         align_linears(written.module, plan.capture, plan.graph, plan.device)
     written.module.recompile()
     constants = {_name_of_owner(name): value for name, value in program.constants.items()}
-    return _assemble(written.module, written.shadows, sources, plan, constants, named, trained)
+    forward = _assemble(written.module, written.shadows, sources, plan, constants, named, trained)
+    forward.decisions = decisions
+    return forward
 
 
 def _read_masters(module: fx.GraphModule, hooked: Mapping[str, Tensor]) -> None:

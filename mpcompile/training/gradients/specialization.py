@@ -148,6 +148,10 @@ class Specialization:
             pairs = zip(fakes, self.strides, strict=True)
             return [torch.empty_strided(f.shape, s, dtype=f.dtype, device=f.device) for f, s in pairs]
 
+    def is_decided(self, tensors: Sequence[Tensor]) -> bool:
+        """True when Python would go the way that the graph went."""
+        return all(one.holds(tensors) for one in self.joint.forward.decisions)
+
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """True when the graph is right for tensors of these sizes."""
         fakes = self.joint.forward.examples
@@ -233,11 +237,11 @@ class SpecializationCache:
         except TypeError:
             batch.refuse_objects()
             raise
-        if found is None:
+        if found is None or not found.is_decided(batch.tensors):
             batch.refuse_objects()
             _refuse_hooks(self.model, self.named)
             alike = self._alike.setdefault(kind, [])
-            found = next((a for a in alike if a.fits(batch.tensors)), None)
+            found = next((a for a in alike if a.fits(batch.tensors) and a.is_decided(batch.tensors)), None)
             if found is None:
                 with compiling(), self.around():
                     found = self._make(batch, self._moving(kind, shapes))
