@@ -91,6 +91,7 @@ def decide(
     device: str,
     *,
     partial: bool = False,
+    piece: bool = False,
     observer: Observer | None = None,
     held: Mapping[str, Tensor] | None = None,
 ) -> Plan:
@@ -99,6 +100,7 @@ def decide(
     Args:
       device: where the graph runs ("cuda" or "cpu"); what it is priced for is the policy's to say.
       partial: the graph is one of several of the model, so an override may match in another.
+      piece: the graph begins or ends where a graph broke.
       observer: called after each pass (see `mpcompile.pipeline.run`).
       held: placeholder of `module` -> the parameter or buffer that it stands for, where its numbers are there.
     """
@@ -120,17 +122,17 @@ def decide(
         strict=settings.strict,
         fused=settings.inner == "inductor",
         partial=partial,
-        measured=_measured(settings.ranges, capture.graph, policy) if narrow else None,
+        measured=_measured(settings.ranges, capture, policy, piece) if narrow else None,
     )
     graph, steps = run(capture.graph, passes, observer)
     return Plan(capture, graph, steps, policy, device, time.perf_counter() - start, row, passes)
 
 
-def _measured(ranges: Ranges | None, graph: PrecisionGraph, policy: Policy) -> MeasuredHazards | None:
+def _measured(ranges: Ranges | None, capture: FxCapture, policy: Policy, piece: bool) -> MeasuredHazards | None:
     """What was measured, held against the low type."""
     if ranges is None or policy.plan == "autocast":
         return None
-    values, gradients = ranges.found(graph, policy.low)
+    values, gradients = ranges.found(capture.graph, policy.low, capture.outside, piece=piece)
     return MeasuredHazards(policy.low, values, headroom=HEADROOM, gradients=gradients)
 
 

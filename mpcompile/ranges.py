@@ -13,32 +13,22 @@ import json
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from mpcompile.errors import RuleError
 from mpcompile.formats import LARGEST, ROUNDS_TO_ZERO
 from mpcompile.graph import Node, PrecisionGraph
+from mpcompile.measured_graph import LOSS, MeasuredGraph, keyed, measured_graph, place
 from mpcompile.passes.measured_hazards import VANISHING, Measured
 
-SCHEMA = "mpcompile.ranges/1"
+SCHEMA = "mpcompile.ranges/2"
 # How many times larger values may become while the weights move.
 HEADROOM = 4.0
 # Loss scales that are tried: 1 to 2**24, as `LossScale.dynamic` has them.
 SCALES = tuple(2.0**power for power in range(25))
 FIRST_SCALE = 2.0**16
-# Operations that come and go with the mode of a model and the way in which it is read.
-UNCERTAIN = (
-    "dropout",
-    "rand",
-    "aten.to.",
-    "aten._to_copy",
-    "aten.detach",
-    "aten.clone",
-    "aten.contiguous",
-    "aten.alias",
-)
 
 
 def write_whole(path: str | os.PathLike[str], data: Mapping[str, Any]) -> None:
@@ -100,13 +90,13 @@ class Ranges:
       values: node's key -> what its result was. gradients: node's key -> what the gradient of its result was, unscaled; with
         "|parameters" behind it, those of the parameters that it reads.
       parameters: name -> shape, of the model that was measured.
-      operations: keys of all nodes that the measured graph had. batches: how many were run.
+      graphs: what was measured, one for each signature of a batch. batches: how many were run.
     """
 
     values: dict[str, Spread] = field(default_factory=dict)
     gradients: dict[str, Spread] = field(default_factory=dict)
     parameters: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    operations: set[str] = field(default_factory=set)
+    graphs: list[MeasuredGraph] = field(default_factory=list)
     batches: int = 0
 
     def note(self, key: str, spread: Spread, *, gradient: bool = False) -> None:
@@ -126,26 +116,49 @@ class Ranges:
                 raise RuleError("MP207", "the ranges were measured on another model", where=name,
                                 why=f"the parameter was {was} and is {now}", try_="measure them again: calibrate")  # fmt: skip
 
-    def check_graph(self, graph: PrecisionGraph) -> None:
-        """Refuse a graph whose modules compute what was not there when the ranges were measured.
+    def note_graph(self, graph: MeasuredGraph) -> None:
+        if graph not in self.graphs:
+            self.graphs.append(graph)
+
+    @property
+    def operations(self) -> set[str]:
+        """Keys of all nodes that were measured."""
+        return {key for one in self.graphs for key in one.nodes}
+
+    def check_graph(self, graph: PrecisionGraph, outside: Collection[str] = (), *, piece: bool = False) -> None:
+        """Refuse a graph that computes what was not there when the ranges were measured.
+
+        What the loss function computes is its own: of another loss nothing is known, and nothing is taken.
+
+        Args:
+          outside: ids of the nodes that are the loss function's own.
+          piece: the graph is one of several of the model, behind a graph break.
 
         Raises:
           RuleError: MP207.
         """
-        for key, node in keyed(graph):
-            if not node.module or key in self.operations or any(word in node.op for word in UNCERTAIN):
-                continue
-            why, remedy = f"nothing was measured of {node.id} ({node.op})", "measure them again: calibrate"
-            raise RuleError(
-                "MP207", "the ranges were measured on another graph", where=node.module, why=why, try_=remedy
-            )
+        self._check(_Now(self, graph, outside, piece))
 
-    def found(self, graph: PrecisionGraph, low: str) -> tuple[dict[str, Measured], dict[str, str]]:
-        """(value -> what was measured, value -> why its gradient is unfit for `low`) for the values of `graph`."""
-        self.check_graph(graph)
+    def _check(self, now: _Now) -> None:
+        for key, node in now.nodes():
+            if why := "" if key.startswith(LOSS) else now.differs(key):
+                raise RuleError("MP207", "the ranges were measured on another graph",
+                                where=node.module or node.source or node.id, why=f"{node.id} ({node.op}): {why}",
+                                try_="measure them again: calibrate")  # fmt: skip
+
+    def found(
+        self, graph: PrecisionGraph, low: str, outside: Collection[str] = (), *, piece: bool = False
+    ) -> tuple[dict[str, Measured], dict[str, str]]:
+        """(value -> what was measured, value -> why its gradient is unfit for `low`) for the values of `graph`.
+
+        Raises:
+          RuleError: MP207, as `check_graph`.
+        """
+        now = _Now(self, graph, outside, piece)
+        self._check(now)
         unfit = unfit_gradients(self.gradients, low)
         values, gradients = dict[str, Measured](), dict[str, str]()
-        for keys, node in self._keys(graph):
+        for keys, node in now.known():
             if not node.outputs:
                 continue
             seen = [self.values[key].measured(low) for key in keys if key in self.values]
@@ -156,24 +169,12 @@ class Ranges:
                 gradients[node.outputs[0]] = reason
         return values, gradients
 
-    def _keys(self, graph: PrecisionGraph) -> Iterator[tuple[list[str], Node]]:
-        """(keys, node) of each node. Where a graph has not as many of an operation in a module as were measured (it is a piece
-        behind a graph break, or has another loss), nobody knows which of them a node is, and all of them count.
-        """
-        measured: defaultdict[str, list[str]] = defaultdict(list)
-        for key in sorted(self.operations):
-            measured[key.rpartition("|")[0]].append(key)
-        here = Counter(key.rpartition("|")[0] for key, _ in keyed(graph))
-        for key, node in keyed(graph):
-            place = key.rpartition("|")[0]
-            yield [key] if here[place] == len(measured[place]) else measured[place], node
-
     def to_dict(self) -> dict[str, Any]:
         return {
             "schema": SCHEMA,
             "batches": self.batches,
             "parameters": {name: list(shape) for name, shape in self.parameters.items()},
-            "operations": sorted(self.operations),
+            "graphs": [one.to_dict() for one in self.graphs],
             "values": {key: _plain(one) for key, one in self.values.items()},
             "gradients": {key: _plain(one) for key, one in self.gradients.items()},
         }
@@ -206,18 +207,55 @@ class Ranges:
             raise ValueError(f"its schema is {data['schema']!r}, not {SCHEMA!r}")
         values, gradients = ({key: _spread(one) for key, one in data[name].items()} for name in ("values", "gradients"))
         parameters = {name: tuple(map(int, shape)) for name, shape in data["parameters"].items()}
-        return cls(values, gradients, parameters, set(data["operations"]), int(data["batches"]))
+        return cls(
+            values, gradients, parameters, [MeasuredGraph.read(one) for one in data["graphs"]], int(data["batches"])
+        )
 
 
-def keyed(graph: PrecisionGraph) -> Iterator[tuple[str, Node]]:
-    """(key, node) of every node that is no cast of ours: "encoder.0.fc|aten.linear.default|0"."""
-    counts = Counter[tuple[str, str]]()
-    for node in graph:
-        if node.is_cast or node.phase != "forward":
-            continue
-        place = (node.module, node.op)
-        yield f"{node.module}|{node.op}|{counts[place]}", node
-        counts[place] += 1
+class _Now:
+    """A graph beside those that were measured."""
+
+    def __init__(self, ranges: Ranges, graph: PrecisionGraph, outside: Collection[str], piece: bool) -> None:
+        self.graphs, self.parameters = ranges.graphs, ranges.parameters
+        self.now = measured_graph(graph, outside)
+        self.keyed = list(keyed(graph, outside))
+        self.here = Counter(map(place, self.now.nodes))
+        self.measured: defaultdict[str, list[str]] = defaultdict(list)
+        for key in sorted(ranges.operations):
+            self.measured[place(key)].append(key)
+        self.piece = piece
+
+    def nodes(self) -> Iterator[tuple[str, Node]]:
+        """(key, node) of those whose results are measured."""
+        return ((key, node) for key, node in self.keyed if key in self.now.nodes)
+
+    def differs(self, key: str) -> str:
+        """Why none of the measured graphs has this node, in words; "" where one has."""
+        made, why = self.now.nodes[key], "nothing was measured of it"
+        if self._is_one_of_several(key):
+            return "" if self.measured[place(key)] else why
+        for one in self.graphs:
+            if key not in one.nodes:
+                continue
+            sizes = self.now.shapes <= one.shapes
+            why = one.nodes[key].differs(made, sizes=sizes, piece=self.piece, parameters=self.parameters)
+            if not why:
+                return ""
+        return why
+
+    def known(self) -> Iterator[tuple[list[str], Node]]:
+        """(keys, node) of each node. Where a graph has not as many of an operation in a module as were measured (it is a
+        piece behind a graph break), nobody knows which of them a node is, and all of them count.
+        """
+        for key, node in self.nodes():
+            if self._is_one_of_several(key):
+                yield self.measured[place(key)], node
+            elif not key.startswith(LOSS) or not self.differs(key):
+                yield [key], node
+
+    def _is_one_of_several(self, key: str) -> bool:
+        where = place(key)
+        return self.piece and not key.startswith(LOSS) and self.here[where] != len(self.measured[where])
 
 
 def unfit_gradients(gradients: Mapping[str, Spread], low: str) -> dict[str, str]:
@@ -262,4 +300,4 @@ def _spread(data: Any) -> Spread:
     return Spread(float(least), float(most), {int(power): int(count) for power, count in sizes.items()})
 
 
-__all__ = ["HEADROOM", "Call", "Ranges", "Spread", "keyed", "unfit_gradients"]
+__all__ = ["HEADROOM", "Call", "Ranges", "Spread", "unfit_gradients"]

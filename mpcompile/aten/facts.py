@@ -27,6 +27,8 @@ _OWN = tuple(
 _FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _CODE = re.compile(r'File "([^"]+)", line (\d+)[^\n]*\n +([^\n]+)')
 _SMALL = 1 << 16
+# Mark of a node that is the loss function's own, outside of the model.
+LOSS_OWN = "mp_loss_own"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

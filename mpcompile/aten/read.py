@@ -39,6 +39,11 @@ class FxCapture:
     names: dict[fx.Node, str] = field(default_factory=dict)
 
     @property
+    def outside(self) -> frozenset[str]:
+        """Ids of the nodes that the loss function computes outside of the model."""
+        return frozenset(node.name for node in self.module.graph.nodes if node.meta.get(facts.LOSS_OWN))
+
+    @property
     def code(self) -> dict[str, str]:
         """The user's own code by place: {"model.py:41": "x = self.head(x)"}."""
         return facts.code_lines(self.module.graph)

@@ -11,14 +11,23 @@ from pathlib import Path
 from typing import Any
 
 from mpcompile.errors import OnnxError, RuleError
+from mpcompile.measured_graph import alike
 from mpcompile.onnx.capture import OnnxCapture
 from mpcompile.onnx.read import reader
 from mpcompile.onnx.run import calibrate
 from mpcompile.onnx.run.generate import NotRun, on_generated
+from mpcompile.onnx.tensors import flat
 from mpcompile.passes.measured_hazards import Measured
 from mpcompile.ranges import write_whole
 
-SCHEMA = "mpcompile.onnx-ranges/1"
+SCHEMA = "mpcompile.onnx-ranges/2"
+# How an entry of `operations` begins.
+INPUT, WEIGHT, NUMBER, SIZES, AXES = "input", "initializer", "number", "sizes", "axes"
+CONSTANTS = (WEIGHT, NUMBER, SIZES, AXES)
+# Integers of no more elements than this are compared; those of these operators say which axes, whatever the sizes are.
+FEW = 16
+WITH_AXES = frozenset(("Squeeze", "Unsqueeze", "CumSum", "ReduceSum", "ReduceMean", "ReduceMax", "ReduceMin", "ReduceProd",
+                       "ReduceL1", "ReduceL2", "ReduceSumSquare", "ReduceLogSum", "ReduceLogSumExp"))  # fmt: skip
 # BF16 reaches as far as FP32: what is measured is for FP16.
 LOW = "fp16"
 
@@ -72,28 +81,52 @@ class OnnxRanges:
           RuleError: MP207, with the first value that is another.
         """
         mine, given = self.operations, operations(capture)
+        # What follows from the inputs' sizes is the same where those are.
+        sizes = all(mine.get(name) == said for name, said in given.items() if said.startswith(INPUT))
         for name in (*given, *mine):
-            if mine.get(name) != given.get(name):
-                why = (
-                    "it was not there"
-                    if name not in mine
-                    else "it is gone"
-                    if name not in given
-                    else "it is made otherwise"
-                )
+            if why := _differs(mine.get(name), given.get(name), sizes):
                 raise RuleError("MP207", "the ranges were measured on another graph", where=name, why=why,
                                 try_="measure them again: mpcompile calibrate MODEL.onnx")  # fmt: skip
 
 
+def _differs(was: str | None, now: str | None, sizes: bool) -> str:
+    """What is otherwise, in words; "" for nothing."""
+    if was is None or now is None:
+        return "it was not there" if was is None else "it is gone"
+    if was == now:
+        return ""
+    (kind, before), (other, after) = (one.partition(" ")[::2] for one in (was, now))
+    if kind == other == INPUT:
+        return "" if before.count(",") == after.count(",") else f"its shape is {after} and was {before}"
+    if kind == other == NUMBER:
+        return "" if alike("", float(before), float(after), sizes) else f"it is {after} and was {before}"
+    if kind == other == SIZES and not sizes:
+        return ""
+    return f"it is {now} and was {was}" if kind in CONSTANTS and other in CONSTANTS else "it is made otherwise"
+
+
 def operations(capture: OnnxCapture) -> dict[str, str]:
-    """Value -> a digest of the operation that makes it, its attributes and what it reads; of an initializer its shape."""
+    """Value -> what it is, in words: an input and its shape, an initializer and its shape, or its number if it is but one
+    (or a few integers), or a digest of the operation that makes the value, its attributes and what it reads.
+    """
     graph = capture.graph
-    found = {name: f"initializer {list(graph.values[name].shape)}" for name in capture.tensors if name in graph.values}
+    found = {name: f"{INPUT} {list(graph.values[name].shape)}" for name in graph.inputs if name not in capture.tensors}
+    places = {name for node in graph if node.op.rpartition("::")[2] in WITH_AXES for name in node.inputs[1:]}
+    found |= {name: _constant(capture, name, name in places) for name in capture.tensors if name in graph.values}
     for node in graph:
         said = repr((node.op, list(node.inputs), node.scope, sorted((k, repr(v)) for k, v in node.attrs.items())))
         digest = hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()
         found.update(dict.fromkeys(node.outputs, f"{node.op} {digest}"))
     return found
+
+
+def _constant(capture: OnnxCapture, name: str, axes: bool) -> str:
+    value = capture.graph.values[name]
+    if value.range is not None and value.numel == 1:
+        return f"{NUMBER} {value.range[0]:.9g}"
+    if value.dtype in ("int64", "int32") and value.numel <= FEW and len(value.shape) <= 1:
+        return f"{AXES if axes else SIZES} {flat(capture.tensors[name]).tolist()}"
+    return f"{WEIGHT} {list(value.shape)}"
 
 
 def measure(model: Any, samples: Any = None, provider: str = "cuda") -> OnnxRanges:

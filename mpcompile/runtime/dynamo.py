@@ -75,7 +75,8 @@ class Compiler:
         refuse_wrapped_inputs(fakes)
         fresh = self.gathered() or any(is_filled_anew(node) for node in placeholders)
         traced = trace_dynamo(module, fakes, self.paths())
-        plan = decide(traced, self.settings, device_of(fakes), partial=True, held=_held(traced, fakes))
+        plan = decide(traced, self.settings, device_of(fakes), partial=True, piece=self._is_piece(module),
+                      held=_held(traced, fakes))  # fmt: skip
         self.plans.append(plan)
         if self.on_plan is not None:
             self.on_plan(plan)
@@ -91,6 +92,11 @@ class Compiler:
             return hasattr(module, "compile_subgraph_reason")
         name = frame_compiled()
         return not any(name == one or f"_in_{one}_at_" in name for one in self.entries)
+
+    def _is_piece(self, module: fx.GraphModule) -> bool:
+        """Whether the graph begins or ends where a graph of the model broke."""
+        broke = getattr(getattr(module, "compile_subgraph_reason", None), "graph_break", False)
+        return broke or (bool(self.entries) and frame_compiled() not in self.entries)
 
     def check_overrides(self) -> None:
         """After a whole forward: an override that matched in no graph of it is an error.

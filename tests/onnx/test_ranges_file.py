@@ -83,9 +83,56 @@ def test_ranges_of_another_graph_are_refused(other: dict[str, Any], where: str, 
     assert mpcompile(net(large=39.0), "fp16", ranges=found).ranges
 
 
+def steps(
+    *ops: str, factor: float = 2.0, axes: tuple[int, ...] = (0,), rows: int = 8, sizes: tuple[int, ...] = ()
+) -> onnx.ModelProto:
+    """A product, and `ops` on what the one before gave; Mul by `factor`, ReduceSum over `axes`, Reshape to `sizes`."""
+    weight = numpy_helper.from_array(np.eye(16, dtype=np.float32), "w")
+    numbers = [("factor", np.float32(factor)), ("axes", np.int64(axes)), ("sizes", np.int64(sizes or (rows, 2, 8)))]
+    second = {"Mul": "factor", "ReduceSum": "axes", "Reshape": "sizes"}
+    nodes, read = [helper.make_node("MatMul", ["x", "w"], ["h0"])], "h0"
+    for number, op in enumerate(ops, 1):
+        nodes.append(helper.make_node(op, [read, *([second[op]] if op in second else [])], [f"h{number}"]))
+        read = f"h{number}"
+    constants = [
+        numpy_helper.from_array(np.asarray(array), name)
+        for name, array in numbers
+        if name in {second.get(o) for o in ops}
+    ]
+    ports = [helper.make_tensor_value_info("x", 1, [rows, 16])], [helper.make_tensor_value_info(read, 1, None)]
+    graph = helper.make_graph(nodes, "steps", *ports, [weight, *constants])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+@pytest.mark.parametrize(
+    ("was", "now", "refused"),
+    [
+        ({"ops": "Relu Tanh"}, {"ops": "Tanh Relu"}, True),
+        ({"ops": "Relu Tanh"}, {"ops": "Tanh"}, True),
+        ({"ops": "Relu Mul"}, {"ops": "Relu Mul", "factor": 1e6}, True),
+        ({"ops": "Relu Mul"}, {"ops": "Relu Mul", "factor": 2.5}, False),  # as weights of a training move
+        ({"ops": "ReduceSum"}, {"ops": "ReduceSum", "axes": (1,)}, True),
+        ({"ops": "ReduceSum"}, {"ops": "ReduceSum", "axes": (1,), "rows": 4}, True),
+        ({"ops": "Reshape"}, {"ops": "Reshape", "sizes": (8, 8, 2)}, True),
+        ({"ops": "Reshape"}, {"ops": "Reshape", "rows": 4}, False),  # another batch
+        ({"ops": "Relu"}, {"ops": "Relu", "rows": 4}, False),
+    ],
+)  # fmt: skip
+def test_what_is_another_graph_and_what_another_batch(was: dict[str, Any], now: dict[str, Any], refused: bool) -> None:
+    def made(ops: str, **told: Any) -> onnx.ModelProto:
+        return steps(*ops.split(), **told)
+
+    found = measure(made(**was))
+    if not refused:
+        assert mpcompile(made(**now), "fp16", ranges=found).ranges
+        return
+    with pytest.raises(RuleError, match="MP207"):
+        mpcompile(made(**now), "fp16", ranges=found)
+
+
 def test_what_is_no_file_of_such_ranges_is_refused(tmp_path: Path, samples: dict[str, Any]) -> None:
     wrong = {"empty.json": "", "list.json": "[]", "torch.json": '{"schema": "mpcompile.ranges/1"}',
-             "cut.json": '{"schema": "mpcompile.onnx-ranges/1", "values": {"x": [1]}}'}  # fmt: skip
+             "cut.json": '{"schema": "mpcompile.onnx-ranges/2", "values": {"x": [1]}}'}  # fmt: skip
     for name, text in wrong.items():
         (tmp_path / name).write_text(text)
         with pytest.raises(RuleError, match="MP208"):

@@ -121,6 +121,72 @@ def test_ranges_of_another_model_are_refused() -> None:
         mpcompile(Wide(), FP16, ranges="no/such/file")
 
 
+class Loose(nn.Module):
+    """Two layers, and what `between` computes in the model's own forward."""
+
+    def __init__(self, between: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.between = nn.Linear(8, 8), nn.Linear(8, 8), between
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.between(self.a(x))).square().mean()
+
+
+BETWEEN = {
+    "another operation": lambda h: torch.tanh(h) * 2.0,
+    "another order": lambda h: torch.relu(h * 2.0),
+    "another number": lambda h: torch.relu(h) * 1e6,
+    "one less": lambda h: h * 2.0,
+    "one more": lambda h: torch.relu(torch.relu(h)) * 2.0,
+    "another shape": lambda h: torch.relu(h.unflatten(1, (2, 4)).flatten(1)) * 2.0,
+}
+
+
+def by(entrance: str, model: nn.Module, found: Ranges, x: Tensor) -> None:
+    torch._dynamo.reset()
+    mp = mpcompile(model, FP16, backend="eager", ranges=found)
+    if entrance == "report":
+        mp.report(x)
+    elif entrance == "call":
+        mp(x)
+    else:
+        mp.train_step(torch.optim.SGD(model.parameters(), lr=0.1), lambda model, x: torch.tanh(model(x)))(x)
+
+
+@pytest.mark.parametrize("entrance", ["report", "call", "step"])
+def test_other_lines_of_the_models_own_forward_are_refused(entrance: str) -> None:
+    def between(h: Tensor) -> Tensor:
+        return torch.relu(h) * 2.0
+
+    x = torch.randn(4, 8)
+    found = mpcompile(Loose(between), FP16, backend="eager").calibrate([x])
+    for rows in (4, 6):  # other sizes of the batch are no other graph, nor is a loss around the model
+        by(entrance, Loose(between), found, torch.randn(rows, 8))
+    for other in BETWEEN.values():
+        with pytest.raises(MPCompileError, match="MP207"):
+            by(entrance, Loose(other), found, x)
+
+
+def test_a_model_that_breaks_its_graph_takes_its_ranges() -> None:
+    def broken(h: Tensor) -> Tensor:
+        h = torch.relu(h) * 2.0
+        torch._dynamo.graph_break()
+        return torch.relu(h) * 2.0
+
+    def otherwise(h: Tensor) -> Tensor:
+        h = torch.relu(h) * 2.0
+        torch._dynamo.graph_break()
+        return torch.tanh(h) * 2.0
+
+    x = torch.randn(4, 8)
+    whole = Loose(lambda h: torch.relu(torch.relu(h) * 2.0) * 2.0)
+    found = mpcompile(whole, FP16, backend="eager").calibrate([x])
+    by("call", Loose(broken), found, x)
+    with pytest.raises(MPCompileError, match="MP207"):
+        by("call", Loose(otherwise), found, x)
+
+
 def test_no_batch_is_refused() -> None:
     with pytest.raises(MPCompileError, match="MP561"):
         mpcompile(Wide(), FP16).calibrate([])

@@ -23,9 +23,10 @@ def first_of(ranks: Ranks, found: Overflow | None) -> Overflow | None:
 def joined(ranks: Ranks, found: Ranges) -> Ranges:
     """The ranges of all ranks' batches, the same on each; a collective."""
     every = _of_all(ranks, found)
-    whole: Ranges = replace(every[0], operations=set().union(*(one.operations for one in every)),
-                    batches=sum(one.batches for one in every))  # fmt: skip
+    whole: Ranges = replace(every[0], batches=sum(one.batches for one in every))
     for one in every[1:]:
+        for graph in one.graphs:
+            whole.note_graph(graph)
         for key, spread in one.values.items():
             whole.note(key, spread)
         for key, spread in one.gradients.items():

@@ -18,7 +18,7 @@ from torch.export.graph_signature import InputKind
 
 from mpcompile.aten.capture import export
 from mpcompile.aten.exported import inline_regions
-from mpcompile.aten.facts import TORCH_DTYPES, source_line
+from mpcompile.aten.facts import LOSS_OWN, TORCH_DTYPES, source_line
 from mpcompile.aten.graphs import inputs_of
 from mpcompile.aten.rewrites import chunked_loss as loss_region
 from mpcompile.aten.rewrites.align import align_linears, low_columns, padding
@@ -248,6 +248,8 @@ def _name_inputs(program: Any, module: fx.GraphModule, named: dict[str, Tensor])
     specs = {spec.arg.name: spec for spec in program.graph_signature.input_specs}
     for node in module.graph.nodes:
         if "nn_module_stack" in node.meta:
+            paths = [path for path, _ in node.meta["nn_module_stack"].values()]
+            node.meta[LOSS_OWN] = not any(path == "model" or path.startswith("model.") for path in paths)
             # The user's own paths: what overrides name, and what the report shows.
             node.meta["nn_module_stack"] = {k: (_own(p), c) for k, (p, c) in node.meta["nn_module_stack"].items()}
     for node in module.graph.find_nodes(op="placeholder"):

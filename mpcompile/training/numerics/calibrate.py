@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 from mpcompile.aten.graphs import outputs_of
 from mpcompile.compiler import Settings
 from mpcompile.errors import TrainingError
-from mpcompile.ranges import Call, Ranges, Spread, keyed
+from mpcompile.measured_graph import keyed, measured_graph
+from mpcompile.ranges import Call, Ranges, Spread
 from mpcompile.training.gradients.batch import Batch
 from mpcompile.training.numerics.subject import Differentiable, Subject, fp32_settings, phase_of, subject
 
@@ -53,8 +54,9 @@ def as_call(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def _measure(found: Subject, batch: Batch, ranges: Ranges) -> None:
-    keys = {node.id: key for key, node in keyed(found.plan.graph)}
-    ranges.operations |= set(keys.values())
+    read = found.plan.capture
+    keys = {node.id: key for key, node in keyed(read.graph, read.outside)}
+    ranges.note_graph(measured_graph(read.graph, read.outside))
     inputs = found.full_inputs(batch)
     with torch.no_grad():
         outputs: Any = _Measuring(found, keys, ranges).run(*inputs, torch.ones((), device=found.device()))
