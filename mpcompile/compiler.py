@@ -26,7 +26,7 @@ from mpcompile.policy import Policy
 from mpcompile.progress import line
 from mpcompile.ranges import HEADROOM, Ranges
 from mpcompile.recipes import fx_passes
-from mpcompile.torch_internals import trace_artifact
+from mpcompile.torch_internals.patches import trace_artifact
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 import torch
 from torch import fx, nn
-from torch._dynamo.exc import BackendCompilerFailed
-from torch.utils._pytree import tree_map
 
 from mpcompile.aten.capture import export
 from mpcompile.aten.exported import inline_regions
@@ -40,14 +38,10 @@ from mpcompile.runtime.dynamo import Compiler
 from mpcompile.runtime.fp8_linear import FP8_LINEAR
 from mpcompile.runtime.sharded import is_gathered, refuse_sharded
 from mpcompile.shadows.table import SHADOWS
-from mpcompile.torch_internals import (
-    are_calls_taken,
-    calls_taken,
-    graphs_whole,
-    hooks_guarded,
-    is_watched,
-    module_replaced,
-)
+from mpcompile.torch_internals.dynamo import BackendCompilerFailed, graphs_whole, hooks_guarded, is_watched
+from mpcompile.torch_internals.groups import module_replaced
+from mpcompile.torch_internals.modules import CALL_OF_A_WRAPPER, SHARED_TABLES, are_calls_taken, calls_taken
+from mpcompile.torch_internals.tensors import pytree
 
 if TYPE_CHECKING:
     from mpcompile.onnx.train_step import OrtTrainStep
@@ -59,10 +53,8 @@ if TYPE_CHECKING:
 
 
 _ENTRIES = itertools.count()
-# The very tables of the model: what is registered, replaced or renamed on one is so on the other.
-_SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_load_state_dict_post_hooks")
 # What a host replaces on a wrapper: hooks of its own stand around the call of the wrapper, and not of the model.
-_OWN = frozenset({"forward", "training", "_compiled_call_impl", "_is_full_backward_hook"})
+_OWN = frozenset({"forward", "training", *CALL_OF_A_WRAPPER})
 
 
 class MixedPrecisionModule(nn.Module):
@@ -75,7 +67,7 @@ class MixedPrecisionModule(nn.Module):
     def __init__(self, model: nn.Module, settings: Settings, *, dynamic: bool | None, backend: str) -> None:
         super().__init__()
         hidden = self.__dict__
-        hidden.update({name: getattr(model, name) for name in _SHARED})
+        hidden.update({name: getattr(model, name) for name in SHARED_TABLES})
         hidden["_model"], hidden["settings"], hidden["backend"] = model, settings, backend
         hidden["dynamic"] = dynamic
         hidden["_compiler"] = Compiler(
@@ -137,7 +129,7 @@ class MixedPrecisionModule(nn.Module):
         """`result` in FP32, where the policy promises it and the graph broke: its last part gives what the program gives."""
         if not self._compiler.gave_low or self.policy.output != "fp32":
             return result
-        return tree_map(lambda one: one.float() if getattr(one, "dtype", None) in LOW_DTYPES else one, result)
+        return pytree.tree_map(lambda one: one.float() if getattr(one, "dtype", None) in LOW_DTYPES else one, result)
 
     def _run(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:

@@ -250,7 +250,7 @@ def threads(count: int) -> Iterator[None]:
 
 def fresh() -> None:
     """Forget what was compiled for the model before."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     _free()
 
 

@@ -95,7 +95,7 @@ def _machine() -> list[Check]:
         ),
         Check("cpu", True, f"BF16 {_native(bf16)}; FP16 {_native(fp16)}; {torch.get_num_threads()} threads"),
         _auto("cpu"),
-        Check("dynamo backend", "mpcompile" in torch._dynamo.list_backends(), "torch.compile(backend='mpcompile')"),
+        Check("dynamo backend", "mpcompile" in torch.compiler.list_backends(), "torch.compile(backend='mpcompile')"),
     ]
     return [*checks, _private(), *_products(torch, "cpu"), *_cuda(torch, has_native_bf16), _providers()]
 
@@ -115,41 +115,13 @@ def _auto(kind: str) -> Check:
     return Check(f"policy 'auto' on {kind}", low != "fp32", f"{low}: {why}", False)
 
 
-# What mpcompile reaches into torch for; a version of torch without one of them is not supported.
-PRIVATE = (
-    "torch._functorch.aot_autograd.aot_export_joint_with_descriptors", "torch._functorch.config", "torch._inductor.config",
-    "torch._inductor.compile_fx.compile_fx", "torch._inductor.compile_fx.compile_fx_inner", "torch._guards.TracingContext",
-    "torch._guards.tracing", "torch._dynamo.config", "torch._subclasses.fake_tensor.FakeTensor", "torch._higher_order_ops",
-    "torch._foreach_copy_", "torch._foreach_add_", "torch._ops.HigherOrderOperator", "torch._C._dynamo.guards",
-    "torch._inductor.compile_fx.partition_fn", "torch._inductor.compile_fx._recursive_joint_graph_passes",
-    "torch._inductor.decomposition.select_decomp_table", "torch._inductor.virtualized.V", "torch._guards.detect_fake_mode",
-    "torch._functorch.compile_utils.fx_graph_cse", "torch._dynamo.backends.distributed.SubmodCompiler",
-    "torch._dynamo.symbolic_convert.TensorifyState",
-    "torch._dynamo.symbolic_convert.InstructionTranslator", "torch._dynamo.utils.counters", "torch._decomp.get_decompositions",
-    "torch._dynamo.exc.BackendCompilerFailed", "torch._logging._internal.trace_structured", "torch._ops.OpOverload",
-    "torch._higher_order_ops.wrap.tag_activation_checkpoint", "torch._subclasses.fake_tensor.unset_fake_temporarily",
-    "torch._subclasses.fake_tensor.FakeTensorMode", "torch._subclasses.fake_tensor.DataDependentOutputException",
-    *(f"torch._functorch._aot_autograd.descriptors.{name}" for name in (
-        "GradAOTOutput", "InputMutationAOTOutput", "PlainAOTInput", "TangentAOTInput")),
-)  # fmt: skip
-
-
 def _private() -> Check:
-    """The private parts of torch that are used, and which of them this torch lacks."""
-    lacking = [name for name in PRIVATE if not _reaches(name)]
-    found = f"all {len(PRIVATE)} that are used are there" if not lacking else f"missing: {', '.join(lacking)}"
+    """The private names of torch that are used, and which of them this torch lacks."""
+    from mpcompile.torch_internals.names import missing, names
+
+    lacking = [one.path for one in missing()]
+    found = f"all {len(names())} that are used are there" if not lacking else f"missing: {', '.join(lacking)}"
     return Check("private parts of torch", not lacking, found)
-
-
-def _reaches(name: str) -> bool:
-    owner, _, last = name.rpartition(".")
-    for module in (name, owner):
-        try:
-            found = importlib.import_module(module)
-        except ImportError:
-            continue
-        return module == name or hasattr(found, last)
-    return False
 
 
 def _measured(to: Path | None) -> list[Check]:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from mpcompile.torch_internals.tensors import storage_key
+
 
 @dataclass(frozen=True)
 class Saved:
@@ -32,7 +34,7 @@ def saved_for_backward(forward: Callable[[], Tensor]) -> Saved:
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        kept.setdefault(storage._cdata, (weak(storage), storage.nbytes(), tensor.dtype == torch.float32))
+        kept.setdefault(storage_key(tensor), (weak(storage), storage.nbytes(), tensor.dtype == torch.float32))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -278,7 +278,8 @@ def more_batches(target: str, first: Factory, count: int) -> Iterator[Factory]:
 
 def _same(one: Any, other: Any) -> bool:
     import torch
-    from torch.utils import _pytree as pytree
+
+    from mpcompile.torch_internals.tensors import pytree
 
     pairs = zip(pytree.tree_leaves(one), pytree.tree_leaves(other), strict=False)
     return all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)

@@ -22,16 +22,9 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._dynamo.symbolic_convert import TensorifyState
-from torch._guards import detect_fake_mode
-from torch._higher_order_ops.wrap import tag_activation_checkpoint
-from torch._ops import HigherOrderOperator
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export.graph_signature import InputKind
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.fx.passes._tensorify_python_scalars import tensorify_python_scalars
-from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointPolicy
 
 from mpcompile.aten.facts import DTYPES
@@ -39,10 +32,19 @@ from mpcompile.aten.recurrent import rnn_kept_opaque
 from mpcompile.aten.surroundings import quiet_torch
 from mpcompile.aten.transforms import transformed, with_transforms_apart
 from mpcompile.errors import CaptureError, MPCompileError
-from mpcompile.torch_internals import masks_taken_as_given
+from mpcompile.torch_internals.dynamo import (
+    TensorifyState,
+    detect_fake_mode,
+    is_held,
+    is_parameter,
+    source_name,
+    tag_activation_checkpoint,
+    tensorify_python_scalars,
+)
+from mpcompile.torch_internals.operators import ENTER_AUTOCAST, EXIT_AUTOCAST, HigherOrderOperator
+from mpcompile.torch_internals.patches import masks_taken_as_given
+from mpcompile.torch_internals.tensors import FakeTensor, FakeTensorMode, pytree
 
-_ENTER = torch.amp.autocast_mode._enter_autocast
-_EXIT = torch.amp.autocast_mode._exit_autocast
 # Torch numbers its own checkpoints from 0; the partitioner only compares numbers within one graph.
 _CHECKPOINTS = itertools.count(1 << 32)
 
@@ -81,9 +83,9 @@ class AtenTracer(fx.Interpreter):
             node.meta.setdefault(key, value)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target is _ENTER:
+        if target is ENTER_AUTOCAST:
             return self._enter(*args, **kwargs)
-        if target is _EXIT:
+        if target is EXIT_AUTOCAST:
             return self._regions.pop()
         if target is tag_activation_checkpoint:
             return self._inline_checkpoint(args, kwargs)
@@ -224,20 +226,18 @@ def numbers_settled(traced: fx.GraphModule) -> Iterator[None]:
 
 
 def _input_role(node: fx.Node) -> str:
-    if isinstance(node.meta.get("example_value"), torch.nn.Parameter):
+    if is_parameter(node):
         return "parameter"
     # Dynamo marks what a module holds; what is not a parameter then is a buffer.
-    return "buffer" if "_dynamo_static_input_type" in (node.meta.get("tensor_dict") or {}) else "input"
+    return "buffer" if is_held(node) else "input"
 
 
 def _input_name(node: fx.Node) -> str:
     """The user's own name of a Dynamo input: "encoder.0.fc1.weight" for a parameter, "x" for an argument."""
-    source = getattr(node, "_dynamo_source", None)
-    if source is None:
+    name = source_name(node)
+    if name is None:
         return str(node.target)
-    # torch 2.11: name() is a method; 2.13: a property.
-    name = source.name() if callable(source.name) else source.name
-    path = re.findall(r"\['?([\w.]+)'?\]", re.sub(r"(\._modules|\._parameters|\._buffers)", "", str(name)))
+    path = re.findall(r"\['?([\w.]+)'?\]", re.sub(r"(\._modules|\._parameters|\._buffers)", "", name))
     return ".".join(path[1:] or path) or str(node.target)
 
 

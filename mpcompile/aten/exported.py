@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from mpcompile.aten.facts import DTYPES
-from mpcompile.torch_internals import SET_GRAD_ENABLED
+from mpcompile.torch_internals.operators import EXPORT_GUARDS, SET_GRAD_ENABLED, HigherOrderOperator, name_of
 
 
 def inline_regions(module: fx.GraphModule) -> None:
@@ -17,13 +17,13 @@ def inline_regions(module: fx.GraphModule) -> None:
     for node in list(module.graph.nodes):
         if _is_check(node):
             module.graph.erase_node(node)
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator):
+        if node.op != "call_function" or not isinstance(node.target, HigherOrderOperator):
             continue
-        if node.target._name == "wrap_with_autocast":
+        if name_of(node.target) == "wrap_with_autocast":
             _, dtype, enabled, _, body, *operands = node.args
             region = DTYPES.get(dtype, "off") if enabled else "off"
             _inline(module, node, body, operands, region)
-        elif node.target._name == "wrap_with_set_grad_enabled":
+        elif name_of(node.target) == "wrap_with_set_grad_enabled":
             enabled, body, *operands = node.args
             _inline(module, node, body, operands, None, grad=bool(enabled))
     module.recompile()
@@ -44,7 +44,7 @@ def without_dtype_checks(module: fx.GraphModule) -> fx.GraphModule:
 def _is_check(node: fx.Node) -> bool:
     """Export's own assertions: of input shapes, and of dtypes that the plan is about to change."""
     if node.op == "call_module":
-        return "_guards_fn" in str(node.target)
+        return EXPORT_GUARDS in str(node.target)
     return node.target is torch.ops.aten._assert_tensor_metadata.default
 
 

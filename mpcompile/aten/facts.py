@@ -13,6 +13,7 @@ from torch import fx
 
 from mpcompile.formats import FORMATS
 from mpcompile.graph import Value
+from mpcompile.torch_internals.operators import HigherOrderOperator, OpOverload, name_of, schema_of
 
 DTYPES: dict[torch.dtype, str] = {
     **{getattr(torch, one.torch): one.name for one in FORMATS}, torch.float64: "fp64",
@@ -43,10 +44,10 @@ def argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
 
 def op_name(target: Any) -> str:
     """ "aten.linear.default", "mylib.op.default", "hop.cond", "builtin.getitem"."""
-    if isinstance(target, torch._ops.OpOverload):
+    if isinstance(target, OpOverload):
         return str(target)
-    if isinstance(target, torch._ops.HigherOrderOperator):
-        return f"hop.{target._name}"
+    if isinstance(target, HigherOrderOperator):
+        return f"hop.{name_of(target)}"
     # A call of the program's own Python that the graph keeps whole says itself what it is.
     return getattr(target, "mp_op", None) or f"builtin.{getattr(target, '__name__', str(target))}"
 
@@ -78,7 +79,7 @@ def range_of(tensor: Any) -> tuple[float, float] | None:
 
 def attributes(node: fx.Node) -> dict[str, Any]:
     """Every non-tensor argument under its schema name, as plain data."""
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     names = [a.name for a in schema.arguments] if schema is not None else []
     found: dict[str, Any] = {}
     for i, argument in enumerate(node.args):
@@ -110,11 +111,11 @@ def _plain(item: Any) -> Any:
 def names_dtype(node: fx.Node) -> bool:
     """True when the op was told which dtype to give."""
     target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(target, OpOverload):
         return False
     if str(target) in ("prims.convert_element_type.default", "aten.to.dtype", "aten._to_copy.default"):
         return any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values()))
-    schema = target._schema.arguments
+    schema = schema_of(target).arguments
     given = {schema[i].name: a for i, a in enumerate(node.args)} | dict(node.kwargs)
     return isinstance(given.get("dtype"), torch.dtype)
 

@@ -14,6 +14,7 @@ from torch import fx
 
 from mpcompile.aten.facts import hint, op_name
 from mpcompile.rules import rules_for
+from mpcompile.torch_internals.operators import schema_of
 
 Sizes = list[int]
 
@@ -33,7 +34,7 @@ def flops(node: fx.Node) -> int:
 
 def _arguments(node: fx.Node) -> list[Any]:
     """As the schema orders them, wherever they were given."""
-    schema: Any = getattr(node.target, "_schema", None)
+    schema: Any = schema_of(node.target)
     later = [node.kwargs.get(a.name) for a in schema.arguments[len(node.args) :]] if schema is not None else []
     return list(map(_given, (*node.args, *later)))
 
@@ -53,7 +54,7 @@ def _sizes(tensor: Any) -> Sizes:
 
 def _recurrence(node: fx.Node) -> int:
     """Every weight of an LSTM, GRU or RNN, or of one cell, is multiplied with every row of the input."""
-    schema: Any = getattr(node.target, "_schema", None)
+    schema: Any = schema_of(node.target)
     given: dict[str, Any] = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
     rows = next(iter(given.values())).meta.get("val")
     weights = given.get("params") or [given.get("w_ih"), given.get("w_hh")]

@@ -13,6 +13,8 @@ import torch
 from torch import fx
 
 from mpcompile.aten import facts
+from mpcompile.torch_internals.operators import OpOverload, overload_of, schema_of
+from mpcompile.torch_internals.tensors import storage_key
 
 aten = torch.ops.aten
 _FOLLOWS_OTHER = {aten.to.other, aten.type_as.default}
@@ -26,7 +28,7 @@ def make_explicit(module: fx.GraphModule) -> None:
     graph = module.graph
     members = _storages(graph)
     for node in list(graph.nodes):
-        if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        if node.op != "call_function" or not isinstance(node.target, OpOverload):
             continue
         if node.target in _FOLLOWS_OTHER:
             _fix_dtype(node)
@@ -34,7 +36,7 @@ def make_explicit(module: fx.GraphModule) -> None:
             _only_move(node)
         elif _is_factory_like(node.target):
             _name_dtype(node)
-        elif node.target._schema.is_mutable:
+        elif schema_of(node.target).is_mutable:
             _try_functional(node, members)
     graph.lint()
 
@@ -53,17 +55,17 @@ def _storages(graph: fx.Graph) -> dict[int, list[fx.Node]]:
     for node in graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and value.layout == torch.strided:
-            members[value.untyped_storage()._cdata].append(node)
+            members[storage_key(value)].append(node)
     return members
 
 
 def _written(node: fx.Node) -> list[fx.Node]:
     """The arguments that an op writes to."""
     target = node.target
-    if node.op != "call_function" or not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable:
+    if node.op != "call_function" or not isinstance(target, OpOverload) or not schema_of(target).is_mutable:
         return []
     found = []
-    for i, argument in enumerate(target._schema.arguments):
+    for i, argument in enumerate(schema_of(target).arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
         given = facts.argument(node, i, argument.name)
@@ -76,7 +78,7 @@ def _try_functional(node: fx.Node, members: dict[int, list[fx.Node]]) -> None:
     target = node.args[0] if node.args else None
     if functional is None or not isinstance(target, fx.Node) or not isinstance(target.meta.get("val"), torch.Tensor):
         return
-    sharing = members[target.meta["val"].untyped_storage()._cdata]
+    sharing = members[storage_key(target.meta["val"])]
     # Safe when the storage began in this graph, and all that shared it until now is the chain of its in-place
     # results: an earlier view, or the caller of an input, would see the write.  Later views read the new tensor.
     if any(n.op != "call_function" for n in sharing):
@@ -89,15 +91,15 @@ def _try_functional(node: fx.Node, members: dict[int, list[fx.Node]]) -> None:
     target.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node and node < user)
 
 
-def _functional(op: object) -> torch._ops.OpOverload | None:
+def _functional(op: object) -> OpOverload | None:
     """aten.relu_.default -> aten.relu.default, when it exists and takes the same arguments."""
-    if not isinstance(op, torch._ops.OpOverload):
+    if not isinstance(op, OpOverload):
         return None
-    packet = op._schema.name.split("::")[-1]
+    packet = schema_of(op).name.split("::")[-1]
     if not packet.endswith("_") or packet.endswith("__") or op.namespace != "aten" or packet in _IN_PLACE_ONLY:
         return None
-    twin = getattr(getattr(aten, packet[:-1], None), op._overloadname, None)
-    if twin is None or [a.name for a in twin._schema.arguments] != [a.name for a in op._schema.arguments]:
+    twin = getattr(getattr(aten, packet[:-1], None), overload_of(op), None)
+    if twin is None or [a.name for a in schema_of(twin).arguments] != [a.name for a in schema_of(op).arguments]:
         return None
     return twin  # type: ignore[no-any-return]
 
@@ -115,9 +117,9 @@ def _only_move(node: fx.Node) -> None:
         node.kwargs = {name: value for name, value in node.kwargs.items() if name != "dtype"}
 
 
-def _is_factory_like(op: torch._ops.OpOverload) -> bool:
+def _is_factory_like(op: OpOverload) -> bool:
     name = str(op)
-    return any(part in name for part in _LIKE) and any(a.name == "dtype" for a in op._schema.arguments)
+    return any(part in name for part in _LIKE) and any(a.name == "dtype" for a in schema_of(op).arguments)
 
 
 def _name_dtype(node: fx.Node) -> None:

@@ -21,6 +21,7 @@ from mpcompile.aten.functional import make_explicit, mutated_storages
 from mpcompile.aten.rewrites.masks import fold_masks
 from mpcompile.aten.rewrites.noop_casts import keep_noop_casts_local
 from mpcompile.graph import Node, PrecisionGraph, Role, Value
+from mpcompile.torch_internals.operators import schema_of
 
 
 @dataclass
@@ -66,7 +67,7 @@ def read(module: fx.GraphModule, header: dict[str, str] | None = None) -> FxCapt
 
 def operands(node: fx.Node) -> Iterator[tuple[fx.Node, int]]:
     """The fx nodes among a node's arguments, in a fixed order, each with its slot in the op's schema."""
-    schema = getattr(node.target, "_schema", None)
+    schema = schema_of(node.target)
     places = {a.name: i for i, a in enumerate(schema.arguments)} if schema is not None else {}
     found: list[fx.Node] = []
     for slot, argument in enumerate(node.args):

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,9 @@ import torch
 from torch import Tensor, fx
 
 from mpcompile.errors import RuntimeFailure
+from mpcompile.torch_internals.dynamo import rnn_traced
+from mpcompile.torch_internals.operators import schema_of, wrap_trace_kernels
+from mpcompile.torch_internals.tensors import flatten_rnn_weights
 
 aten = torch.ops.aten
 # Which: ATen's operation; the tail of each operation's arguments, from `has_biases` on, is the same but for batch_first.
@@ -92,9 +96,7 @@ def _flatten(leaves: list[Tensor], which: str, states: int, has_biases: bool, la
     projected = output if output != cell else 0
     each = (4 if has_biases else 2) + (projected > 0)
     with torch.no_grad():
-        torch._cudnn_rnn_flatten_weight(
-            weights, each, leaves[0].shape[-1], mode, cell, projected, layers, batch_first, both
-        )
+        flatten_rnn_weights(weights, each, leaves[0].shape[-1], mode, cell, projected, layers, batch_first, both)
 
 
 def _backward(token: Tensor, grads: Sequence[Tensor | None], source: Tensor, operands: Sequence[Tensor],
@@ -161,7 +163,7 @@ def recurrent(sizes: Tensor | None, options: tuple[Any, ...], source: Tensor, *o
 
 def _arguments(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
     """The arguments of `recurrent` from those of ATen's operation."""
-    given = dict(zip((a.name for a in target._schema.arguments), args, strict=False)) | dict(kwargs)
+    given = dict(zip((a.name for a in schema_of(target).arguments), args, strict=False)) | dict(kwargs)
     source, sizes = given.get("input", given.get("data")), given.get("batch_sizes")
     states: Any = given["hx"] if isinstance(given["hx"], (list, tuple)) else [given["hx"]]
     flags = [given[name] for name in ("has_biases", "num_layers", "dropout", "train", "bidirectional")]
@@ -201,31 +203,25 @@ def rnn_kept_opaque() -> Iterator[None]:
     eager FP32.  And what a trace needs to know of their results comes from their shapes: torch's own decomposition
     walks through the time steps, which takes long and makes each length of a sequence a graph of its own.
     """
-    config = torch._dynamo.config
-    before, whole = config.allow_rnn, _TRACED.whole
-    config.allow_rnn = _TRACED.whole = True
+    whole, _TRACED.whole = _TRACED.whole, True
     try:
-        yield
+        with rnn_traced():
+            yield
     finally:
-        config.allow_rnn, _TRACED.whole = before, whole
+        _TRACED.whole = whole
 
 
-def _in_traces(target: Any, key: torch._C.DispatchKey) -> None:
-    usual = target.py_kernels.get(key)
-
+def _in_traces(target: Any, usual: Callable[..., Any]) -> Callable[..., Any]:
     def kernel(*args: Any, **kwargs: Any) -> Any:
         if _TRACED.whole:
             return recurrent(*_arguments(target, args, kwargs))
         return usual(*args, **kwargs)
 
-    target.py_kernels[key] = kernel
-    target._dispatch_cache.clear()
+    return kernel
 
 
 for _target in _TARGETS:
-    for _key in (torch._C.DispatchKey.Autograd, torch._C.DispatchKey.CompositeImplicitAutograd):
-        if _key in _target.py_kernels:
-            _in_traces(_target, _key)
+    wrap_trace_kernels(_target, functools.partial(_in_traces, _target))
 
 
 __all__ = ["recurrent", "rnn_kept_opaque", "with_whole_layers"]

@@ -12,9 +12,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
-from torch.utils import _pytree as pytree
 
 from mpcompile.errors import CaptureError
+from mpcompile.torch_internals.tensors import pytree
 
 
 @contextlib.contextmanager

@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import fx
 
-_ENTER, _LEAVE = "_increment_nesting", "_decrement_nesting"
+from mpcompile.torch_internals.dynamo import copy_source
+from mpcompile.torch_internals.operators import ENTER_TRANSFORM, LEAVE_TRANSFORM
 
 
 def transformed(body: fx.GraphModule, *operands: Any) -> Any:
@@ -31,8 +32,7 @@ def with_transforms_apart(module: fx.GraphModule) -> fx.GraphModule:
             _call(made, stretch, env, f"_transform_{number}")
         else:
             env[stretch[0]] = made.graph.node_copy(stretch[0], lambda n: env[n])
-            if hasattr(stretch[0], "_dynamo_source"):
-                env[stretch[0]]._dynamo_source = stretch[0]._dynamo_source
+            copy_source(stretch[0], env[stretch[0]])
     made.graph.lint()
     made.recompile()
     made.meta.update(module.meta)
@@ -42,7 +42,7 @@ def with_transforms_apart(module: fx.GraphModule) -> fx.GraphModule:
 def _step(node: fx.Node) -> int:
     """1 where a node enters a level, -1 where it leaves one."""
     name = getattr(node.target, "__name__", "") if node.op == "call_function" else ""
-    return int(name.endswith(_ENTER)) - int(name.endswith(_LEAVE))
+    return int(name.endswith(ENTER_TRANSFORM)) - int(name.endswith(LEAVE_TRANSFORM))
 
 
 def _stretches(graph: fx.Graph) -> Iterator[list[fx.Node]]:

@@ -23,6 +23,7 @@ from mpcompile.formats import LOW
 from mpcompile.fp8 import copies
 from mpcompile.graph import Node, PrecisionGraph
 from mpcompile.rules.hazards import MASK_SLOT, SELECTS, THROUGH, base
+from mpcompile.torch_internals.dynamo import codegen_of
 
 _COPIED_META = ("stack_trace", "nn_module_stack", "recompute", "ac_graph_id", "custom", "mp_name", "tensor_dict")
 
@@ -95,7 +96,7 @@ class _Writer:
             self._casts(casts.get(node.name, ()) if node.op == "call_function" else ())
         self.graph.lint()
         # An exported graph takes and gives the user's own structures.
-        self.graph.set_codegen(self.capture.module.graph._codegen)
+        self.graph.set_codegen(codegen_of(self.capture.module.graph))
         module = fx.GraphModule(self.capture.module, self.graph)
         module.meta.update({k: v for k, v in self.capture.module.meta.items() if k != "dynamo_compile_id"})
         return Written(module, self.shadows)

@@ -28,6 +28,7 @@ from mpcompile.onnx.run.session import has_provider
 from mpcompile.onnx.run.session import session as make_session
 from mpcompile.onnx.write import check as onnx_check
 from mpcompile.onnx.write.simulate import simulate
+from mpcompile.torch_internals.tensors import version
 from mpcompile.training.gradients.batch import Batch
 from mpcompile.training.result import StepResult
 from mpcompile.training.step import TrainStep
@@ -199,7 +200,7 @@ class OrtTrainStep:
 
     def _take_edits(self) -> None:
         """Somebody changed a live tensor (a loaded checkpoint, an edit in place): take in all, shadows refreshed."""
-        edited = [s for key, s in self._state.items() if self._versions.get(key) != s.live._version]
+        edited = [s for key, s in self._state.items() if self._versions.get(key) != version(s.live)]
         if not edited:
             return
         for state in edited:
@@ -211,7 +212,7 @@ class OrtTrainStep:
         self._note_versions()
 
     def _note_versions(self) -> None:
-        self._versions = {key: state.live._version for key, state in self._state.items()}
+        self._versions = {key: version(state.live) for key, state in self._state.items()}
 
 
 def _ortvalue(tensor: Tensor) -> ort.OrtValue:

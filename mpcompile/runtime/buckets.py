@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor
 
 from mpcompile.aten.rewrites.align import closed, padded
 from mpcompile.shadows.low_gradients import use_shadows
 from mpcompile.shadows.table import use_shadow
-from mpcompile.torch_internals import active_ddp, compile_pieces
+from mpcompile.torch_internals.groups import active_ddp, compile_pieces
+from mpcompile.torch_internals.tensors import FakeTensor
 
 # What torch gives the first bucket to be sent, so that communication starts early: torch.distributed's own constant.
 FIRST_BUCKET = 1 << 20

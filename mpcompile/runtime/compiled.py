@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
 from mpcompile.errors import RuntimeFailure
 from mpcompile.shadows.low_gradients import use_shadows
 from mpcompile.shadows.table import SHADOWS, ShadowGroup
-from mpcompile.torch_internals import active_ddp
+from mpcompile.torch_internals.groups import active_ddp
+from mpcompile.torch_internals.tensors import FakeTensor
 
 
 class CompiledGraph:

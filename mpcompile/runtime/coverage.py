@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo.utils import counters
-from torch.utils._pytree import tree_leaves
+
+from mpcompile.torch_internals.dynamo import graph_breaks, recompile_limit
+from mpcompile.torch_internals.tensors import pytree
 
 _SHOWN = 4
 
@@ -31,11 +32,11 @@ class Breaks:
 @contextlib.contextmanager
 def counting_breaks() -> Iterator[Breaks]:
     """Count the graph breaks of a block."""
-    found, before = Breaks(), Counter(counters["graph_break"])
+    found, before = Breaks(), graph_breaks()
     try:
         yield found
     finally:
-        for text, count in (Counter(counters["graph_break"]) - before).items():
+        for text, count in (graph_breaks() - before).items():
             found.titles[text.partition("\n")[0]] += count
 
 
@@ -80,7 +81,11 @@ def _some(names: list[str]) -> str:
 
 def _reached(result: Any) -> set[int] | None:
     """Ids of the leaves that a backward from `result` would reach; None where there is nothing to follow."""
-    todo = [leaf.grad_fn for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None]
+    todo = [
+        leaf.grad_fn
+        for leaf in pytree.tree_leaves(result)
+        if isinstance(leaf, torch.Tensor) and leaf.grad_fn is not None
+    ]
     if not todo:
         return None
     seen, found = set(todo), set()
@@ -96,7 +101,7 @@ def _reached(result: Any) -> set[int] | None:
 
 def warn_of_eager_call() -> None:
     """A call of a compiled model ran none of its graphs."""
-    limit = torch._dynamo.config.recompile_limit
+    limit = recompile_limit()
     warnings.warn(
         "mpcompile: no compiled graph ran in this call: the model ran as written, in FP32. Dynamo gives up on a function "
         f"after {limit} compilations (TORCH_LOGS=recompiles says what changed; torch._dynamo.config.recompile_limit "
@@ -138,7 +143,7 @@ def watched_method(model: nn.Module, name: str, method: Callable[..., Any]) -> C
 
 def warn_of_recurrent_break() -> None:
     """In ``torch.compile(model, backend="mpcompile")``: say that Dynamo left an LSTM, GRU or RNN, and its neighbours."""
-    if any(text.startswith("Attempted to wrap RNN") for text in counters["graph_break"]):
+    if any(text.startswith("Attempted to wrap RNN") for text in graph_breaks()):
         warnings.warn(
             "mpcompile: Dynamo does not trace LSTM, GRU and RNN, and left the function that calls one to eager FP32; "
             "use mpcompile(model), or set torch._dynamo.config.allow_rnn = True before torch.compile",

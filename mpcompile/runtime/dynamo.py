@@ -36,7 +36,8 @@ from mpcompile.runtime.fp8_linear import FP8_LINEAR
 from mpcompile.runtime.inductor import compile_inductor, run_eagerly
 from mpcompile.runtime.sharded import refuse_wrapped_inputs, say_gathered
 from mpcompile.shadows.table import use_shadow
-from mpcompile.torch_internals import frame_compiled, is_filled_anew, real_tensors
+from mpcompile.torch_internals.dynamo import frame_compiled, is_filled_anew
+from mpcompile.torch_internals.tensors import real_tensors
 
 # Elements from which a shadow's gradient is cast outside the compiled backward.
 LARGE = 1 << 18

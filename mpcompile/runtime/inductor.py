@@ -12,6 +12,14 @@ from torch import fx
 
 from mpcompile.aten.capture import autocast_off
 from mpcompile.aten.recurrent import with_whole_layers
+from mpcompile.torch_internals.inductor import (
+    KEEP_ROUNDINGS,
+    OVERLAP_COMMUNICATION,
+    backward_without_autocast,
+    compile_half,
+    compile_training,
+    inductor_set,
+)
 
 Runnable = Callable[..., Any]
 
@@ -21,9 +29,7 @@ def plain_autograd() -> Iterator[None]:
     """No autocast in the trace, forward or backward (pytorch issues 153044 and 179804: autocast ran again in the
     backward and rounded what the forward had kept FP32).
     """
-    config = torch._functorch.config
-    backward = config.patch(backward_pass_autocast="off") if hasattr(config, "backward_pass_autocast") else None
-    with autocast_off(), backward or contextlib.nullcontext():
+    with autocast_off(), backward_without_autocast():
         yield
 
 
@@ -41,22 +47,14 @@ def matmul_precision(name: str) -> Iterator[None]:
 @contextlib.contextmanager
 def roundings_kept(wanted: bool) -> Iterator[None]:
     """Inductor fuses intermediate roundings away unless told: with `wanted`, those in the graph stay (law 4)."""
-    from torch._inductor import config
-
-    with config.patch(emulate_precision_casts=True) if wanted else contextlib.nullcontext():
+    with inductor_set(KEEP_ROUNDINGS) if wanted else contextlib.nullcontext():
         yield
 
 
 @contextlib.contextmanager
 def overlapped(wanted: bool) -> Iterator[None]:
     """Inductor starts collectives as early, and waits for them as late, as what they read and give allows."""
-    from torch._inductor import config
-
-    options = {
-        "reorder_for_compute_comm_overlap": True,
-        "reorder_for_compute_comm_overlap_passes": ["raise_comms", "sink_waits"],
-    }
-    with config.patch(options) if wanted else contextlib.nullcontext():
+    with inductor_set(OVERLAP_COMMUNICATION) if wanted else contextlib.nullcontext():
         yield
 
 
@@ -72,25 +70,21 @@ def compile_inductor(
       fp32_matmul: how the matmuls that stay FP32 may round inside, in this graph's forward and backward alone.
         "highest" leaves torch's own switch in charge.
     """
-    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-
-    patches = {"emulate_precision_casts": True} if keep_rounding else None
-    inner_compile: Any = compile_fx_inner
+    patches = KEEP_ROUNDINGS if keep_rounding else None
+    inner: Any = None
     if fp32_matmul != "highest":
-        inner_compile = functools.partial(_compile_with_precision, fp32_matmul)
+        inner = functools.partial(_compile_with_precision, fp32_matmul)
     module = with_whole_layers(module)
     with plain_autograd():
-        compiled: Any = compile_fx(module, list(inputs), inner_compile=inner_compile, config_patches=patches)
+        compiled: Any = compile_training(module, inputs, patches, inner)
     runnable: Runnable = compiled
     return runnable
 
 
 def _compile_with_precision(name: str, module: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Any:
     """One half (forward or backward), which sets the switch around its own run: cuBLAS and oneDNN read it per call."""
-    from torch._inductor.compile_fx import compile_fx_inner
-
     with matmul_precision(name):
-        code: Any = compile_fx_inner(module, inputs, **options)
+        code: Any = compile_half(module, inputs, **options)
     run = code.current_callable
 
     def call(args: list[Any]) -> Any:

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from mpcompile.torch_internals.tensors import foreach_copy
+
 _LOCK = threading.RLock()
 
 
@@ -111,7 +113,7 @@ class UseShadows(torch.autograd.Function):
         low = [grad for grad, keep in zip(grads, kept, strict=True) if grad is not None and not keep]
         single = [torch.empty_like(grad, dtype=torch.float32) for grad in low]
         if low:  # else no weight of the group reached the loss (a detached branch), or all stay low
-            torch._foreach_copy_(single, low)
+            foreach_copy(single, low)
         made = iter(single)
         given = [grad if grad is None or keep else next(made) for grad, keep in zip(grads, kept, strict=True)]
         return (None, *given, *(None,) * len(grads))

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from mpcompile.shadows.table import SHADOWS, Watched
+from mpcompile.torch_internals.tensors import foreach_copy
 
 
 class ShadowSet:
@@ -48,7 +49,7 @@ class ShadowSet:
     def refresh(self) -> None:
         """Cast all of them again."""
         with torch.no_grad():
-            torch._foreach_copy_(self.shadows, self.masters)
+            foreach_copy(self.shadows, self.masters)
         self.note_update()
 
     def note_update(self) -> None:

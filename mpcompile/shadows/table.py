@@ -28,10 +28,11 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from mpcompile.errors import RuntimeFailure
 from mpcompile.shadows.comparison import Comparison
+from mpcompile.torch_internals.tensors import foreach_copy, version
 
 # Where an optimizer that writes shadows leaves what it wrote, for the hook after its step.
 WROTE = "_mpcompile_wrote"
-_VERSION, _GRAD = operator.attrgetter("_version"), operator.attrgetter("grad")
+_GRAD = operator.attrgetter("grad")
 
 
 class UseShadow(torch.autograd.Function):
@@ -110,10 +111,10 @@ class ShadowTable:
     def look(self, masters: Sequence[torch.Tensor]) -> MasterSnapshot:
         """What `masters` look like now."""
         try:
-            versions = list(map(_VERSION, masters))
+            versions = list(map(version, masters))
         except RuntimeError:
             # An inference tensor has no version; it cannot be trained either: its address must do, and its elements.
-            versions = [0 if master.is_inference() else master._version for master in masters]
+            versions = [0 if master.is_inference() else version(master) for master in masters]
         grads = [grad is not None for grad in map(_GRAD, masters)]
         addresses = list(map(torch.Tensor.data_ptr, masters))
         return MasterSnapshot(self.epoch, torch.is_grad_enabled(), list(map(id, masters)), versions, addresses, grads)
@@ -149,8 +150,8 @@ class ShadowTable:
     def note_written(self, written: Written) -> None:
         """An optimizer wrote these shadows with their masters, and its step has been noted."""
         self.written += 1
-        for master, entry, version, address in written:
-            entry.state, entry.had_grad = (version, address, self._steps[id(master)]), False
+        for master, entry, number, address in written:
+            entry.state, entry.had_grad = (number, address, self._steps[id(master)]), False
 
     def states(self, look: MasterSnapshot) -> Iterator[tuple[int, int, int]]:
         """(version, address, steps) of each master."""
@@ -186,7 +187,7 @@ class ShadowTable:
         """
         with torch.inference_mode(False), torch.no_grad():
             # In place: a graph that saved a shadow for a backward still to come is told by its version.
-            torch._foreach_copy_([entry.shadow for _, entry, _ in stale], [master for master, *_ in stale])
+            foreach_copy([entry.shadow for _, entry, _ in stale], [master for master, *_ in stale])
         # Reading elements off another device waits for it: there, once per shadow.
         _refuse_infinite([
             (master, entry.shadow) for master, entry, _ in stale

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mpcompile.errors import TrainingError
+from mpcompile.torch_internals.tensors import foreach_add, foreach_copy, foreach_zero
 
 Layout = tuple[tuple[str, torch.dtype], ...]
 
@@ -112,11 +113,11 @@ class GradAccumulator:
         for rank, targets, numbers in way.ranks:
             given = [pieces[i] for i in numbers]
             if rank == 0 and self.count == 0:
-                torch._foreach_copy_(targets, given)
+                foreach_copy(targets, given)
             else:
-                torch._foreach_add_(targets, given)
+                foreach_add(targets, given)
         if self.count == 0 and way.absent:
-            torch._foreach_zero_(way.absent)
+            foreach_zero(way.absent)
 
     def note(self, layout: Layout) -> None:
         """A microbatch of this layout was added."""

@@ -27,6 +27,7 @@ from safetensors.torch import save, save_file
 from torch import Tensor, nn
 
 from mpcompile.errors import TrainingError
+from mpcompile.torch_internals.modules import loads_by_itself
 
 FORMAT = "mpcompile.checkpoint/1"
 _PLAIN = (str, int, float, bool, type(None))
@@ -123,8 +124,7 @@ def _load_all(path: Any, parts: dict[str, Any], state: dict[str, Any]) -> None:
 def _is_plain(model: Any) -> bool:
     """Whether loading is torch's own copying alone, whose refusals `_check_model` knows beforehand."""
     return isinstance(model, nn.Module) and not any(
-        m._load_state_dict_pre_hooks
-        or type(m)._load_from_state_dict is not nn.Module._load_from_state_dict
+        loads_by_itself(m)
         or type(m).set_extra_state is not nn.Module.set_extra_state
         or type(m).load_state_dict is not nn.Module.load_state_dict
         for m in model.modules()

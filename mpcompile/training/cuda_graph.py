@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from mpcompile.errors import TrainingError
-from mpcompile.torch_internals import before_groups_end
+from mpcompile.torch_internals.groups import before_groups_end
+from mpcompile.torch_internals.tensors import foreach_copy
 
 log = logging.getLogger("mpcompile")
 
@@ -63,7 +64,7 @@ class _RecordedStep:
 
     def __call__(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         if tensors:
-            torch._foreach_copy_(self.batch, list(tensors))
+            foreach_copy(self.batch, list(tensors))
         self.recording.replay()
         # The next replay writes the same memory.
         return tuple(result.clone() for result in self.results)

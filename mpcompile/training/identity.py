@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpcompile.torch_internals import GLOBAL_HOOKS, MODULE_HOOKS, MODULE_TENSORS, TensorGuards
+from mpcompile.torch_internals.modules import GLOBAL_HOOKS, MODULE_HOOKS, MODULE_TENSORS
+from mpcompile.torch_internals.tensors import TensorGuards, gradient_hooks, post_accumulate_hooks
 
 _TRAINING, _CLASS_FORWARD = operator.itemgetter("training"), operator.attrgetter("forward")
 _CLASS_CALL = operator.attrgetter("__call__")
-_GRADIENT_HOOKS = (operator.attrgetter("_backward_hooks"), operator.attrgetter("_post_accumulate_grad_hooks"))
+_GRADIENT_HOOKS = (gradient_hooks, post_accumulate_hooks)
 _REQUIRES_GRAD = operator.attrgetter("requires_grad")
 _LAYOUT = operator.attrgetter("shape", "dtype", "device", "layout")
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from mpcompile.errors import TrainingError
-from mpcompile.torch_internals import ABSENT, WRITTEN, module_reads
+from mpcompile.torch_internals.modules import ABSENT, WRITTEN, module_reads, tables_of
 
 # So many states of the values are compiled for before a word is said.
 MANY_STATES = 8
@@ -171,7 +171,7 @@ class Walk:
 
 def _of_module(module: nn.Module, walk: Walk) -> Any:
     """The signature of a module that is in nobody's tables: its tensors, its children, its mode."""
-    own, tables = vars(module), (module._parameters, module._buffers, module._modules)
+    own, tables = vars(module), tables_of(module)
     walk.sized.extend(tables)
     places = [(own, "training"), (own, "forward"), *((table, key) for table in tables for key in table)]
     return tuple(walk.of_table(table, key, f"{type(module).__name__}.{key}", (), whole=True) for table, key in places)
@@ -230,7 +230,7 @@ class PlainValues:
         cls = type(owner)
         if name in _OWN or name.startswith("__") or cls.__module__.partition(".")[0] == "mpcompile" or value is WRITTEN:
             return
-        if any(name in table for table in (owner._parameters, owner._buffers, owner._modules)):
+        if any(name in table for table in tables_of(owner)):
             return
         at, path = vars(owner), f"{cls.__name__}.{name}"
         self._roots.setdefault((id(owner), name), lambda walk: walk.of_table(at, name, path, ()))

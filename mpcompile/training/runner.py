@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mpcompile.torch_internals import hooks_of_all_optimizers
+from mpcompile.torch_internals.optimizers import hooks_of_all_optimizers, step_hooks
 from mpcompile.training.accumulation import Layout
 from mpcompile.training.cuda_graph import Run
 from mpcompile.training.distributed.team import Team
@@ -154,7 +154,7 @@ class Runner:
         of_all, _ = hooks_of_all_optimizers()
         with self._monitor.own(), GradientsUnread():
             for one in self._context.optimizers:
-                for hook in [*of_all.values(), *one._optimizer_step_pre_hooks.values()]:
+                for hook in [*of_all.values(), *step_hooks(one)[0].values()]:
                     hook(one, (), {})
 
     def _updated(self, updater: Update, run: Callable[[], Sequence[Tensor]]) -> StepResult:
@@ -173,7 +173,7 @@ class Runner:
         _, of_all = hooks_of_all_optimizers()
         with self._monitor.own():
             for one in self._context.optimizers:
-                for hook in [*one._optimizer_step_post_hooks.values(), *filter(is_not_ours, of_all.values())]:
+                for hook in [*step_hooks(one)[1].values(), *filter(is_not_ours, of_all.values())]:
                     hook(one, (), {})
         self.floor.look()
         return StepResult(loss, finite, finite, scale, norm)

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mpcompile.torch_internals.tensors import foreach_copy
 from mpcompile.training.distributed.ranks import Ranks
 
 
@@ -30,14 +31,14 @@ class _Group:
         self.olds, self.news = [o for o, _ in views], [n for _, n in views]
 
     def remember(self) -> None:
-        torch._foreach_copy_(self.olds, self.held)
+        foreach_copy(self.olds, self.held)
 
     def keep_if(self, finite: Tensor, ranks: Ranks | None) -> None:
-        torch._foreach_copy_(self.news, self.held)
+        foreach_copy(self.news, self.held)
         torch.where(finite.to(self.new.device), self.new, self.old, out=self.new)
         if ranks is not None:
             dist.broadcast(self.new, ranks.first(), group=ranks.group)
-        torch._foreach_copy_(self.held, self.news)
+        foreach_copy(self.held, self.news)
 
 
 class SkippedBuffers:

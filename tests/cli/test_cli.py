@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
@@ -239,23 +238,15 @@ def test_doctor() -> None:
     assert "CPUExecutionProvider" in by_name["onnxruntime providers"]["found"]
 
 
-def test_doctor_asks_for_all_that_is_imported_of_torch_s_private_modules() -> None:
-    from mpcompile.tools import doctor
-
-    used = set[str]()
-    for path in (
-        file for room in ("mpcompile", "passes", "tools") for file in (Path(__file__).parents[2] / room).rglob("*.py")
-    ):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and str(node.module).startswith("torch._"):
-                used |= {f"{node.module}.{one.name}" for one in node.names}
-    assert used <= set(doctor.PRIVATE)
-
-
 def test_doctor_names_what_torch_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     from mpcompile.tools import doctor
+    from mpcompile.torch_internals import names
 
-    monkeypatch.setattr(doctor, "PRIVATE", ("torch._guards.tracing", "torch._guards.gone", "torch.no_such.part"))
+    rows = {
+        path: names.PrivateName(path, "a", "b")
+        for path in ("torch._guards.tracing", "torch._guards.gone", "torch.no_such.part")
+    }
+    monkeypatch.setattr(names, "names", lambda: rows)
     found = doctor._private()
     assert not found.good
     assert found.found == "missing: torch._guards.gone, torch.no_such.part"

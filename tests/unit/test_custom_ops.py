@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mpcompile import mpcompile
-from mpcompile.aten.custom_ops import registered_dtype
+from mpcompile.torch_internals.operators import registered_dtype
 
 
 @torch.library.custom_op("mptest::lowered", mutates_args=())

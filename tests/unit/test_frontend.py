@@ -16,7 +16,7 @@ from mpcompile.aten.exported import inline_regions
 from mpcompile.aten.read import FxCapture, read
 from mpcompile.aten.write import write
 from mpcompile.errors import CaptureError
-from mpcompile.torch_internals import module_reads
+from mpcompile.torch_internals.modules import module_reads
 
 
 def captured(fn: Any, *args: torch.Tensor) -> FxCapture:

@@ -14,11 +14,11 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.utils import _pytree as pytree
 
 from mpcompile.aten.facts import argument
 from mpcompile.aten.functional import mutated_storages
+from mpcompile.torch_internals.operators import OpOverload, schema_of
+from mpcompile.torch_internals.tensors import pytree, unset_fake_temporarily
 
 aten = torch.ops.aten
 ATTENTION = aten.scaled_dot_product_attention.default
@@ -129,9 +129,10 @@ def _read(node: fx.Node) -> list[fx.Node]:
 
 def _computable(node: fx.Node) -> bool:
     target, value = node.target, node.meta.get("val")
-    if not isinstance(target, torch._ops.OpOverload) or not isinstance(value, Tensor) or target.namespace != "aten":
+    if not isinstance(target, OpOverload) or not isinstance(value, Tensor) or target.namespace != "aten":
         return False
-    if target._schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags or "empty" in target._schema.name:
+    schema = schema_of(target)
+    if schema.is_mutable or torch.Tag.nondeterministic_seeded in target.tags or "empty" in schema.name:
         return False
     shapes = [value, *(n.meta.get("val") for n in node.all_input_nodes)]
     return all(isinstance(t, Tensor) and all(isinstance(size, int) for size in t.shape) for t in shapes) and (

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from mpcompile.aten.facts import module_path
-from mpcompile.torch_internals import SET_GRAD_ENABLED
+from mpcompile.torch_internals.operators import SET_GRAD_ENABLED
 
 _CASTS = frozenset(
     {torch.ops.aten.to.dtype, torch.ops.aten.to.dtype_layout, torch.ops.prims.convert_element_type.default}

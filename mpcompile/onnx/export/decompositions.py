@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import get_decompositions
 
 from mpcompile.onnx.export import pooling as onnx_pool
 from mpcompile.onnx.export.dropout import Counter
+from mpcompile.torch_internals.inductor import decompositions_of
 
 aten = torch.ops.aten
 Shape = Sequence[int]
@@ -115,7 +115,7 @@ REFUSED = ("aten._embedding_bag", "aten._ctc_loss", "aten.prod", "mpcompile.quan
 def forward_table() -> dict[Any, Callable[..., Any]]:
     """What the forward needs."""
     names = ("_native_batch_norm_legit_functional", "_native_batch_norm_legit", "native_batch_norm")
-    return dict(get_decompositions([getattr(aten, name) for name in names]))
+    return dict(decompositions_of([getattr(aten, name) for name in names]))
 
 
 def step_table(random: Counter) -> dict[Any, Callable[..., Any]]:
@@ -137,7 +137,7 @@ def step_table(random: Counter) -> dict[Any, Callable[..., Any]]:
         "unfold_backward", "glu_backward", "index_add", "logit_backward", "frac", "rsub", "native_group_norm",
     )  # fmt: skip
     found = [getattr(aten, name) for name in names if hasattr(aten, name)]
-    table: dict[Any, Callable[..., Any]] = dict(get_decompositions(found))
+    table: dict[Any, Callable[..., Any]] = dict(decompositions_of(found))
     table[aten.convolution_backward.default] = convolution_backward
     table[aten.avg_pool2d_backward.default] = avg_pool2d_backward
     table[aten.amax.default] = amax

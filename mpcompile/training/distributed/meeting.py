@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from mpcompile.errors import TrainingError
-from mpcompile.torch_internals import patience_of
+from mpcompile.torch_internals.groups import patience_of
 from mpcompile.training.distributed.ranks import Ranks
 
 

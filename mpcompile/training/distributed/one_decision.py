@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mpcompile.torch_internals.groups import collectives as _C10D
 from mpcompile.training.distributed.ranks import Ranks
-
-_C10D = torch.ops._c10d_functional
 
 
 def of_all(ranks: Ranks, mine: Tensor) -> Tensor:

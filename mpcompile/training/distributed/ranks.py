@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mpcompile.errors import TrainingError
-from mpcompile.torch_internals import has_communication_hook
+from mpcompile.torch_internals.groups import has_communication_hook
 
 
 @dataclass(frozen=True)

@@ -17,17 +17,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils import _pytree as pytree
 
 from mpcompile.aten.graphs import outputs_of
+from mpcompile.torch_internals.groups import collectives as _C10D
+from mpcompile.torch_internals.tensors import FakeTensor, foreach_copy, pytree
 from mpcompile.training.distributed.ranks import Ranks
 
 # Bytes that are sent at once; the first one early, as in DistributedDataParallel.
 FIRST, BUCKET = 1 << 20, 25 << 20
 # Gradients of fewer bytes travel in one tensor of their bucket.
 SMALL = 1 << 18
-_C10D = torch.ops._c10d_functional
 _ATEN = torch.ops.aten
 
 
@@ -71,7 +70,7 @@ class Reducer:
 
         @torch.no_grad()
         def run(held: Sequence[Tensor]) -> Sequence[Tensor]:
-            torch._foreach_copy_(list(held), list(module(*held)))
+            foreach_copy(list(held), list(module(*held)))
             return held
 
         return run

@@ -10,12 +10,13 @@ from torch import Tensor, fx
 
 from mpcompile.aten.graphs import outputs_of
 from mpcompile.errors import TrainingError
+from mpcompile.torch_internals.groups import collectives as _C10D
 from mpcompile.training.distributed import reduce
 from mpcompile.training.distributed.layout import Member, ShareLayout, in_buckets, memory_order
 from mpcompile.training.distributed.ranks import Ranks
 from mpcompile.training.distributed.reduce import Inserter
 
-_C10D, _ATEN = torch.ops._c10d_functional, torch.ops.aten
+_ATEN = torch.ops.aten
 
 
 @dataclass

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from mpcompile.aten.graphs import inputs_of
+from mpcompile.torch_internals.tensors import FakeTensorMode
 from mpcompile.training.distributed.shares import Shares
 
 

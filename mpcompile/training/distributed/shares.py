@@ -9,16 +9,15 @@ loading and `full_masters` gather what is missing, and so are calls of all ranks
 from __future__ import annotations
 
 import contextlib
-import operator
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from mpcompile.errors import TrainingError
 from mpcompile.shadows.step_shadows import ShadowSet
+from mpcompile.torch_internals.tensors import foreach_copy, pytree, version
 from mpcompile.training.distributed.layout import Piece, ShareLayout, memory_order
 from mpcompile.training.distributed.meeting import Meeting
 from mpcompile.training.distributed.one_decision import of_all
@@ -26,8 +25,6 @@ from mpcompile.training.distributed.ranks import Ranks
 from mpcompile.training.distributed.share_optimizers import ShareOptimizers, lies_as
 from mpcompile.training.optimizer.hosts import Optimizers
 from mpcompile.training.optimizer.step_counters import counters_of
-
-_VERSION = operator.attrgetter("_version")
 
 
 class Spread(NamedTuple):
@@ -204,7 +201,7 @@ class Shares:
         self.note()
 
     def _look(self) -> tuple[list[int], list[int]]:
-        return list(map(_VERSION, self._low_only)), list(map(Tensor.data_ptr, self.parameters.values()))
+        return list(map(version, self._low_only)), list(map(Tensor.data_ptr, self.parameters.values()))
 
     def check(self) -> None:
         """Refuse to go on with weights that were edited where this rank has a share of their FP32 numbers.
@@ -367,12 +364,12 @@ def _as_word(value: Any) -> tuple[str, Any]:
 def _gather(given: Spread, layout: ShareLayout, ranks: Ranks) -> None:
     for number, bucket in enumerate(layout.buckets):
         if given.pieces[number]:
-            torch._foreach_copy_(given.places[number], given.pieces[number])
+            foreach_copy(given.places[number], given.pieces[number])
         whole = of_all(ranks, given.shares[number])
         sources = [whole[one.start : one.start + one.count] for one in bucket.members]
-        torch._foreach_copy_(given.targets[number], sources)
+        foreach_copy(given.targets[number], sources)
     if given.shadows:
-        torch._foreach_copy_(given.shadows, given.masters)
+        foreach_copy(given.shadows, given.masters)
 
 
 __all__ = ["Shares", "Spread", "flat"]

@@ -22,6 +22,7 @@ from mpcompile.formats import LOW
 from mpcompile.graph import CAST_OP, CastOrigin, Node, Phase, PrecisionGraph
 from mpcompile.hardware import emulated_kinds
 from mpcompile.rules.table import rules_for
+from mpcompile.torch_internals.modules import buffers_of
 from mpcompile.training.distributed.reduce import Reducer
 from mpcompile.training.distributed.scatter import Scatterer
 from mpcompile.training.emitted import backward
@@ -108,7 +109,7 @@ class GraphStitcher:
         return self.emitted
 
     def _constant(self, module: fx.GraphModule, node: fx.Node) -> fx.Node:
-        name = f"constant_{len(self.emitted.module._buffers)}"
+        name = f"constant_{len(buffers_of(self.emitted.module))}"
         self.emitted.module.register_buffer(name, getattr(module, str(node.target)))
         new = self.graph.get_attr(name)
         new.meta.update(node.meta)

@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mpcompile.errors import TrainingError
+from mpcompile.torch_internals.modules import buffers_of, made_before_each_forward
 
 Held = list[tuple[nn.Module, str, Tensor, bool]]
 
@@ -15,20 +16,14 @@ def held(root: nn.Module) -> Held:
     """(module, name, tensor, is a buffer) of what the modules of `root` hold beside parameters."""
     found: Held = []
     for module in root.modules():
-        found += [(module, name, value, True) for name, value in module._buffers.items() if value is not None]
-        made = _made_before_each_forward(module)
+        found += [(module, name, value, True) for name, value in buffers_of(module).items() if value is not None]
+        made = made_before_each_forward(module)
         found += [
             (module, name, value, False)
             for name, value in vars(module).items()
             if isinstance(value, Tensor) and name not in made
         ]
     return found
-
-
-def _made_before_each_forward(module: nn.Module) -> set[str]:
-    """What pruning and torch's older weight and spectral norms put on a module anew before each forward: never read old."""
-    hooks = module._forward_pre_hooks.values()
-    return {getattr(hook, word) for hook in hooks for word in ("_tensor_name", "name") if hasattr(hook, word)}
 
 
 def write_back(root: nn.Module, before: Held) -> None:
@@ -38,7 +33,7 @@ def write_back(root: nn.Module, before: Held) -> None:
       TrainingError: MP537.
     """
     for module, name, old, is_buffer in before:
-        new: Any = module._buffers.get(name) if is_buffer else vars(module).get(name)
+        new: Any = buffers_of(module).get(name) if is_buffer else vars(module).get(name)
         if new is old:
             continue
         path = next(p for p, m in root.named_modules() if m is module).removeprefix("model").lstrip(".")
@@ -49,7 +44,7 @@ def write_back(root: nn.Module, before: Held) -> None:
                                 why="the next step would read the old one",
                                 try_=f"self.register_buffer({name!r}, …), assigned in its size and type")  # fmt: skip
         old.copy_(new.detach())
-        module._buffers[name] = old
+        buffers_of(module)[name] = old
 
 
 __all__ = ["held", "write_back"]

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from mpcompile.errors import TrainingError
+from mpcompile.torch_internals.tensors import pytree
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 

@@ -14,6 +14,14 @@ from torch import Tensor, fx
 from mpcompile.aten.facts import hint
 from mpcompile.aten.graphs import inputs_of, outputs_of, values_of
 from mpcompile.runtime.inductor import overlapped
+from mpcompile.torch_internals.inductor import (
+    compile_half,
+    fakes_of,
+    inductor_decompositions,
+    output_strides,
+    partition,
+    simplified,
+)
 from mpcompile.training.gradients.joint import Joint, fresh_tracing
 from mpcompile.training.optimizer.traced_update import InPlace
 
@@ -28,10 +36,7 @@ def decompositions(backend: str) -> dict[Any, Callable[..., Any]] | None:
     """What the backend wants decomposed in the joint trace."""
     if backend == "eager":
         return None
-    # Some decompositions (max_pool2d on torch 2.11) look for the lowerings without importing them.
-    from torch._inductor.decomposition import select_decomp_table
-
-    return select_decomp_table()
+    return inductor_decompositions()
 
 
 def compile_joint(joint: Joint, backend: str, *, recompute: bool, sends: bool = False) -> tuple[Run, list[Tensor]]:
@@ -73,25 +78,21 @@ def _eager(module: fx.GraphModule) -> Run:
 
 
 def _in_two(joint: Joint, recompute: bool, sends: bool) -> tuple[Run, list[Tensor]]:
-    from torch._inductor.compile_fx import compile_fx_inner, partition_fn
-    from torch._inductor.virtualized import V
-
     mode = joint.forward.fakes[0].fake_mode  # type: ignore[attr-defined]
     fixed = [i for i, one in enumerate(joint.forward.inputs) if one.kind != "arg"]
     # Copies of weights stand between the inputs and the seed.
     fixed += range(len(joint.forward.inputs), len(joint.fakes) - 1)
-    with fresh_tracing(mode), V.set_fake_mode(mode):
-        with torch._functorch.config.patch(ban_recompute_materialized_backward=not recompute):
-            first, second = partition_fn(joint.module, joint.fakes, num_fwd_outputs=joint.outputs_of_forward)
+    with fresh_tracing(mode), fakes_of(mode):
+        first, second = partition(joint.module, joint.fakes, joint.outputs_of_forward, recompute=recompute)
         # Compiling rewrites a graph in place: what is saved has the backward's names before it only.
         kept = joint.outputs_of_forward
         made, names = _made(outputs_of(first)[kept:]), [getattr(node, "name", "") for node in outputs_of(first)]
-        with torch._guards.TracingContext.report_output_strides() as strides:
-            forward: Any = compile_fx_inner(first, values_of(inputs_of(first)), static_input_idxs=fixed)
+        with output_strides() as strides:
+            forward: Any = compile_half(first, values_of(inputs_of(first)), static_input_idxs=fixed)
         _lay_out_saved(dict(zip(names, strides or [], strict=False)), second)
         order = _order_saved(names[kept:], second)
         with overlapped(sends):
-            backward: Any = compile_fx_inner(second, values_of(inputs_of(second)), is_backward=True)
+            backward: Any = compile_half(second, values_of(inputs_of(second)), is_backward=True)
 
     def run(inputs: list[Any]) -> Sequence[Any]:
         seed = inputs.pop()
@@ -138,14 +139,11 @@ def _lay_out_saved(strides: Mapping[str, Any], second: fx.GraphModule) -> None:
 
 def compile_inference(module: fx.GraphModule, fakes: Sequence[Any]) -> Run:
     """Compile a graph without a backward; it may end with copies into its inputs."""
-    from torch._inductor.compile_fx import _recursive_joint_graph_passes, compile_fx_inner
-    from torch._inductor.virtualized import V
-
     mode = next(t.fake_mode for t in fakes if isinstance(t, Tensor))  # type: ignore[attr-defined]
-    with fresh_tracing(mode), V.set_fake_mode(mode):
+    with fresh_tracing(mode), fakes_of(mode):
         device = next(t.device for t in fakes if isinstance(t, Tensor))
-        module = _recursive_joint_graph_passes(module, input_device=device)
-        compiled: Any = compile_fx_inner(module, list(fakes), is_inference=True, static_input_idxs=range(len(fakes)))
+        module = simplified(module, device)
+        compiled: Any = compile_half(module, list(fakes), is_inference=True, static_input_idxs=range(len(fakes)))
 
     def run(inputs: list[Any]) -> Sequence[Any]:
         with torch.no_grad():

@@ -13,13 +13,18 @@ from typing import Any
 
 import torch
 from torch import SymInt, Tensor
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx.experimental import proxy_tensor
-from torch.utils import _pytree as pytree
 
 from mpcompile.aten.facts import dtype_name
 from mpcompile.errors import TrainingError
-from mpcompile.torch_internals import replaced
+from mpcompile.torch_internals.patches import replaced
+from mpcompile.torch_internals.tensors import (
+    FakeTensor,
+    pytree,
+    unset_fake_temporarily,
+    version,
+    without_torch_function,
+)
 from mpcompile.training.gradients.traced_calls import Call, is_recording, record
 
 # Torch's own, whose operation is in the trace already; ours, for shapes alone.
@@ -76,7 +81,7 @@ def _sample(cls: Any, call: Any, operands: Sequence[Any]) -> tuple[Any, bool]:
       TrainingError: MP534.
     """
     try:
-        with proxy_tensor.disable_proxy_modes_tracing(), torch._C.DisableTorchFunction():
+        with proxy_tensor.disable_proxy_modes_tracing(), without_torch_function():
             return _called(
                 cls, call, [torch.empty_like(o) if isinstance(o, Tensor) else o for o in operands], operands
             ), False
@@ -92,9 +97,9 @@ def _called(cls: Any, call: Any, given: list[Any], operands: Sequence[Any]) -> A
         t.requires_grad_() * 1 if isinstance(o, Tensor) and o.requires_grad else t
         for t, o in zip(given, operands, strict=True)
     ]
-    before = [t._version for t in given if isinstance(t, Tensor)]
+    before = [version(t) for t in given if isinstance(t, Tensor)]
     results = call(given)
-    if before != [t._version for t in given if isinstance(t, Tensor)]:
+    if before != [version(t) for t in given if isinstance(t, Tensor)]:
         raise _refused(cls, "it writes to its inputs")
     return results
 
@@ -105,7 +110,7 @@ def _really(cls: Any, call: Any, operands: Sequence[Any], refusal: Exception) ->
     if any(isinstance(size, SymInt) for size in sizes):
         raise _refused(cls, "its kernels cannot be traced, and sizes are symbolic here", refusal)
     mode: Any = next(o.fake_mode for o in operands if isinstance(o, FakeTensor))
-    with proxy_tensor.disable_proxy_modes_tracing(), torch._C.DisableTorchFunction(), unset_fake_temporarily():
+    with proxy_tensor.disable_proxy_modes_tracing(), without_torch_function(), unset_fake_temporarily():
         given = [torch.zeros(tuple(o.shape), dtype=o.dtype, device=o.device) for o in operands]
         try:
             results = _called(cls, call, given, operands)

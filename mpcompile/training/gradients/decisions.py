@@ -18,13 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.experimental import proxy_tensor
 from torch.overrides import TorchFunctionMode
 
 from mpcompile.aten.capture import outside_torch
 from mpcompile.errors import CaptureError
-from mpcompile.torch_internals import outside_of_modes
+from mpcompile.torch_internals.tensors import FakeTensor, outside_of_modes
 
 _ATEN = torch.ops.aten
 _COMPARISONS: dict[Any, Any] = {

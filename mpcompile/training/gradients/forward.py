@@ -30,6 +30,7 @@ from mpcompile.errors import TrainingError
 from mpcompile.hardware import device_of, emulated_kinds
 from mpcompile.runtime.fp8_linear import FP8_LINEAR
 from mpcompile.runtime.kernels import loss as loss_kernel
+from mpcompile.torch_internals.tensors import gradient_hooks as gradient_hooks_of
 from mpcompile.training.gradients import activation_checkpoints as checkpoints
 from mpcompile.training.gradients import assignments, custom_functions, gradient_hooks, traced_calls, whole_calls
 from mpcompile.training.gradients.batch import Batch
@@ -178,7 +179,7 @@ def capture(
         emulate=emulated_kinds(plan.device, plan.policy.low, compiled=compiled),
         linear=FP8_LINEAR,
     )
-    hooked = {name: p for name, p in named.items() if id(p) in trained and p._backward_hooks}
+    hooked = {name: p for name, p in named.items() if id(p) in trained and gradient_hooks_of(p)}
     _read_masters(written.module, hooked)
     read_shadows(written.module, _shadow_alone)
     gradient_hooks.insert_for_parameters(written.module, hooked)

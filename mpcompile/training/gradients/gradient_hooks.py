@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import hooks as torch_hooks
 
 from mpcompile.errors import TrainingError
-from mpcompile.torch_internals import replaced
+from mpcompile.torch_internals.modules import has_legacy_backward_hooks
+from mpcompile.torch_internals.patches import replaced
+from mpcompile.torch_internals.tensors import FakeTensor, gradient_hooks, post_accumulate_hooks
 from mpcompile.training.gradients.traced_calls import Call, insert, is_recording, record
 
 _WRITES = frozenset({"STORE_GLOBAL", "STORE_ATTR", "STORE_SUBSCR", "DELETE_GLOBAL", "DELETE_ATTR", "DELETE_SUBSCR"})
@@ -216,8 +217,8 @@ def refuse_unseen(named: Iterable[tuple[str, Tensor]], modules: Iterable[tuple[s
     Raises:
       TrainingError: MP523.
     """
-    found = [name for name, p in named if getattr(p, "_post_accumulate_grad_hooks", None)]
-    found += [name or "the model" for name, m in modules if m._backward_hooks and m._is_full_backward_hook is False]
+    found = [name for name, p in named if post_accumulate_hooks(p)]
+    found += [name or "the model" for name, m in modules if has_legacy_backward_hooks(m)]
     if found:
         more = f" and {len(found) - 1} more" * (len(found) > 1)
         raise refused(f"there is a post-accumulate or legacy backward hook on {found[0]}{more}",
@@ -232,7 +233,7 @@ def insert_for_parameters(module: fx.GraphModule, parameters: dict[str, Tensor])
     """
     for node in module.graph.find_nodes(op="placeholder"):
         held = parameters.get(node.meta.get("mp_name", ""))
-        hooks = list((getattr(held, "_backward_hooks", None) or {}).values())
+        hooks = list(((held is not None and gradient_hooks(held)) or {}).values())
         through = node
         for hook in hooks:
             through = insert(

@@ -16,14 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._functorch._aot_autograd.descriptors import (
-    GradAOTOutput,
-    InputMutationAOTOutput,
-    PlainAOTInput,
-    TangentAOTInput,
-)
-from torch._functorch.aot_autograd import aot_export_joint_with_descriptors
-from torch._guards import TracingContext, tracing
 
 from mpcompile.aten.facts import LOW_DTYPES, source_line
 from mpcompile.aten.graphs import inputs_of, outputs_of, values_of
@@ -32,6 +24,15 @@ from mpcompile.errors import MPCompileError, TrainingError
 from mpcompile.hardware import emulated_kinds
 from mpcompile.runtime.inductor import plain_autograd
 from mpcompile.runtime.kernels import loss as loss_kernel
+from mpcompile.torch_internals.inductor import (
+    GradAOTOutput,
+    InputMutationAOTOutput,
+    PlainAOTInput,
+    TangentAOTInput,
+    TracingContext,
+    aot_export_joint_with_descriptors,
+    tracing,
+)
 from mpcompile.training.gradients.forward import Forward
 from mpcompile.training.gradients.sums import add_up_in_fp32
 from mpcompile.training.gradients.traced_calls import HOOKS, calls_of

@@ -25,7 +25,8 @@ from mpcompile.runtime.inductor import roundings_kept
 from mpcompile.runtime.sharded import refuse_gathered, refuse_sharded
 from mpcompile.runtime.weight_copies import WeightCopies
 from mpcompile.shadows.step_shadows import ShadowSet
-from mpcompile.torch_internals import COMPILING
+from mpcompile.torch_internals.patches import COMPILING
+from mpcompile.torch_internals.tensors import foreach_copy
 from mpcompile.training.accumulation import Layout
 from mpcompile.training.distributed.in_joint import reduce_joint
 from mpcompile.training.distributed.reduce import Reducer
@@ -106,7 +107,7 @@ class Specialization:
         count = self._count
         if self._held:
             with torch.no_grad():
-                torch._foreach_copy_(self._held, [outputs[i] for i in self._from])
+                foreach_copy(self._held, [outputs[i] for i in self._from])
         for output, number in self.writes:
             tensors[number].detach().copy_(outputs[output])
         grads = outputs[count + 1 :]

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from mpcompile.errors import TrainingError
-from mpcompile.torch_internals import COMPILING, replaced
+from mpcompile.torch_internals.patches import COMPILING, replaced
 from mpcompile.training.gradients import speech_masks
 from mpcompile.training.gradients.chosen_labels import Selected, is_choice_of_labels, is_selected
 from mpcompile.training.gradients.traced_calls import Call, is_recording, record

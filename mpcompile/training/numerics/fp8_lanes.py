@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from mpcompile.rules.hazards import base
 from mpcompile.runtime import quantise as _defines_the_operations  # noqa: F401
+from mpcompile.torch_internals.operators import OpOverload, schema_of
 
 # (operation, place of the bias among its arguments)
 _PRODUCTS = {"mpcompile::scaled_product": 4, "aten::_scaled_mm": 4}
@@ -30,7 +31,7 @@ def is_product(n: fx.Node) -> bool:
 
 def _name(n: fx.Node) -> str:
     target = n.target
-    return target._schema.name if n.op == "call_function" and isinstance(target, torch._ops.OpOverload) else ""
+    return schema_of(target).name if n.op == "call_function" and isinstance(target, OpOverload) else ""
 
 
 def copies(graph: fx.Graph, moves: frozenset[str]) -> frozenset[fx.Node]:

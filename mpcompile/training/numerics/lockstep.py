@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from mpcompile.aten.facts import LOW_DTYPES, op_name
 from mpcompile.aten.graphs import inputs_of
 from mpcompile.rules.hazards import CASTS, base
+from mpcompile.torch_internals.operators import schema_of
+from mpcompile.torch_internals.tensors import pytree
 from mpcompile.training.numerics import fp8_lanes
 from mpcompile.training.numerics.measure import Lanes
 
@@ -207,7 +208,7 @@ def _writes(n: fx.Node) -> bool:
     """True where a node writes to what it reads."""
     if n.op in ("placeholder", "get_attr", "output") or n.target is operator.getitem:
         return False
-    schema, name = getattr(n.target, "_schema", None), op_name(n.target)
+    schema, name = schema_of(n.target), op_name(n.target)
     # Their schemas do not say that running statistics are written.
     statistics = "batch_norm" in name or "instance_norm" in name
     return statistics or (bool(schema.is_mutable) if schema is not None else n.op == "call_method")

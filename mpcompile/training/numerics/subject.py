@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
-from torch.utils import _pytree as pytree
 
 from mpcompile.aten.facts import LOW_DTYPES
 from mpcompile.compiler import Plan, Settings
@@ -19,6 +18,7 @@ from mpcompile.errors import MPCompileError
 from mpcompile.formats import LOW
 from mpcompile.graph import Node
 from mpcompile.hardware import device_of
+from mpcompile.torch_internals.tensors import pytree
 from mpcompile.training.emitted.weave import Place, origins
 from mpcompile.training.gradients.batch import Batch
 from mpcompile.training.gradients.forward import Forward, capture, loss_in, owned

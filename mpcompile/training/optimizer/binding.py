@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from mpcompile.errors import TrainingError
+from mpcompile.torch_internals.optimizers import state_maker
 from mpcompile.training.optimizer.hosts import Optimizers, torch_class
 from mpcompile.training.optimizer.step_counters import STARTED, Shared, counters_of, resync
 from mpcompile.training.optimizer.tensor_numbers import NumbersAsTensors, Test, tensor_builtins
@@ -289,17 +290,16 @@ def can_fuse(optimizers: Optimizers, trained: Sequence[Tensor]) -> bool:
 
 def _make_state(optimizer: torch.optim.Optimizer, params: Sequence[Tensor]) -> None:
     """The state that the optimizer itself would make at its first step."""
-    make = getattr(optimizer, "_init_group", None)
+    make = state_maker(optimizer)
     if make is None or isinstance(optimizer, (torch.optim.LBFGS, torch.optim.SparseAdam)):
         raise untraceable(Optimizers(optimizer), "it is not one of torch.optim's dense optimizers")
-    lists = len(inspect.signature(make).parameters) - 1
     kept, ours = [p.grad for p in params], {id(p) for p in params}
     try:
         for p in params:
             # Only its shape is looked at: one element, stretched.
             p.grad = torch.zeros((), dtype=p.dtype, device=p.device).expand(p.shape)
         for group in optimizer.param_groups:
-            make({**group, "params": [p for p in group["params"] if id(p) in ours]}, *([] for _ in range(lists)))
+            make({**group, "params": [p for p in group["params"] if id(p) in ours]})
     except KeyError as error:
         raise untraceable(Optimizers(optimizer), f"its state has no {error}: a flag that came later?") from error
     finally:

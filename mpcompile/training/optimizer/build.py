@@ -9,13 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from mpcompile.aten.facts import LOW_DTYPES
 from mpcompile.aten.graphs import inputs_of
 from mpcompile.runtime.inductor import roundings_kept
 from mpcompile.runtime.weight_copies import WeightCopies
 from mpcompile.shadows.step_shadows import ShadowSet
+from mpcompile.torch_internals.tensors import pytree
 from mpcompile.training.accumulation import Layout
 from mpcompile.training.distributed.shared_update import SharedUpdate
 from mpcompile.training.distributed.shares import Shares

@@ -14,9 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from mpcompile.torch_internals.tensors import (
+    FakeTensorMode,
+    foreach_copy,
+    foreach_mul,
+    foreach_norm,
+    unflatten_dense,
+    unscale_and_look,
+)
 from mpcompile.training.distributed.layout import memory_order
 from mpcompile.training.distributed.one_decision import decide
 from mpcompile.training.gradients.compile import Run, compile_inference, decompositions
@@ -114,10 +121,10 @@ def non_finite(grads: Sequence[Tensor], kinds: Sequence[Sequence[int]]) -> Tenso
         found = torch.zeros((), device=device)
         # It writes, which an expanded tensor (the gradient of a sum) does not allow.
         dense = [grad.contiguous() if 0 in grad.stride() else grad for grad in grads]
-        torch._amp_foreach_non_finite_check_and_unscale_(dense, found, torch.ones((), device=device))
+        unscale_and_look(dense, found, torch.ones((), device=device))
         return found
     # CUDA's kernel of that name refuses BF16.
-    largest = [torch.stack(torch._foreach_norm([grads[i] for i in kind], math.inf)) for kind in kinds]
+    largest = [torch.stack(foreach_norm([grads[i] for i in kind], math.inf)) for kind in kinds]
     return torch.stack([~torch.isfinite(each).all() for each in largest]).any().float()
 
 
@@ -189,7 +196,7 @@ class GradientPath:
         for layout, step in zip(self.layouts, steps, strict=True):
             views = self.fill(layout, grads, buffer)
             if factor is not None:
-                torch._foreach_mul_(views, factor)
+                foreach_mul(views, factor)
             if norm is None:
                 norms.append(_norm(views))
             step(found, views)
@@ -207,17 +214,17 @@ class GradientPath:
 
     def fill(self, layout: BucketLayout, grads: Sequence[Tensor], buffer: Tensor) -> list[Tensor]:
         """A bucket's gradients, summed where a parameter has several, in views of `buffer`."""
-        views = list(torch._C._nn.unflatten_dense_tensors(buffer.narrow(0, 0, layout.size), layout.like))
+        views = list(unflatten_dense(buffer.narrow(0, 0, layout.size), layout.like))
         slices = [slice_.of(grads[i]) for slice_, i in layout.first]
         for kind in layout.kinds:
-            torch._foreach_copy_([views[i] for i in kind], [slices[i] for i in kind])
+            foreach_copy([views[i] for i in kind], [slices[i] for i in kind])
         for number, slice_, i in layout.more:
             views[number].add_(slice_.of(grads[i]))
         return views
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(list(tensors))))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(foreach_norm(list(tensors))))
     return norm
 
 
@@ -243,7 +250,7 @@ class FusedUpdate:
         with torch.no_grad():
             results = self.path.run(grads, self._advance_scale, self.steps)
             if self.shadows:
-                torch._foreach_copy_(self.shadows, self.masters)
+                foreach_copy(self.shadows, self.masters)
         return results
 
     def _advance_scale(self, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:

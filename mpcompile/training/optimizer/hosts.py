@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from mpcompile.errors import TrainingError
+from mpcompile.torch_internals.optimizers import note_step
 
 # Hosts' wrappers that only hold an optimizer and say when it steps: module, class -> where the optimizer is.
 _WRAPPERS = {
@@ -146,7 +147,7 @@ class Optimizers:
     def note_step(self) -> None:
         """What schedulers look for before they step."""
         for one in (*self.each, *self.given):
-            one._opt_called = True
+            note_step(one)
 
 
 def torch_class(optimizer: Any) -> type:

@@ -16,6 +16,8 @@ from mpcompile.aten.facts import LOW_DTYPES
 from mpcompile.runtime.kernels.table import Rows
 from mpcompile.runtime.kernels.update import UpdateKernel, adam_numbers, available, serves, sgd_numbers
 from mpcompile.shadows.table import SHADOWS, WROTE
+from mpcompile.torch_internals.optimizers import state_maker
+from mpcompile.torch_internals.tensors import version
 from mpcompile.training.optimizer.traced_update import clip_factor
 
 # The devices whose updates run by our kernels; the others have torch's.
@@ -23,7 +25,6 @@ DEVICES = {"cuda"}
 # Elements whose low gradients are FP32 together, where the update is torch's: 4 MB stay in a processor's cache.
 TOGETHER = {"cpu": 1 << 20, "cuda": 1 << 24}
 _GRAD, _DTYPE = operator.attrgetter("grad"), operator.attrgetter("dtype")
-_VERSION = operator.attrgetter("_version")
 
 
 class ReadingLow:
@@ -94,9 +95,9 @@ class ReadingLow:
     def _make_states(self) -> None:
         """The states as torch's first step makes them; SGD's buffers before that are zeros."""
         optimizer = self.optimizer
+        make: Any = state_maker(optimizer)
         for group in optimizer.param_groups:
-            lists: list[list[Any]] = [[] for _ in range(len(inspect.signature(optimizer._init_group).parameters) - 1)]
-            optimizer._init_group(group, *lists)
+            make(group)
             if not self.adam and group["momentum"]:
                 for p in group["params"]:
                     if p.grad is not None and optimizer.state[p].get("momentum_buffer") is None:
@@ -181,7 +182,7 @@ class _Bound:
         """Leave for the hook after the step what was written: the shadows are those of the masters as they are now."""
         addresses = map(torch.Tensor.data_ptr, self.masters)
         vars(optimizer)[WROTE] = list(
-            zip(self.masters, self.entries, map(_VERSION, self.masters), addresses, strict=True)
+            zip(self.masters, self.entries, map(version, self.masters), addresses, strict=True)
         )
 
 

@@ -9,7 +9,6 @@ update that took it for one.
 
 from __future__ import annotations
 
-import operator
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -19,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpcompile.torch_internals.tensors import foreach_copy, version
+
 STARTED = "started"  # not in the optimizer's state: 0 until the first step that was taken
-_VERSION = operator.attrgetter("_version")
 
 
 @dataclass
@@ -84,11 +84,11 @@ class Counters:
 
     def edited(self) -> bool:
         """True when someone wrote to the counters themselves: compiled updates raise no version."""
-        return list(map(_VERSION, self._bases())) != self._versions
+        return list(map(version, self._bases())) != self._versions
 
     def note(self) -> None:
         """The counters are as they should be from here on."""
-        self._versions = list(map(_VERSION, self._bases()))
+        self._versions = list(map(version, self._bases()))
 
     def look_again(self) -> None:
         """Someone else moved the counters: forget the classes whose members parted. Reads the device."""
@@ -216,7 +216,7 @@ def _withdraw(held: weakref.ref[Counters], optimizer: torch.optim.Optimizer) -> 
 def resync(shared: Sequence[Shared]) -> None:
     """What graphs read is what the counters are now: another update, or a fused kernel, may have moved them."""
     if shared:
-        torch._foreach_copy_([one.value for one in shared], [one.base[0] for one in shared])
+        foreach_copy([one.value for one in shared], [one.base[0] for one in shared])
 
 
 def _untouched(state: dict[str, Any], started: Tensor | None) -> bool:

@@ -13,14 +13,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-from torch.utils import _pytree as pytree
 
 from mpcompile.aten.graphs import outputs_of
 from mpcompile.errors import TrainingError
 from mpcompile.runtime.state_codes import phase
+from mpcompile.torch_internals.inductor import with_equal_nodes_merged
+from mpcompile.torch_internals.tensors import DataDependentOutputException, FakeTensor, FakeTensorMode, pytree
 from mpcompile.training.distributed.one_decision import decide
 from mpcompile.training.distributed.ranks import Ranks
 from mpcompile.training.loss_scale.scale import LossScale, ScaleState, inverse, transition
@@ -248,14 +248,12 @@ def trace_functional(
 
 def _tidy(module: fx.GraphModule) -> None:
     """Clones of a functional graph are the value itself; equal nodes are one."""
-    from torch._functorch.compile_utils import fx_graph_cse
-
     for target in (torch.ops.aten.clone.default, torch.ops.aten.detach.default):
         for node in module.graph.find_nodes(op="call_function", target=target):
             if not node.kwargs.get("memory_format"):
                 node.replace_all_uses_with(node.args[0])
                 module.graph.erase_node(node)
-    module.graph = fx_graph_cse(module.graph)
+    module.graph = with_equal_nodes_merged(module.graph)
     module.graph.eliminate_dead_code()
     module.recompile()
 
