@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
 from dataclasses import asdict
 
+import pytest
 from typer.testing import CliRunner
 
 from mpcompile.errors import pages
@@ -82,6 +84,26 @@ def test_a_shell_completes_words_codes_and_lists() -> None:
     done = subprocess.run([sys.executable, "-c", code, *wanted], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert dict(zip(wanted, done.stdout.splitlines(), strict=True)) == wanted
+
+
+@pytest.mark.parametrize(("shell", "said"), [("zsh", '"simplify-casts"'), ("fish", "simplify-casts")])
+def test_other_shells_complete_too(shell: str, said: str) -> None:
+    """The script that a shell is given names the variables by which it asks, and the answer is in its form."""
+
+    def call(**words: str) -> str:
+        environment = {**os.environ, **words}
+        code = "import sys; sys.argv = ['mpcompile']; from mpcompile.tools.start import main; main()"
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
+        assert "Traceback" not in done.stderr
+        return done.stdout
+
+    script = call(_MPCOMPILE_COMPLETE=f"source_{shell}")
+    assert f"_MPCOMPILE_COMPLETE=complete_{shell}" in script
+    assert "_TYPER_COMPLETE_ARGS=" in script
+    asked = {"_TYPER_COMPLETE_ARGS": "mpcompile inspect t --after si", "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+    assert said in call(_MPCOMPILE_COMPLETE=f"complete_{shell}", **asked)
 
 
 def test_a_code_is_answered_without_the_parser() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import os
 import subprocess
@@ -84,6 +85,20 @@ def test_a_program_sees_one_line_a_graph_and_tlparse_its_report(tmp_path: Path) 
     assert len(lines) == 2
     assert all("bf16" in one and "low=bf16" in one for one in lines)
     assert done.stdout == "done\n"
-    traces = "".join(file.read_text(errors="replace") for file in tmp_path.iterdir())
-    assert "mpcompile_report" in traces
-    assert "mpcompile.report/1" in traces
+    reports = [json.loads(text) for file in tmp_path.iterdir() for text in artefacts(file, "mpcompile_report")]
+    assert [one["schema"] for one in reports] == ["mpcompile.report/1"] * 2
+    assert all(one["nodes"] and one["policy"].startswith("low=bf16") for one in reports)
+
+
+def artefacts(trace: Path, name: str) -> list[str]:
+    """The payloads of that name, as tlparse reads them: a line with facts in JSON, and lines that begin with a tab."""
+    found, wanted = list[list[str]](), False
+    for line in trace.read_text(errors="replace").splitlines():
+        if line.startswith("\t"):
+            if wanted:
+                found[-1].append(line[1:])
+            continue
+        facts = json.loads(line[line.index("{") :]) if "{" in line else {}
+        wanted = facts.get("artifact", {}).get("name") == name
+        found += [[]] if wanted else []
+    return ["\n".join(lines) for lines in found]
