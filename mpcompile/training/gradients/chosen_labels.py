@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mpcompile.torch_internals.tensors import pytree
+
 
 class Selected:
     """`source.masked_select(mask)`, not made yet. Whatever but a CTC loss asks for it gets the tensor itself."""
@@ -32,7 +34,7 @@ class Selected:
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = torch.utils._pytree.tree_map(_whole, (args, kwargs or {}))
+        args, kwargs = pytree.tree_map(_whole, (args, kwargs or {}))
         return func(*args, **kwargs)
 
 

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from mpcompile.aten.capture import outside_torch
 from mpcompile.errors import CaptureError
+from mpcompile.torch_internals.operators import schema_of
 from mpcompile.torch_internals.tensors import FakeTensor, outside_of_modes
 
 _ATEN = torch.ops.aten
@@ -164,7 +165,7 @@ def _settled(node: fx.Node) -> bool | None:
 
 
 def _schema(node: fx.Node) -> Any:
-    return getattr(node.target, "_schema", None)
+    return schema_of(node.target)
 
 
 def _is_drawn(node: fx.Node) -> bool:
