@@ -89,14 +89,21 @@ def quiet_torch() -> Iterator[None]:
 
     What the program itself writes, and what other threads do, goes where it would have gone.
     """
-    log = logging.getLogger("torch")
-    before = log.level
-    log.setLevel(logging.CRITICAL + 1)
+    mine = threading.get_ident()
+
+    def keep(record: logging.LogRecord) -> bool:
+        return record.thread != mine or record.name.partition(".")[0] != "torch"
+
+    handlers = [*logging.getLogger("torch").handlers, *logging.getLogger().handlers, logging.lastResort]
+    found = [one for one in handlers if one is not None]
+    for one in found:
+        one.addFilter(keep)
     try:
         with contextlib.redirect_stderr(cast(Any, _WithoutTorch(sys.stderr))):
             yield
     finally:
-        log.setLevel(before)
+        for one in found:
+            one.removeFilter(keep)
 
 
 __all__ = ["containers_kept", "host_random_refused", "quiet_torch"]

@@ -8,23 +8,44 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 from mpcompile.torch_internals.names import found
 
 # Tracing and compiling keep their state in torch's modules: one thread at a time.
 COMPILING = threading.RLock()
+_ABSENT = object()
 
 
 @contextlib.contextmanager
 def replaced(owner: Any, **attributes: Any) -> Iterator[None]:
-    """`owner` (a class or a module) with other attributes for a while. Hold `COMPILING`; act in your own thread alone."""
-    before = {name: owner.__dict__[name] for name in attributes}
+    """`owner` (a class or a module) with other attributes for a while, also with some that it has none of.
+
+    Hold `COMPILING`; act in your own thread alone.
+    """
+    before = {name: owner.__dict__.get(name, _ABSENT) for name in attributes}
     for name, value in attributes.items():
         setattr(owner, name, value)
     try:
         yield
     finally:
         for name, value in before.items():
-            setattr(owner, name, value)
+            if value is _ABSENT:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, value)
+
+
+@contextlib.contextmanager
+def as_if_compiling() -> Iterator[None]:
+    """This thread's code takes itself for compiled: an optimizer's branch-free way asks for a device otherwise."""
+    mine, plain = threading.get_ident(), torch.compiler.is_compiling
+
+    def is_compiling() -> bool:
+        return threading.get_ident() == mine or plain()
+
+    with COMPILING, replaced(torch.compiler, is_compiling=is_compiling):
+        yield
 
 
 @contextlib.contextmanager
@@ -50,4 +71,4 @@ def trace_artifact(name: str, payload: Callable[[], str]) -> None:
         trace("artifact", metadata_fn=lambda: {"name": name, "encoding": "json"}, payload_fn=payload)
 
 
-__all__ = ["COMPILING", "masks_taken_as_given", "replaced", "trace_artifact"]
+__all__ = ["COMPILING", "as_if_compiling", "masks_taken_as_given", "replaced", "trace_artifact"]

@@ -11,12 +11,13 @@ import contextlib
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
-from unittest import mock
 
 from torch import fx
 from torch.fx import traceback
 from torch.utils import checkpoint
 from torch.utils.checkpoint import CheckpointPolicy
+
+from mpcompile.torch_internals.patches import COMPILING, replaced
 
 _MARK = "mp_checkpoint"
 # Torch numbers its own checkpoints from 0, and so does the drop-in from 2^32; only equality within a graph counts.
@@ -26,8 +27,11 @@ _NUMBERS = itertools.count(1 << 33)
 @contextlib.contextmanager
 def seen() -> Iterator[None]:
     """While active, what runs inside a checkpoint is marked in a trace."""
-    shims = {"CheckpointFunction": _Reentrant, "_checkpoint_without_reentrant_generator": _not_reentrant}
-    with mock.patch.dict(checkpoint.__dict__, shims):
+    shims: dict[str, Any] = {
+        "CheckpointFunction": _Reentrant,
+        "_checkpoint_without_reentrant_generator": _not_reentrant,
+    }
+    with COMPILING, replaced(checkpoint, **shims):
         yield
 
 

@@ -14,13 +14,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from mpcompile.errors import TrainingError
 from mpcompile.torch_internals.optimizers import state_maker
+from mpcompile.torch_internals.patches import as_if_compiling
 from mpcompile.training.optimizer.hosts import Optimizers, torch_class
 from mpcompile.training.optimizer.step_counters import STARTED, Shared, counters_of, resync
 from mpcompile.training.optimizer.tensor_numbers import NumbersAsTensors, Test, tensor_builtins
@@ -171,7 +171,7 @@ class Binding:
                 stack.enter_context(tensor_builtins(step.__module__))
                 if self.capturable:
                     # Off the accelerators, the branch-free code wants a device unless something compiles it.
-                    stack.enter_context(mock.patch.object(torch.compiler, "is_compiling", return_value=True))
+                    stack.enter_context(as_if_compiling())
                 try:
                     step(twin)
                 except KeyError as error:

@@ -12,11 +12,12 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from mpcompile.torch_internals.patches import COMPILING, replaced
 
 _COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "eq": lambda a, b: a == b,
@@ -185,5 +186,5 @@ def _like(number: float, args: Sequence[Any]) -> Tensor:
 def tensor_builtins(module: str) -> Iterator[None]:
     """While active, code of `module` sees a min and max that take tensors."""
     names = {"min": _extreme(builtins.min, "min"), "max": _extreme(builtins.max, "max")}
-    with mock.patch.dict(sys.modules[module].__dict__, names):
+    with COMPILING, replaced(sys.modules[module], **names):
         yield
