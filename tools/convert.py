@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mpcompile.errors import UsageError
 from mpcompile.tools import options, target
+
+if TYPE_CHECKING:
+    from mpcompile.onnx.converted import OnnxMixedPrecision
 
 # Outputs whose errors are printed.
 WORST = 5
@@ -75,6 +78,11 @@ def convert(
     if check and not made.errors:
         made.verify()
     made.save(out)
+    _tell(made, model, out, json)
+
+
+def _tell(made: OnnxMixedPrecision, model: str, out: Path, json: bool) -> None:
+    """Print what was written, and what was found of it."""
     report = made.report()
     if json:
         sizes = {"bytes_in": Path(model).stat().st_size, "bytes_out": out.stat().st_size}

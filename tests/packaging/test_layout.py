@@ -179,3 +179,39 @@ mpcompile("absent.onnx", "fp16")
     said = python("-c", code).stderr
     assert "MP613" in said
     assert "onnxruntime-gpu" in said
+
+
+# Lines of code in a function's body: neither its signature, nor its docstring, nor comments and blank lines.
+LONGEST_FUNCTION, LONGEST_FILE = 40, 400
+# function -> why it is longer.
+LONGER_FUNCTIONS: dict[str, str] = {}
+
+
+def body_lines(function: ast.FunctionDef | ast.AsyncFunctionDef, text: list[str]) -> int:
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    if not body:
+        return 0
+    lines = text[body[0].lineno - 1 : body[-1].end_lineno]
+    return sum(bool(line.strip()) and not line.strip().startswith("#") for line in lines)
+
+
+def test_functions_and_files_fit_a_screen() -> None:
+    long = dict[str, int]()
+    for name, path in modules().items():
+        text = path.read_text(encoding="utf-8")
+        if text.count("\n") > LONGEST_FILE:
+            long[name] = text.count("\n")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                count = body_lines(node, text.splitlines())
+                long |= {f"{name}.{node.name}": count} if count > LONGEST_FUNCTION else {}
+    assert {name: count for name, count in long.items() if name not in LONGER_FUNCTIONS} == {}
+    assert set(LONGER_FUNCTIONS) <= set(long), "an exception that is none any more"
+
+
+def test_what_counts_as_a_line_of_a_body() -> None:
+    text = 'def f(\n    a,\n    b,\n):\n    """Says.\n\n    More.\n    """\n'
+    text += "    # why\n    x = 1\n\n    return (\n        x\n    )\n"
+    (function,) = ast.parse(text).body
+    assert isinstance(function, ast.FunctionDef)
+    assert body_lines(function, text.splitlines()) == 4

@@ -387,19 +387,14 @@ def _refuse_no_gradient(joint: Joint, forward: Forward) -> None:
     """
     trained = [one.name for one in forward.inputs if one.trained]
     if not joint.grads:
-        why = (
-            f"the loss does not depend on {trained[0]!r}, nor on any other"
-            if trained
-            else "the loss reads none of them"
-        )
+        why = "the loss reads none of them"
+        if trained:
+            why = f"the loss does not depend on {trained[0]!r}, nor on any other"
         raise TrainingError("MP522", "the loss has no gradient for a parameter that the optimizer trains",
                             why=f"{why}: is it detached, or made under no_grad?")  # fmt: skip
     values = values_of(outputs_of(joint.module)[len(joint.mutated) + 1 :])
     for place, value in zip(joint.grads, values, strict=True):
         if value.layout != torch.strided:
-            raise TrainingError(
-                "MP521",
-                f"the gradient of {forward.inputs[place].name} is sparse",
-                why="the emitted update works on dense gradients",
-                try_="nn.Embedding(..., sparse=False), or the drop-in way: loss.backward(); optimizer.step()",
-            )
+            name, instead = forward.inputs[place].name, "the drop-in way: loss.backward(); optimizer.step()"
+            raise TrainingError("MP521", f"the gradient of {name} is sparse", why="the update works on dense gradients",
+                                try_=f"nn.Embedding(..., sparse=False), or {instead}")  # fmt: skip
