@@ -87,12 +87,12 @@ def _inputs(reads: str) -> dict[str, Any]:
     return made[reads]()
 
 
-def build(name: str) -> tuple[nn.Module, dict[str, Any]]:
+def build(name: str, seed: int = 0) -> tuple[nn.Module, dict[str, Any]]:
     """A model of `name` in training mode, and the keyword arguments to call it with."""
     import transformers
 
     model_class, config_class, settings, reads = ARCHITECTURES[name]
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = getattr(transformers, config_class)(**settings)

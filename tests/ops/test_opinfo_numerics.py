@@ -6,7 +6,9 @@ itself loses.  Each error is measured against the largest number of its tensor.
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -60,6 +62,11 @@ SKIPPED = {
     "nn.functional.normalize": "along one element its gradient is rounding alone",
     **dict.fromkeys(("sparse.sampled_addmm", "to_sparse", "sparse.mm"), "torch does not trace sparse tensors"),
 }  # fmt: skip
+# Left out where operands are mixed by lot, and why.
+NOT_MIXED = {
+    "nn.functional.multilabel_soft_margin_loss": "a difference of products, of which one alone is told to round",
+    **dict.fromkeys(("tan", "special.erfcx"), "a slope beyond FP16's range, at an operand that is told to be low"),
+}
 # A trace with fake tensors cannot know what these depend on.
 UNTRACEABLE = (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode,
                PendingUnbackedSymbolNotFound)  # fmt: skip
@@ -79,10 +86,29 @@ class Lowest:
         return PassResult(bool(free))
 
 
-def lowered(call: Callable[..., Any], tensors: list[Tensor], low: str) -> tuple[Callable[..., Any], list[str]]:
+@dataclass(frozen=True)
+class Mixed:
+    """Every operand and operation that may be low is low or FP32, by lot: an op between neighbours of both kinds."""
+
+    seed: int
+
+    name: ClassVar[str] = "mixed"
+    ensures: ClassVar[str] = "structure"
+
+    def apply(self, graph: PrecisionGraph) -> PassResult:
+        draw = random.Random(self.seed)
+        free = [node for node in graph if node.verdict != "fp32" and node.kind != "cast"]
+        for node in free:
+            node.verdict, node.decided_by = draw.choice(("low", "fp32")), "override"
+        return PassResult(bool(free))
+
+
+def lowered(
+    call: Callable[..., Any], tensors: list[Tensor], low: str, choose: Lowest | Mixed | None = None
+) -> tuple[Callable[..., Any], list[str]]:
     """The call rewritten, and the ops of it that run low."""
     capture = read(trace(call, tensors))
-    passes = [Normalize(), Classify(low), Hazards(low), Lowest(), Assign(low, fused=False), InsertCasts(low),
+    passes = [Normalize(), Classify(low), Hazards(low), choose or Lowest(), Assign(low, fused=False), InsertCasts(low),
               SimplifyCasts(), Verify(low)]  # fmt: skip
     graph, _ = run(capture.graph, passes)
     module = write(capture, graph, emulate=emulated_kinds("cpu", low, compiled=False)).module
@@ -133,11 +159,16 @@ def far(got: Tensor, wanted: Tensor, allowed: float, stage: str) -> str:
     return "" if error <= allowed else f"{stage}: off by {error:.2g} of the largest"
 
 
-def compare(info: Any, sample: Any, low: str) -> tuple[list[str], str]:
-    """The ops that ran low for one sample, and what is wrong with the outcome."""
+def apart(call: Callable[..., Any]) -> Callable[..., Any]:
+    """The call with a node in front of each float operand, which has a precision of its own."""
+    return lambda *given: call(*[t.clone() if t.dtype == torch.float32 else t for t in given])
+
+
+def compare(info: Any, sample: Any, low: str, seed: int | None = None) -> tuple[list[str], str]:
+    """The ops that ran low for one sample, and what is wrong with the outcome; with a `seed`, by lot (`Mixed`)."""
     call, tensors = flat_call(info, sample)
     tensors = [rounded(t, low) for t in tensors]
-    module, ops = lowered(call, tensors, low)
+    module, ops = lowered(call, tensors, low) if seed is None else lowered(apart(call), tensors, low, Mixed(seed))
     wanted, wanted_grads = outcome(call, tensors)
     got, got_grads = outcome(module, tensors)
     if (len(got), len(got_grads)) != (len(wanted), len(wanted_grads)):
@@ -164,22 +195,25 @@ def _name(info: Any) -> str:
     return f"{info.name} {info.variant_test_name}".strip()
 
 
-def sweep(low: str, most: int, stride: int = 1) -> tuple[Counter[str], dict[str, str]]:
+def sweep(
+    low: str, most: int, stride: int = 1, first: int = 0, seeds: tuple[int | None, ...] = (None,)
+) -> tuple[Counter[str], dict[str, str]]:
     """Ops that ran low, with how often, and OpInfo -> what is wrong with it."""
     ran: Counter[str] = Counter()
     wrong: dict[str, str] = {}
     infos = [
         i for i in database() if torch.float32 in i.supported_dtypes("cpu") and not SKIPPED.keys() & {i.name, _name(i)}
     ]
-    for info in infos[::stride]:
-        for sample in samples(info, most, torch.float32, requires_grad=info.supports_autograd):
-            if nothing_to_compare(info, sample):
+    for info in infos[first::stride]:
+        given = samples(info, most, torch.float32, requires_grad=info.supports_autograd)
+        for sample, seed in itertools.product(given, seeds):
+            if nothing_to_compare(info, sample) or (seed is not None and info.name in NOT_MIXED):
                 continue
             try:
                 with warnings.catch_warnings():
                     # The database calls functions that torch itself has deprecated.
                     warnings.simplefilter("ignore")
-                    ops, difference = compare(info, sample, low)
+                    ops, difference = compare(info, sample, low, seed)
             except UNTRACEABLE:
                 continue
             except Exception as error:
@@ -203,6 +237,22 @@ def test_a_ninth_of_the_opinfo_database_is_right_in_low_precision(low: str) -> N
 def test_the_opinfo_database_is_right_in_low_precision(low: str) -> None:
     ran, wrong = sweep(low, most=8)
     assert len(ran) > 290
+    assert wrong == {}
+
+
+@pytest.mark.parametrize(("low", "first"), [("bf16", 5), ("fp16", 13)])
+def test_low_and_fp32_operands_mixed_are_right(low: str, first: int) -> None:
+    ran, wrong = sweep(low, most=1, stride=25, first=first, seeds=(0, 1))
+    assert len(ran) > 12, "too little ran low for the sweep to mean anything"
+    assert wrong == {}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("low", ["bf16", "fp16"])
+def test_low_and_fp32_operands_mixed_are_right_in_the_whole_database(low: str) -> None:
+    ran, wrong = sweep(low, most=2, seeds=(0, 1, 2))
+    assert len(ran) > 150
     assert wrong == {}
 
 

@@ -25,24 +25,27 @@ FLIPPED = (
     "a unit whose input is near zero changes its side with the last rounding: its gradient goes as a whole, by luck"
 )
 CANCELS = "the gradient of a shift that the loss does not see: both sides are what roundings leave of zero, by luck"
+# Sums of a low residual stream, each of which rounds once.
+STREAM = "a low residual stream: its sums round once each, where autocast's stream of embeddings is FP32"
 EXCEPTIONS: tuple[Bound, ...] = (
-    Bound("language/torch_s_own[*", 24, f"a low residual stream, and ReLU: {FLIPPED}"),
-    Bound("restoration/residual[total-variation]*", 8, f"absolute differences: {FLIPPED}"),
-    Bound("metric/embedding_losses[contrastive]*", 16, CANCELS),
-    Bound("metric/distances[rbf]*", 24, CANCELS),
-    Bound(
-        "signal/spectral_losses[cepstrum]*",
-        6,
-        "a logarithm of a spectrum's zeros: their roundings are drawn out to the loss",
-    ),
-    Bound(
-        "graphs/molecule[painn]*", 12, "squares of sums that cancel: the output has lost digits before they are taken"
-    ),
+    # Two layers of encoder (2 sums each) and of decoder (3 sums each), beside the usual two roundings.
+    Bound("published/language[t5] bf16*", 2 + 2 * 2 + 2 * 3, STREAM),
+    # One layer of decoder.
+    Bound("language/torch_s_own[cross] bf16*", 2 + 3, STREAM),
 )
-# One run of these is a matter of luck: the median over draws of weights and batch holds the usual bound.
+# One run of these is a matter of luck, for autocast as for us: the median over draws of weights and batch holds the usual bound.
 DRAWS = 5
 DRAWN: dict[str, str] = {
     "detection/detr*": f"absolute differences and ReLU: {FLIPPED}",
+    "language/torch_s_own[cross]*": f"ReLU: {FLIPPED}",
+    "language/torch_s_own[nn-transformer]*": f"ReLU: {FLIPPED}",
+    "language/torch_s_own[encoder-decoder]*": f"ReLU: {FLIPPED}",
+    "published/language[t5]*": f"ReLU: {FLIPPED}",
+    "restoration/residual[total-variation]*": f"absolute differences: {FLIPPED}",
+    "metric/embedding_losses[contrastive]*": CANCELS,
+    "metric/distances[rbf]*": CANCELS,
+    "signal/spectral_losses[cepstrum]*": "a logarithm of a spectrum's zeros draws their roundings out to the loss",
+    "graphs/molecule[painn]*": "squares of sums that cancel: digits are lost before the squares are taken",
 }
 # Known to be wrong and not yet mended, by run. One that holds its bound fails its test, so that its row goes.
 OPEN: dict[str, str] = {}
