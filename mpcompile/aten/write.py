@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from mpcompile.aten.facts import TORCH_DTYPES
+from mpcompile.aten.graphs import shown_by
 from mpcompile.aten.read import FxCapture, operands
 from mpcompile.formats import LOW
 from mpcompile.fp8 import copies
@@ -43,10 +44,16 @@ def _in_range(given: Any, dtype: torch.dtype) -> Any:
 
 @dataclass
 class Written:
-    """A rewritten module; `shadows` names, per added input, the parameter's value and the low type."""
+    """A rewritten module.
+
+    Fields:
+      shadows: per added input, the parameter's value and the low type.
+      low_buffers: buffers and constants, of the graph's inputs, that it casts to FP16 itself, seen through views.
+    """
 
     module: fx.GraphModule
     shadows: list[tuple[str, str]] = field(default_factory=list)
+    low_buffers: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,7 @@ class _Writer:
     layouts: dict[str, tuple[bool, bool]] = field(default_factory=dict)
     recipe: str = "tensorwise"
     shadows: list[tuple[str, str]] = field(default_factory=list)
+    low_buffers: dict[str, None] = field(default_factory=dict)
     last_input: fx.Node | None = None
     # Casts that attention reads as its additive mask.
     masks: frozenset[str] = frozenset()
@@ -99,7 +107,7 @@ class _Writer:
         self.graph.set_codegen(codegen_of(self.capture.module.graph))
         module = fx.GraphModule(self.capture.module, self.graph)
         module.meta.update({k: v for k, v in self.capture.module.meta.items() if k != "dynamo_compile_id"})
-        return Written(module, self.shadows)
+        return Written(module, self.shadows, list(self.low_buffers))
 
     def _copy(self, node: fx.Node) -> None:
         if node.op == "output":
@@ -218,7 +226,17 @@ class _Writer:
             return self._shadow(name, target, source)
         if cast.outputs[0] in self.masks:
             source = self._saturated(source, TORCH_DTYPES[target])
+        elif target == "fp16":
+            self._note_buffer(source)
         return self._cast(source, TORCH_DTYPES[target])
+
+    def _note_buffer(self, source: fx.Node) -> None:
+        shown = shown_by(source)
+        if shown.op != "placeholder":
+            return
+        name = next((n for n, new in self.values.items() if new is shown), "")
+        if name and self.plan.values[name].role in ("buffer", "constant"):
+            self.low_buffers[name] = None
 
     def _saturated(self, mask: fx.Node, dtype: torch.dtype) -> fx.Node:
         """`mask` with no number below the low type's lowest: -1e9 means "hardly", and minus infinity "never"."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mpcompile.errors import RuntimeFailure
+from mpcompile.shadows.low_buffers import LowBuffers
 from mpcompile.shadows.low_gradients import use_shadows
 from mpcompile.shadows.table import SHADOWS, ShadowGroup
 from mpcompile.torch_internals.groups import active_ddp
@@ -18,7 +19,8 @@ class CompiledGraph:
     """What Dynamo's bytecode calls: the inner graph, with its shadows brought up to date first.
 
     `parameters` receives the ids of those that the graph is first called with; `lifted` are the numbers of the shadows
-    that the graph is differentiated by, in groups whose gradients are cast together.
+    that the graph is differentiated by, in groups whose gradients are cast together;
+    `buffers` are the places of those that the graph reads in FP16.
     """
 
     # Calls of all graphs so far: a call of a model that leaves it as it was ran none.
@@ -32,11 +34,13 @@ class CompiledGraph:
         lifted: Sequence[Sequence[int]] = (),
         *,
         differentiable_twice: bool,
+        buffers: Sequence[int] = (),
     ):
         self.inner, self.differentiable_twice = inner, differentiable_twice
         self.parameters: set[int] | None = parameters
         self.places = [place for place, _ in shadows]
         self.shadows = ShadowGroup(SHADOWS, [dtype for _, dtype in shadows])
+        self.buffers, self.low_buffers = list(buffers), LowBuffers()
         self.lifted = [(group, [self.places[number] for number in group]) for group in lifted]
 
     def __call__(self, *args: Any) -> Any:
@@ -53,9 +57,19 @@ class CompiledGraph:
                 used = use_shadows([args[place] for place in places], [shadows[number] for number in group], low=low)
                 for number, shadow in zip(group, used, strict=True):
                     shadows[number] = shadow
-        outputs = self.inner(*args, *shadows)
+        outputs = self._run(args, shadows) if self.buffers else self.inner(*args, *shadows)
         if not self.differentiable_twice and torch.is_grad_enabled():
             _refuse_double_backward(outputs)
+        return outputs
+
+    def _run(self, args: Sequence[Any], shadows: Sequence[Any]) -> Any:
+        """The graph, with a look at the buffers that it reads in FP16."""
+        held = [args[place] for place in self.buffers]
+        if isinstance(held[0], FakeTensor):
+            return self.inner(*args, *shadows)
+        self.low_buffers.look(held)
+        outputs = self.inner(*args, *shadows)
+        self.low_buffers.note(held)
         return outputs
 
     def _shadows(self, masters: list[Any]) -> list[Any]:

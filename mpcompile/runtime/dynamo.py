@@ -133,10 +133,11 @@ class Compiler:
         places = {name: i for i, name in enumerate(plan.capture.graph.inputs)}
         order = _argument_places(plan.capture)
         shadows = [(order[places[name]], TORCH_DTYPES[low]) for name, low in written.shadows]
+        buffers = [order[places[name]] for name in written.low_buffers]
         if not compiled:
             read_apart(written.module, use_shadow)
             eager = run_eagerly(written.module, fp32_matmul=plan.policy.fp32_matmul)
-            return CompiledGraph(eager, shadows, self.parameters, differentiable_twice=True)
+            return CompiledGraph(eager, shadows, self.parameters, differentiable_twice=True, buffers=buffers)
         align_linears(written.module, plan.capture, plan.graph, plan.device)
         pieces = self._in_pieces(plan, written.module, fakes, shadows)
         if pieces is not None:
@@ -146,7 +147,7 @@ class Compiler:
         extended = [*fakes, *(_fake_shadow(fakes[i], dtype, n in lifted) for n, (i, dtype) in enumerate(shadows))]
         inner = self._compiled(plan, written.module, extended)
         groups = _groups([fakes[i] for i, _ in shadows], lifted)
-        return CompiledGraph(inner, shadows, self.parameters, groups, differentiable_twice=False)
+        return CompiledGraph(inner, shadows, self.parameters, groups, differentiable_twice=False, buffers=buffers)
 
     def _compiled(self, plan: Plan, module: fx.GraphModule, fakes: Sequence[Any]) -> Callable[..., Any]:
         start, rounding = time.perf_counter(), has_user_low_cast(plan.graph)

@@ -189,7 +189,7 @@ class ShadowTable:
             # In place: a graph that saved a shadow for a backward still to come is told by its version.
             foreach_copy([entry.shadow for _, entry, _ in stale], [master for master, *_ in stale])
         # Reading elements off another device waits for it: there, once per shadow.
-        _refuse_infinite([
+        refuse_infinite([
             (master, entry.shadow) for master, entry, _ in stale
             if entry.shadow.dtype == torch.float16 and (entry.state[0] == -1 or master.device.type == "cpu")
         ])  # fmt: skip
@@ -199,7 +199,7 @@ class ShadowTable:
         self.written += 1
 
 
-def _refuse_infinite(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+def refuse_infinite(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], what: str = "weight") -> None:
     """A shadow is to be infinite only where its master is.
 
     Raises:
@@ -211,7 +211,7 @@ def _refuse_infinite(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None
                 continue
             largest = master[master.isfinite()].abs().max().item()
             raise RuntimeFailure(
-                "MP721", f"a weight of shape {tuple(master.shape)} holds {largest:g}, and is read in FP16",
+                "MP721", f"a {what} of shape {tuple(master.shape)} holds {largest:g}, and is read in FP16",
                 why="FP16 ends at 65,504: its low copy would be infinite",
                 try_="mpcompile(model, ...) anew, which plans for the weights as they are; or policy='bf16'",
             )  # fmt: skip

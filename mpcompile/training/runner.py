@@ -47,6 +47,7 @@ class Runner:
         """One (micro)batch; the masters are updated where it ends a window."""
         self._context.shadows.bring_up_to_date()
         self._context.copies.bring_up_to_date()
+        specialization.look_at_buffers()
         self.buffers.remember(specialization, specialization.written(), first=self._accumulator.count == 0)
         if self._context.accumulate == 1:
             self.last = specialization, specialization.layout, specialization.gradients

@@ -22,6 +22,7 @@ from torch.fx.experimental import proxy_tensor
 from torch.overrides import TorchFunctionMode
 
 from mpcompile.aten.capture import outside_torch
+from mpcompile.aten.graphs import shown_by
 from mpcompile.errors import CaptureError
 from mpcompile.torch_internals.operators import schema_of
 from mpcompile.torch_internals.tensors import FakeTensor, outside_of_modes
@@ -182,17 +183,8 @@ def _is_pure(node: fx.Node) -> bool:
     return not schema.is_mutable and not schema.name.startswith("mpcompile::")
 
 
-def _root(node: fx.Node) -> fx.Node:
-    """The node whose memory a view shows."""
-    while (schema := _schema(node)) is not None and schema.returns and schema.returns[0].alias_info is not None:
-        if not node.args or not isinstance(node.args[0], fx.Node):
-            break
-        node = node.args[0]
-    return node
-
-
 def _roots(nodes: set[fx.Node]) -> set[fx.Node]:
-    return set(map(_root, nodes))
+    return set(map(shown_by, nodes))
 
 
 def _written(graph: fx.Graph) -> set[fx.Node]:
@@ -205,7 +197,7 @@ def _written(graph: fx.Graph) -> set[fx.Node]:
         for place, one in enumerate(schema.arguments):
             if one.alias_info is not None and one.alias_info.is_write:
                 given = node.args[place] if place < len(node.args) else node.kwargs.get(one.name)
-                fx.node.map_arg(given, lambda n: found.add(_root(n)))
+                fx.node.map_arg(given, lambda n: found.add(shown_by(n)))
     return found
 
 

@@ -67,6 +67,8 @@ class Forward:
     examples: dict[int, Tensor] = field(default_factory=dict)
     # What the program asked of the batch on its way.
     decisions: Sequence[Decision] = ()
+    # Names of the buffers and constants that the graph casts to FP16 itself.
+    low_buffers: Sequence[str] = ()
 
 
 class LossOf(nn.Module):
@@ -195,6 +197,7 @@ def capture(
     constants = {_name_of_owner(name): value for name, value in program.constants.items()}
     forward = _assemble(written.module, written.shadows, sources, plan, constants, named, trained)
     forward.decisions = decisions
+    forward.low_buffers = written.low_buffers
     return forward
 
 

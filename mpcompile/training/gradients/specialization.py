@@ -22,8 +22,8 @@ from mpcompile.compiler import log_plan
 from mpcompile.errors import MPCompileError, TrainingError
 from mpcompile.progress import stage
 from mpcompile.runtime.inductor import roundings_kept
-from mpcompile.runtime.sharded import refuse_gathered, refuse_sharded
 from mpcompile.runtime.weight_copies import WeightCopies
+from mpcompile.shadows.low_buffers import LowBuffers
 from mpcompile.shadows.step_shadows import ShadowSet
 from mpcompile.torch_internals.patches import COMPILING
 from mpcompile.torch_internals.tensors import foreach_copy
@@ -34,8 +34,8 @@ from mpcompile.training.distributed.scatter import Scatterer
 from mpcompile.training.gradients.batch import TENSOR, Batch
 from mpcompile.training.gradients.compile import Run, compile_joint, decompositions
 from mpcompile.training.gradients.forward import Forward, Input, capture, owned
-from mpcompile.training.gradients.gradient_hooks import refuse_unseen
 from mpcompile.training.gradients.joint import Joint, trace
+from mpcompile.training.gradients.refusals import refuse_gradient, refuse_hooks, refuse_masters, refuse_no_gradient
 from mpcompile.training.gradients.traced_calls import calls_of
 from mpcompile.training.gradients.weight_copies import lift
 from mpcompile.training.identity import ModelIdentity
@@ -87,6 +87,12 @@ class Specialization:
 
     def __post_init__(self) -> None:
         self._from, self._held = [i for i, _ in self.buffers], [held for _, held in self.buffers]
+        low, written = set(self.joint.forward.low_buffers), set(map(id, self._held))
+        pairs = zip(self.joint.forward.inputs, self.fixed, strict=True)
+        kinds = ("buffer", "constant")
+        # What the forward itself writes to is its own.
+        self._low = [t for one, t in pairs if one.kind in kinds and one.name in low and id(t) not in written]
+        self._low_buffers = LowBuffers()
         self._count = len(self.buffers) + len(self.writes)
         self.replayable = not (self.writes or any(one.host for one in calls_of(self.joint.forward.module).values()))
 
@@ -114,6 +120,14 @@ class Specialization:
         if self.strides is None:
             self.strides = tuple(g.stride() for g in grads)
         return outputs[count], grads
+
+    def look_at_buffers(self) -> None:
+        """Before a run: buffers that are read in FP16 may have grown.
+
+        Raises:
+          RuntimeFailure: MP721.
+        """
+        self._low_buffers.look(self._low)
 
     def written(self) -> list[Tensor]:
         """The model's tensors that the forward writes to."""
@@ -230,7 +244,7 @@ class SpecializationCache:
           CaptureError: MP101. TrainingError: MP522, MP523, MP531, MP532, MP534, MP535, MP536.
         """
         if any(map(_REQUIRES_GRAD, batch.given)):
-            _refuse_gradient(batch)
+            refuse_gradient(batch)
         modes = self.identity.modes(), torch.get_default_dtype(), self.values.number()
         kind, shapes = (batch.signature(), modes), batch.shapes()
         try:
@@ -240,7 +254,7 @@ class SpecializationCache:
             raise
         if found is None or not found.is_decided(batch.tensors):
             batch.refuse_objects()
-            _refuse_hooks(self.model, self.named)
+            refuse_hooks(self.model, self.named)
             alike = self._alike.setdefault(kind, [])
             found = next((a for a in alike if a.fits(batch.tensors) and a.is_decided(batch.tensors)), None)
             if found is None:
@@ -277,7 +291,7 @@ class SpecializationCache:
         return places if self.dynamic else [(i, d) for i, d in places if len({s[i][d] for s in seen}) > 1]
 
     def _make(self, batch: Batch, moving: list[tuple[int, int]]) -> Specialization:
-        _refuse_masters(self.named, self.trained())
+        refuse_masters(self.named, self.trained())
         try:
             specialization = self._captured(batch, moving)
         except MPCompileError:
@@ -318,7 +332,7 @@ class SpecializationCache:
         numbers = dict(places)
         buffers_ = [(k, fixed[i]) for k, i in enumerate(joint.mutated) if i not in numbers]
         writes = [(k, numbers[i]) for k, i in enumerate(joint.mutated) if i in numbers]
-        _refuse_no_gradient(joint, forward)
+        refuse_no_gradient(joint, forward)
         copies = lift(joint, fixed, self.copies) if self.copies is not None else []
         values = values_of(outputs_of(joint.module)[len(joint.mutated) + 1 :])
         layout = sent = tuple((forward.inputs[i].name, v.dtype) for i, v in zip(joint.grads, values, strict=True))
@@ -333,68 +347,3 @@ class SpecializationCache:
         if one.kind in ("arg", "seed"):
             return None if one.kind == "arg" else self.seed
         return self.shadows.get(tensors[one.name], one.dtype) if one.kind == "shadow" else tensors[one.name]
-
-
-def _refuse_gradient(batch: Batch) -> None:
-    place = next(i for i, t in enumerate(batch.given) if t.requires_grad)
-    raise TrainingError(
-        "MP536",
-        f"tensor {place} of the batch requires a gradient",
-        why="the step's backward ends at its batch",
-        try_="pass it detached; or let loss_fn make it, and give its parameters to the optimizer",
-    )
-
-
-def _refuse_hooks(model: nn.Module, named: dict[str, Tensor]) -> None:
-    """Hooks on gradients, those of DDP among them, would silently not run.
-
-    Raises:
-      TrainingError: MP523, MP535.
-      CaptureError: MP107.
-    """
-    refuse_gathered(model)
-    refuse_sharded(model)
-    inside = [name for name, m in model.named_modules() if isinstance(m, nn.parallel.DistributedDataParallel)]
-    if inside:
-        raise TrainingError("MP535", "a part of the step's model is a DistributedDataParallel", where=inside[0],
-                            why="its reducer would never see a gradient",
-                            try_="mpcompile(DDP(model)).train_step(...), with all of the model inside")  # fmt: skip
-    refuse_unseen(named.items(), model.named_modules())
-
-
-def _refuse_masters(named: dict[str, Tensor], trained: set[int]) -> None:
-    """What is trained must be FP32.
-
-    Raises:
-      TrainingError: MP522.
-    """
-    for name, held in named.items():
-        if id(held) in trained and held.dtype != torch.float32:
-            split = "BF16 and trained: does another step hold it split (its join_masters() gives it back)?"
-            raise TrainingError(
-                "MP522",
-                f"the optimizer trains {name!r}, which is {str(held.dtype).removeprefix('torch.')}",
-                why=split if held.dtype == torch.bfloat16 else "masters are FP32",
-                try_="model.float(), or the drop-in way: loss = mp(x); loss.backward(); optimizer.step()",
-            )
-
-
-def _refuse_no_gradient(joint: Joint, forward: Forward) -> None:
-    """Say what is wrong when there is nothing that the update could use.
-
-    Raises:
-      TrainingError: MP522, MP521.
-    """
-    trained = [one.name for one in forward.inputs if one.trained]
-    if not joint.grads:
-        why = "the loss reads none of them"
-        if trained:
-            why = f"the loss does not depend on {trained[0]!r}, nor on any other"
-        raise TrainingError("MP522", "the loss has no gradient for a parameter that the optimizer trains",
-                            why=f"{why}: is it detached, or made under no_grad?")  # fmt: skip
-    values = values_of(outputs_of(joint.module)[len(joint.mutated) + 1 :])
-    for place, value in zip(joint.grads, values, strict=True):
-        if value.layout != torch.strided:
-            name, instead = forward.inputs[place].name, "the drop-in way: loss.backward(); optimizer.step()"
-            raise TrainingError("MP521", f"the gradient of {name} is sparse", why="the update works on dense gradients",
-                                try_=f"nn.Embedding(..., sparse=False), or {instead}")  # fmt: skip
