@@ -25,7 +25,7 @@ CANDIDATES = (
     *("eager FP32", "compile FP32", "eager autocast", "compile+autocast", "pure BF16", "mpcompile", "mpcompile step"),
     *("eager TF32", "compile TF32", "compile+autocast graphs", "expert", "mpcompile step recompute"),
 )
-PEER = "compile+autocast"
+PEER, DROP_IN, STEP = "compile+autocast", "mpcompile", "mpcompile step"
 
 
 def bench(
@@ -157,6 +157,9 @@ def _show(name: str, facts: dict[str, Any], results: list[Result]) -> None:
     console = Console()
     console.width = max(console.width, 160)
     console.print(table)
+    step = next((one for one in results if one.candidate == STEP), None)
+    if step is not None and DROP_IN in step.versus:
+        typer.echo(f"{STEP}: {step.versus[DROP_IN]:.2f} times as fast as {DROP_IN}")
     for one in results:
         if one.error:
             # Below the table: a message in a column would squeeze the figures out.

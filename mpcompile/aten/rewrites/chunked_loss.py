@@ -61,12 +61,12 @@ class ChunkedLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, seed: Tensor,
-                given: tuple[Any, ...]) -> Tensor:  # fmt: skip
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, weights: Tensor | None,
+                seed: Tensor, given: tuple[Any, ...]) -> Tensor:  # fmt: skip
         options = Options(*given)
         classes, biased = weight.shape[0], bias is not None
         wide = padded(weight, options.extra), _widened(weight, bias, options)
-        count: Tensor = (target != options.ignore).sum().float()
+        count = _count(target, weights, options.ignore)
         unit = seed / count
         total: Tensor | None = None
         hiddens = list[Tensor]()
@@ -74,7 +74,7 @@ class ChunkedLoss(torch.autograd.Function):
         ends = bounds(hidden.shape[0], options.chunks, hidden.device.type)
         for first, last in itertools.pairwise(ends):
             rows = hidden[first:last], *wide, biased, target[first:last], unit
-            part = _by_kernel(*rows, classes, options) if options.by_kernel else _chunk(*rows, options)
+            part = _by_kernel(*rows, classes, options) if options.by_kernel else _chunk(*rows, weights, options)
             total = part[0] if total is None else total + part[0]
             hiddens.append(part[1])
             sums = [g if s is None else (s if g is None else s + g) for s, g in zip(sums, part[2:], strict=True)]
@@ -91,7 +91,15 @@ class ChunkedLoss(torch.autograd.Function):
         # 1 exactly where the loss is the step's own; another factor where it is one term of it.
         factor = arrived[0] / seed
         grads = [None if g is None else (g * factor).to(g.dtype) for g in (hidden, weight, bias)]
-        return (*grads, None, None, None)
+        return (*grads, None, None, None, None)
+
+
+def _count(target: Tensor, weights: Tensor | None, ignore: int) -> Tensor:
+    """0-dim FP32: what the mean divides by, the rows that count or the sum of their classes' weights."""
+    counted = target != ignore
+    if weights is None:
+        return counted.sum().float()
+    return torch.where(counted, weights.float()[torch.where(counted, target, 0)], 0.0).sum()
 
 
 def _widened(weight: Tensor, bias: Tensor | None, options: Options) -> Tensor | None:
@@ -102,7 +110,7 @@ def _widened(weight: Tensor, bias: Tensor | None, options: Options) -> Tensor | 
 
 
 def _chunk(hidden: Tensor, weight: Tensor, bias: Tensor | None, biased: bool, target: Tensor, unit: Tensor,
-           options: Options) -> tuple[Any, ...]:  # fmt: skip
+           weights: Tensor | None, options: Options) -> tuple[Any, ...]:  # fmt: skip
     """(sum of losses, gradient for the rows, FP32 gradients for weight and bias) of one chunk.
 
     `biased` says whether the bias is the model's, and wants a gradient.
@@ -113,7 +121,12 @@ def _chunk(hidden: Tensor, weight: Tensor, bias: Tensor | None, biased: bool, ta
         for dtype in options.casts:
             logits = logits.to(dtype)
         loss = torch.nn.functional.cross_entropy(
-            logits, target, ignore_index=options.ignore, reduction="sum", label_smoothing=options.smoothing
+            logits,
+            target,
+            None if weights is None else weights.to(logits.dtype),
+            ignore_index=options.ignore,
+            reduction="sum",
+            label_smoothing=options.smoothing,
         )
         grads = list(torch.autograd.grad(loss, leaves, unit.to(loss.dtype)))
     return loss.detach(), grads[0], grads[1].float(), grads[2].float() if biased else None
@@ -129,17 +142,17 @@ def _by_kernel(hidden: Tensor, weight: Tensor, bias: Tensor | None, biased: bool
     return losses.sum(), grad @ weight, (grad.t() @ hidden).float(), of_bias
 
 
-def chunked_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, seed: Tensor,
-                 options: tuple[Any, ...]) -> Tensor:  # fmt: skip
+def chunked_loss(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, weights: Tensor | None,
+                 seed: Tensor, options: tuple[Any, ...]) -> Tensor:  # fmt: skip
     """`ChunkedLoss`, as a function for graphs; `options` are those of `Options`."""
-    return ChunkedLoss.apply(hidden, weight, bias, target, seed, options)  # type: ignore[no-any-return,no-untyped-call]
+    return ChunkedLoss.apply(hidden, weight, bias, target, weights, seed, options)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def find(module: fx.GraphModule, value_of: ValueOf) -> list[LogitsRegion]:
     """The regions worth chunking: large logits, and the mean of their losses."""
     found = []
     for loss in module.graph.find_nodes(op="call_function", target=aten.cross_entropy_loss.default):
-        region = region_of(loss, value_of) if argument(loss, 3, "reduction", 1) == 1 else None
+        region = region_of(loss, value_of, weighted=True) if argument(loss, 3, "reduction", 1) == 1 else None
         if region is None:
             continue
         if 4 * _hint(value_of(loss.args[0]).numel()) > WORTH_BYTES:
@@ -171,12 +184,14 @@ def rewrite(
             rows = hidden
             for node in region.between:
                 rows = rows if node.target is aten.to.dtype else replay(module.graph, node, rows, width)
-            options = Options(chunks, extra_of(region.linear), region.casts, region.ignore, region.smoothing, kernel)
-            if region.smoothing and not options.by_kernel:
-                # Padding is closed by a bias, which label smoothing would count.
+            # The kernel has no weights of classes; torch's loss of a chunk has.
+            by = kernel if region.weights is None else None
+            options = Options(chunks, extra_of(region.linear), region.casts, region.ignore, region.smoothing, by)
+            if region.weights is not None or (region.smoothing and not options.by_kernel):
+                # Padding is closed by a bias, which label smoothing would count, and has no weights.
                 options = options._replace(extra=0)
             bias = rest[0] if rest else None
-            operands: Any = (rows, weight, bias, region.loss.args[1], seed, tuple(options))
+            operands: Any = (rows, weight, bias, region.loss.args[1], region.weights, seed, tuple(options))
             new = module.graph.call_function(chunked_loss, operands)
         new.meta.update({k: region.loss.meta[k] for k in region.loss.meta if k != "val"})
         region.loss.replace_all_uses_with(new)

@@ -22,7 +22,7 @@ ValueOf = Callable[[Any], Tensor]
 
 @dataclass(frozen=True)
 class LogitsRegion:
-    """A cross-entropy loss of class indices, without class weights, the linear that makes its logits, and what stands
+    """A cross-entropy loss of class indices, the linear that makes its logits, and what stands
     between them (in order): casts, and operations on whole rows.
     """
 
@@ -35,6 +35,11 @@ class LogitsRegion:
         return tuple(n.args[1] for n in self.between if n.target is aten.to.dtype)  # type: ignore[misc]
 
     @property
+    def weights(self) -> fx.Node | None:
+        """The classes' weights."""
+        return argument(self.loss, 2, "weight")  # type: ignore[no-any-return]
+
+    @property
     def ignore(self) -> int:
         """The target that counts nothing."""
         return argument(self.loss, 4, "ignore_index", -100)  # type: ignore[no-any-return]
@@ -44,13 +49,14 @@ class LogitsRegion:
         return argument(self.loss, 5, "label_smoothing", 0.0)  # type: ignore[no-any-return]
 
 
-def region_of(loss: fx.Node, value_of: ValueOf) -> LogitsRegion | None:
+def region_of(loss: fx.Node, value_of: ValueOf, *, weighted: bool = False) -> LogitsRegion | None:
     """The region that ends in `loss`, where there is one.
 
     Args:
       value_of: the fake value of a node.
+      weighted: the classes may have weights.
     """
-    if argument(loss, 2, "weight") is not None or value_of(loss.args[1]).is_floating_point():
+    if (not weighted and argument(loss, 2, "weight") is not None) or value_of(loss.args[1]).is_floating_point():
         return None
     if value_of(loss.args[0]).dim() != 2:
         return None  # the classes would be another dimension than the linear's
