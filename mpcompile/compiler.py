@@ -109,10 +109,11 @@ def decide(
     row = row_name(policy, device)
     capture = read(module, {"device": row, "policy": str(policy)})
     narrow = policy.low == "fp16"  # the others reach as far as FP32
+    small = frozenset[str]()
     if narrow:
         values = [(v.name, capture.origin[v.name][0]) for v in map(capture.graph.values.get, capture.graph.inputs)
                   if v is not None and v.role in HELD and v.range is None]  # fmt: skip
-        note_ranges(capture.graph, held_by(values, capture.module, held or {}), policy.low)
+        small = note_ranges(capture.graph, held_by(values, capture.module, held or {}), policy.low)
     passes = fx_passes(
         policy,
         row,
@@ -123,6 +124,7 @@ def decide(
         fused=settings.inner == "inductor",
         partial=partial,
         measured=_measured(settings.ranges, capture, policy, piece) if narrow else None,
+        small=small,
     )
     graph, steps = run(capture.graph, passes, observer)
     return Plan(capture, graph, steps, policy, device, time.perf_counter() - start, row, passes)

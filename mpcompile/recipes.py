@@ -47,6 +47,7 @@ class RequestOptions(TypedDict, total=False):
     bind: bool
     signatures: Mapping[str, Signature]
     measured: MeasuredHazards | None
+    small: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,7 @@ class Request:
       bind: verdicts bind, whatever they cost (see `mpcompile.passes.assign`).
       signatures: the operations' types by node, where their schemas have some.
       measured: ranges that were measured.
+      small: parameters near zero (see `mpcompile.passes.hazards`).
     """
 
     policy: Policy
@@ -80,6 +82,7 @@ class Request:
     bind: bool = False
     signatures: Mapping[str, Signature] = field(default_factory=dict)
     measured: MeasuredHazards | None = None
+    small: frozenset[str] = frozenset()
 
     @property
     def lowers(self) -> bool:
@@ -129,7 +132,7 @@ PASSES: dict[str, Callable[[Request], Pass | None]] = {
     "classify": _classify,
     "legalize": lambda asked: Legalize(asked.policy.low, asked.signatures) if asked.lowers else None,
     "measured-hazards": lambda asked: asked.measured if asked.lowers else None,
-    "hazards": lambda asked: Hazards(asked.policy.low) if asked.looks else None,
+    "hazards": lambda asked: Hazards(asked.policy.low, asked.small) if asked.looks else None,
     "origins": lambda asked: Origins(asked.policy.low, asked.policy.output) if asked.looks else None,
     "strict": lambda asked: (
         Strict(asked.policy.low, asked.source) if asked.policy.plan == "strict" and asked.lowers else None

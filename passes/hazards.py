@@ -12,7 +12,7 @@ from typing import ClassVar, NamedTuple
 
 from mpcompile.graph import Node, PrecisionGraph
 from mpcompile.passes.base import PassResult
-from mpcompile.rules.hazards import BOUNDS, HAZARDS, MASK_SLOT, OUT_OF_RANGE, THROUGH, Facts, Hazard, base, beyond
+from mpcompile.rules.hazards import ADDS, BOUNDS, HAZARDS, MASK_SLOT, OUT_OF_RANGE, THROUGH, Facts, Hazard, base, beyond
 
 # Kernels whose cost in FP32 is out of proportion; their masks are handled inside.
 NEVER_RAISED = frozenset({"attention", "convolution", "control", "random", "integer"})
@@ -35,15 +35,17 @@ class Trail(NamedTuple):
 class Hazards:
     """Fields:
     low: the low type of the policy.
+    small: parameters of which no element is larger than `mpcompile.rules.hazards.SMALL`.
     """
 
     low: str
+    small: frozenset[str] = frozenset()
 
     name: ClassVar[str] = "hazards"
     ensures: ClassVar[str] = "structure"
 
     def apply(self, graph: PrecisionGraph) -> PassResult:
-        sweep = _Sweep(Facts(graph, self.low))
+        sweep = _Sweep(Facts(graph, self.low, self.small))
         for node in graph.nodes.values():
             sweep.visit(node)
         changed = [graph.nodes[key].raise_to_fp32(reason) for key, reason in sweep.unfit.items()]
@@ -119,7 +121,10 @@ class _Sweep:
         return node.kind not in NEVER_RAISED
 
     def joins(self, row: Hazard, node: Node) -> bool:
-        """False when `row` travels alone and `node` reads numbers that the model computes or learns."""
+        """False when `row` travels alone and `node` reads numbers that the model computes or learns; sums of rows likewise."""
+        if row.rows and base(node.op) in ADDS:
+            return all(row in self.carried.get(name, ()) or self.facts.source(name) in self.facts.small
+                       for name in node.inputs)  # fmt: skip
         return not row.alone or all(
             row in self.carried.get(name, ()) or name in self.fixed
             for name in node.inputs

@@ -14,21 +14,24 @@ from torch import Tensor, fx, nn
 from mpcompile.aten.facts import DTYPES
 from mpcompile.formats import CASTABLE, LARGEST
 from mpcompile.graph import PrecisionGraph
+from mpcompile.rules.hazards import SMALL
 
 HELD = ("parameter", "buffer", "constant")
 _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
-def note_ranges(graph: PrecisionGraph, tensors: Mapping[str, Tensor], low: str) -> None:
-    """Give the inputs of `graph` that reach beyond `low`'s largest number their range.
+def note_ranges(graph: PrecisionGraph, tensors: Mapping[str, Tensor], low: str) -> frozenset[str]:
+    """Give the inputs of `graph` that reach beyond `low`'s largest number their range; the parameters near zero.
 
     Args:
       tensors: value name -> what the model holds there; fake and meta tensors and those of several ranks are left out.
     """
     found = {name: tensor for name, tensor in tensors.items() if _has_numbers(tensor)}
-    for name, size in zip(found, sizes_of(list(found.values())), strict=True):
+    sizes = dict(zip(found, sizes_of(list(found.values())), strict=True))
+    for name, size in sizes.items():
         if size > LARGEST[low] and (ends := _finite_ends(found[name].detach())) is not None:
             graph.values[name].range = ends
+    return frozenset(name for name, size in sizes.items() if size <= SMALL and graph.values[name].role == "parameter")
 
 
 def held_by(values: Iterable[tuple[str, fx.Node]], module: nn.Module, given: Mapping[str, Tensor]) -> dict[str, Tensor]:

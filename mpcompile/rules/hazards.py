@@ -72,6 +72,12 @@ PRODUCTS = frozenset({"matmul", "mm", "bmm", "einsum", "outer", "ger"})
 ROUNDINGS = frozenset({"floor", "ceil", "round", "trunc", "sin", "cos"})
 
 
+# One row becomes many, or stands among others.
+SPREAD = VIEWS | {"repeat", "tile"}
+PLACED = frozenset({"cat", "concat", "stack"})
+NORMS = frozenset({"layer_norm", "rms_norm", "group_norm", "native_layer_norm", "native_group_norm", "instance_norm"})
+# A norm gives the gradient of a row back divided by the row's size: of smaller ones, FP16 holds no gradient at a scale of 65,536.
+SMALL = 2.0**-6
 MASK_SLOT = 3  # where an attention has its additive mask
 
 # Arguments whose numbers are none that the operation computes with.
@@ -97,6 +103,8 @@ class Facts:
 
     graph: PrecisionGraph
     low: str
+    # Parameters of which no element is larger than `SMALL`.
+    small: frozenset[str] = frozenset()
     # The node whose numbers were asked for last, and they: each row that may start at a node asks.
     _asked: tuple[Node | None, list[float]] = field(default=(None, []))
 
@@ -121,6 +129,12 @@ class Facts:
                 break
             node = self.graph.producer(node.inputs[0])
         return node
+
+    def source(self, name: str) -> str:
+        """The value of which `name` is a view (or itself)."""
+        while (node := self.graph.producer(name)) is not None and len(node.inputs) == 1 and base(node.op) in SPREAD:
+            name = node.inputs[0]
+        return name
 
     def depth(self, node: Node) -> int:
         """How many terms each result of a reduction has; for a scan, the length of its axis."""
@@ -241,6 +255,14 @@ def float_index(facts: Facts, node: Node) -> str:
     return f"index arithmetic in floats; {facts.low} counts to {exact}" if from_integer else ""
 
 
+def small_rows(facts: Facts, node: Node) -> str:
+    """Rows of a parameter near zero (a class token, latents) among others, which a norm may read."""
+    found = next((name for name in map(facts.source, node.inputs) if name in facts.small), None)
+    if found is None:
+        return ""
+    return f"parameter {found!r} is at most {SMALL:g} large, and what a norm gives back to such rows leaves {facts.low}'s range"
+
+
 # --------------------------------------------------------------------------------------------------------- the rows
 
 
@@ -256,6 +278,7 @@ class Hazard:
       shrinks: it does not travel to values larger than it started with.
       range: it is about numbers too large or too small for the low type, not about digits: what it raises to FP32 carries
         the roundings of what it reads, as in the low type (`mpcompile.origins`).
+      rows: it travels through sums only where every other operand is a parameter near zero, or hazardous too.
       alone: it travels only where every other operand is made of constants and buffers, or hazardous too.
     """
 
@@ -269,6 +292,7 @@ class Hazard:
     shrinks: bool = False
     alone: bool = False
     range: bool = False
+    rows: bool = False
 
 
 FP16, BOTH = ("fp16",), ("fp16", "bf16")
@@ -291,6 +315,8 @@ HAZARDS = (
     Hazard("long-scan", BOTH, SCANS, long_scan),
     Hazard("scaled-logits", FP16, frozenset({"mul", "div"}), scaled_up,
            ADDS | SELECTS | THROUGH, SOFTMAXES, only_if_ended=True, shrinks=True),
+    Hazard("small-rows", FP16, SPREAD | PLACED, small_rows, SPREAD | PLACED | ADDS | CASTS | {"dropout"},
+           NORMS | SQUARES - {"mul"}, only_if_ended=True, range=True, rows=True),
     Hazard("float-index", BOTH, COUNTS, float_index,
            ARITHMETIC | SELECTS | THROUGH | PRODUCTS | SCANS | REDUCTIONS, ROUNDINGS, alone=True),
 )  # fmt: skip

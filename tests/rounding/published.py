@@ -56,7 +56,7 @@ def deit() -> Built:
     return model, lambda: ((torch.randn(16, 3, 32, 32), labels), ()), lambda out: out
 
 
-@case(0.02, row=DEIT, scale=65536.0)
+@case(0.02, 0.004, row=DEIT, scale=65536.0)
 def deit_by_hand(std: float) -> Built:
     """Two tokens and positions in front of the patches: the smaller they are, the larger is what a norm gives back to them."""
     tokens, width = 16, 32
