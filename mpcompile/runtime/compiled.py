@@ -12,7 +12,7 @@ from mpcompile.shadows.low_buffers import LowBuffers
 from mpcompile.shadows.low_gradients import use_shadows
 from mpcompile.shadows.table import SHADOWS, ShadowGroup
 from mpcompile.torch_internals.groups import active_ddp
-from mpcompile.torch_internals.tensors import FakeTensor
+from mpcompile.torch_internals.tensors import FakeTensor, is_batched
 
 
 class CompiledGraph:
@@ -80,7 +80,7 @@ class CompiledGraph:
 
 
 def _refuse_double_backward(outputs: Any) -> None:
-    """Say clearly, when a backward is asked to build a graph, that the compiled one cannot."""
+    """Say clearly, when a backward is asked to build a graph or to run for many gradients, that the compiled one cannot."""
     for output in outputs if isinstance(outputs, (list, tuple)) else (outputs,):
         if isinstance(output, torch.Tensor) and output.grad_fn is not None:
             output.grad_fn.register_prehook(_check_no_graph)
@@ -88,6 +88,13 @@ def _refuse_double_backward(outputs: Any) -> None:
 
 
 def _check_no_graph(grads: Any) -> None:
+    if any(map(is_batched, grads)):
+        raise RuntimeFailure(
+            "MP706",
+            "a batched backward (is_grads_batched=True, jacobian(vectorize=True)) through a compiled graph",
+            why="compiled kernels take one gradient at a time",
+            try_='mpcompile(model, ..., backend="eager"), or a backward for each gradient',
+        )
     # The engine runs hooks in the grad mode of the backward: enabled means create_graph=True.
     if torch.is_grad_enabled():
         raise RuntimeFailure(

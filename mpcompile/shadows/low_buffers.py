@@ -7,7 +7,6 @@ looked at where their shadows are cast.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 
 import torch
@@ -15,9 +14,7 @@ from torch import Tensor
 
 from mpcompile.formats import LARGEST
 from mpcompile.shadows.table import refuse_infinite
-from mpcompile.torch_internals.tensors import foreach_norm
-
-_STATE = operator.attrgetter("_version")
+from mpcompile.torch_internals.tensors import foreach_norm, version
 
 
 class LowBuffers:
@@ -51,7 +48,8 @@ class LowBuffers:
 
 
 def _states(buffers: Sequence[Tensor]) -> list[tuple[int, int]]:
-    return list(zip(map(_STATE, buffers), map(Tensor.data_ptr, buffers), strict=True))
+    # A tensor of inference mode has no version.
+    return [(0 if b.is_inference() else version(b), b.data_ptr()) for b in buffers]
 
 
 __all__ = ["LowBuffers"]

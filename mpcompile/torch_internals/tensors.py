@@ -42,6 +42,8 @@ version = operator.attrgetter("_version")
 # (hooks on a leaf's gradient, hooks after it was added up): a table each, or None.
 gradient_hooks = operator.attrgetter("_backward_hooks")
 post_accumulate_hooks = operator.attrgetter("_post_accumulate_grad_hooks")
+# Autograd's own `vmap` is an older one than that of `torch.func`.
+_BATCHED: tuple[Any, ...] = found("torch._C._functorch", "is_batchedtensor", "is_legacy_batchedtensor")
 without_torch_function = found("torch._C", "DisableTorchFunction")
 _guards = found("torch._C._dynamo", "guards")
 
@@ -61,6 +63,11 @@ def storage_key(tensor: Tensor) -> int:
 def flatten_rnn_weights(*arguments: Any) -> None:
     """Lay the weights of a recurrent layer out in one buffer, as cuDNN wants them, and make views of them."""
     torch._cudnn_rnn_flatten_weight(*arguments)
+
+
+def is_batched(value: Any) -> bool:
+    """True for a tensor inside of `vmap`, which stands for many."""
+    return isinstance(value, Tensor) and any(asks(value) for asks in _BATCHED)
 
 
 def real_tensors(fakes: Sequence[Any]) -> list[Tensor | None]:
@@ -99,6 +106,7 @@ __all__ = [
     "foreach_norm",
     "foreach_zero",
     "gradient_hooks",
+    "is_batched",
     "outside_of_modes",
     "post_accumulate_hooks",
     "pytree",

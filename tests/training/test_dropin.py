@@ -538,3 +538,30 @@ def test_hooks_that_come_and_go_after_the_first_call_are_seen(backend: str, kind
     same()
     handle.remove()
     same()
+
+
+def batched(mp: nn.Module, model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    y = mp(x)
+    seeds = torch.eye(y.numel()).view(-1, *y.shape)
+    return torch.autograd.grad(y, list(model.parameters()), seeds, is_grads_batched=True)
+
+
+@pytest.mark.parametrize("policy", ["fp32", "bf16"])
+def test_a_batched_backward_is_refused_by_a_compiled_graph_and_right_in_eager(policy: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    x, low = torch.randn(3, 8), ["*"] if policy == "bf16" else []
+    exact = batched(model, model, x)
+    given = batched(mpcompile(model, policy, backend="eager", low=low), model, x)
+    tolerance = 1e-5 if policy == "fp32" else 0.05
+    for one, other in zip(given, exact, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+    mp = mpcompile(model, policy, low=low)
+    for _ in range(2):
+        with pytest.raises(MPCompileError, match="MP706"):
+            batched(mp, model, x)
+    wanted = x.clone().requires_grad_()
+    with pytest.raises(MPCompileError, match="MP706"):
+        torch.autograd.functional.jacobian(lambda z: mp(z).sum(0), wanted, vectorize=True)
+    mp(x).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
