@@ -24,7 +24,7 @@ ROW = "fp32 = 1e11\nbf16 = {bf16}\nfp16 = {fp16}\nbandwidth = 1e10\nlaunch = 2e-
 SLOW = ROW.format(bf16="5e10", fp16="1e9")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", sorted({*NAMES, *built_in()}))
 def test_every_row_is_there_and_says_where_its_numbers_are_from(name: str) -> None:
     row = pinned(name)
     assert row.name == name
