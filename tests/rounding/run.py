@@ -18,6 +18,7 @@ import torch
 
 from rounding.exceptions import bound_of, draws_of
 from rounding.measure import ROUNDINGS, WAYS, Distance, autocast, distances, reference
+from rounding.registry import ROWS
 from rounding.suite import CASES, DOMAINS, Case
 
 
@@ -71,6 +72,20 @@ def domain(name: str, lows: Sequence[str], backend: str) -> str:
     return f"| {name} | {len(cases)} | {runs} | {held} | {most:.2f} ({where.partition('/')[2]}) | {seconds:.0f} s |"
 
 
+def row_of(kind: str, backend: str) -> str:
+    """The first case of a kind of loss: in each type the worst tensor of both ways, ours and autocast's distance."""
+    case = next(case for case in CASES.values() if case.row == kind)
+    cells = []
+    for low in case.lows:
+        found = excesses(case, low, backend)
+        share, one = max(
+            (worst(f"{case.name} {low} {way}", low, tensors) for way, tensors in found.items()),
+            key=lambda pair: pair[0],
+        )
+        cells.append(f"{one.ours:.2g} / {one.autocast:.2g} ({share:.2f})")
+    return f"| {kind} | `{case.name}` | {' | '.join(cells)} |"
+
+
 def main(given: Sequence[str] | None = None) -> None:
     """Print the table."""
     names = [module.case.name for module in DOMAINS]
@@ -78,9 +93,15 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("domains", nargs="*", default=names)
     parser.add_argument("--lows", nargs="*", default=["bf16", "fp16"])
     parser.add_argument("--backend", default="eager")
+    parser.add_argument("--kinds", action="store_true", help="one case per kind of loss instead")
     options = parser.parse_args(given)
     warnings.simplefilter("ignore")
     os.environ["MPCOMPILE_PROGRESS"] = "0"
+    if options.kinds:
+        print("| kind of loss | case | BF16 | FP16 |\n|---|---|---|---|")
+        for kind in ROWS:
+            print(row_of(kind, options.backend), flush=True)
+        return
     print("| domain | cases | runs | within the bound | worst share of the bound | time |\n|---|---|---|---|---|---|")
     for name in options.domains:
         print(domain(name, options.lows, options.backend), flush=True)
