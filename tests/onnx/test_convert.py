@@ -649,3 +649,24 @@ def test_names_of_casts_never_meet_those_of_the_model() -> None:
     ]
     assert len(set(names)) == len(names)
     close(made.simulated(), given, {"x": noise(2, 8)}, 1e-2)
+
+
+def test_the_report_tells_what_rounding_would_lose() -> None:
+    """A raw input that something is taken from is full and keeps its digits; what products give is rounded."""
+    given = parse(
+        """g (float[8, 16] x) => (float[8, 4] y) {
+            d = Sub(x, shift)
+            h = MatMul(x, w1)
+            r = Relu(h)
+            s = Add(d, r)
+            y = MatMul(s, w2)
+        }""",
+        w1=noise(16, 16), w2=noise(16, 4), shift=np.full(16, 1000.0, np.float32),
+    )  # fmt: skip
+    report = convert(given, "bf16").report().to_dict()
+    assert report["origins"] == {"x": "full"}
+    origins = {name: one for node in report["nodes"] for name, one in node.get("origins", {}).items()}
+    assert (origins["d"], origins["h"], origins["r"], origins["s"]) == ("full", "rounded", "rounded", "full")
+    kept = {out: node for node in report["nodes"] for out in node.get("origins", {}) if node["precision"] == "fp32"}
+    assert "FP32, because the graph's input x reaches it" in kept["d"]["reason"]
+    assert "reaches it through" in kept["s"]["reason"]
