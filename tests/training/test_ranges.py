@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from mpcompile import mpcompile
 from mpcompile.compiler import Plan
+from mpcompile.errors import RuntimeFailure
 
 BIG = [0.5, 70000.0, -1.0, 2.0]
 ROW = "low=fp16,device=free-low"
@@ -175,3 +176,37 @@ def test_what_both_overrides_name_is_refused() -> None:
     with pytest.raises(RuleError, match="MP203"):
         mpcompile(Holding("add", True), "fp16", keep_fp32=["inner"], low=["inner"])
     mpcompile(Holding("add", True), "fp16", keep_fp32=["inner"], low=["*"])
+
+
+class Scaled(nn.Module):
+    """Small activations times a tensor of the model's."""
+
+    def __init__(self, trained: bool) -> None:
+        super().__init__()
+        self.a, self.b, held = nn.Linear(8, 8), nn.Linear(8, 8), torch.ones(8)
+        if trained:
+            self.held = nn.Parameter(held)
+        else:
+            self.register_buffer("held", held)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.relu(self.a(x)) * 1e-5 * self.held)
+
+
+@pytest.mark.parametrize("trained", [True, False], ids=["parameter", "buffer"])
+@pytest.mark.parametrize("way", ["drop-in", "step"])
+def test_a_checkpoint_that_is_loaded_may_hold_a_number_beyond_fp16(way: str, trained: bool) -> None:
+    """A buffer is read as it is now; a parameter that fitted when the graph was compiled is refused, with its number."""
+    model, x = Scaled(trained), torch.randn(4, 8)
+    mp = mpcompile(model, "fp16,device=free-low", backend="eager")
+    step = mp.train_step(torch.optim.SGD(model.parameters(), 0.0), lambda net, v: net(v).square().mean(), scale=1.0)
+    call = step if way == "step" else mp
+    call(x)
+    model.load_state_dict({**model.state_dict(), "held": torch.full((8,), 70_000.0)})
+    if trained:
+        with pytest.raises(RuntimeFailure, match=r"MP721.*holds 70000") as failure:
+            call(x)
+        assert "65,504" in str(failure.value)
+        return
+    made = call(x)
+    assert bool(made.finite) if way == "step" else bool(made.isfinite().all())
