@@ -15,7 +15,7 @@ from typing import Any
 from mpcompile.errors import MPCompileError, RuntimeFailure
 
 # The suite ran with these; a newer one is asked for every name before it is used.
-TESTED = ("2.11", "2.13")
+TESTED = ("2.11", "2.14")
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class PrivateName:
     path: str
     use: str
     without: str
-    seen: str = "2.11 to 2.13"
+    seen: str = "2.11 to 2.14"
     instead: str = ""
 
 

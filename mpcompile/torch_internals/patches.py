@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch.utils import checkpoint
 
 from mpcompile.torch_internals.names import found
 
@@ -64,6 +65,29 @@ def masks_taken_as_given() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def checkpoints_replaced(reentrant: Any, around: Callable[[Any], Iterator[None]]) -> Iterator[None]:
+    """`torch.utils.checkpoint` does nothing of its own for a while.
+
+    Args:
+      reentrant: in the place of `CheckpointFunction`.
+      around: makes, of a checkpoint's `context_fn` (None: not given), what is resumed once before and once after the body.
+    """
+
+    def older(function: Any, preserve_rng: bool = True, context_fn: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return around(context_fn)
+
+    def newer(function: Any, args: Any, kwargs: Any, *, context_fn: Any = None, **options: Any) -> Any:
+        return around(context_fn)
+
+    # torch 2.14: the older name is for others' programs alone.
+    shims: dict[str, Any] = {"_checkpoint_without_reentrant_generator_impl": newer}
+    if not hasattr(checkpoint, "_checkpoint_without_reentrant_generator_impl"):
+        shims = {"_checkpoint_without_reentrant_generator": older}
+    with COMPILING, replaced(checkpoint, CheckpointFunction=reentrant, **shims):
+        yield
+
+
 def trace_artifact(name: str, payload: Callable[[], str]) -> None:
     """Write `payload` (JSON) into the trace that TORCH_TRACE asks for, where tlparse shows it as a file of its own."""
     if os.environ.get("TORCH_TRACE"):
@@ -71,4 +95,4 @@ def trace_artifact(name: str, payload: Callable[[], str]) -> None:
         trace("artifact", metadata_fn=lambda: {"name": name, "encoding": "json"}, payload_fn=payload)
 
 
-__all__ = ["COMPILING", "as_if_compiling", "masks_taken_as_given", "replaced", "trace_artifact"]
+__all__ = ["COMPILING", "as_if_compiling", "checkpoints_replaced", "masks_taken_as_given", "replaced", "trace_artifact"]

@@ -17,7 +17,7 @@ from torch.fx import traceback
 from torch.utils import checkpoint
 from torch.utils.checkpoint import CheckpointPolicy
 
-from mpcompile.torch_internals.patches import COMPILING, replaced
+from mpcompile.torch_internals.patches import checkpoints_replaced
 
 _MARK = "mp_checkpoint"
 # Torch numbers its own checkpoints from 0, and so does the drop-in from 2^32; only equality within a graph counts.
@@ -27,11 +27,7 @@ _NUMBERS = itertools.count(1 << 33)
 @contextlib.contextmanager
 def seen() -> Iterator[None]:
     """While active, what runs inside a checkpoint is marked in a trace."""
-    shims: dict[str, Any] = {
-        "CheckpointFunction": _Reentrant,
-        "_checkpoint_without_reentrant_generator": _not_reentrant,
-    }
-    with COMPILING, replaced(checkpoint, **shims):
+    with checkpoints_replaced(_Reentrant, _not_reentrant):
         yield
 
 
@@ -50,8 +46,7 @@ class _Reentrant:
             return function(*args)
 
 
-def _not_reentrant(function: Callable[..., Any], preserve_rng: bool = True, context_fn: Any = None,
-                   *args: Any, **kwargs: Any) -> Iterator[None]:  # fmt: skip
+def _not_reentrant(context_fn: Any) -> Iterator[None]:
     """In the place of torch's generator, which is resumed once before and once after the body."""
     # A selective policy decides per operation; what it says is torch's to read, so the partitioner is left free.
     whole = context_fn is None or context_fn is checkpoint.noop_context_fn
