@@ -41,6 +41,7 @@ DRAWN: dict[str, str] = {
     "language/torch_s_own[nn-transformer]*": f"ReLU: {FLIPPED}",
     "language/torch_s_own[encoder-decoder]*": f"ReLU: {FLIPPED}",
     "published/language[t5]*": f"ReLU: {FLIPPED}",
+    "published/vision[segformer]*": f"a batch norm and ReLU in the head: {FLIPPED}",
     "restoration/residual[total-variation]*": f"absolute differences: {FLIPPED}",
     "metric/embedding_losses[contrastive]*": CANCELS,
     "metric/distances[rbf]*": CANCELS,
