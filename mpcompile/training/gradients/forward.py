@@ -181,10 +181,7 @@ def capture(
         emulate=emulated_kinds(plan.device, plan.policy.low, compiled=compiled),
         linear=FP8_LINEAR,
     )
-    hooked = {name: p for name, p in named.items() if id(p) in trained and gradient_hooks_of(p)}
-    _read_masters(written.module, hooked)
-    read_shadows(written.module, _shadow_alone)
-    gradient_hooks.insert_for_parameters(written.module, hooked)
+    _read_weights(written.module, {name: p for name, p in named.items() if id(p) in trained and gradient_hooks_of(p)})
     _fix_results(written.module, plan)
     written.module.graph.set_codegen(fx.graph.CodeGen())
     if chunk_loss:
@@ -199,6 +196,13 @@ def capture(
     forward.decisions = decisions
     forward.low_buffers = written.low_buffers
     return forward
+
+
+def _read_weights(module: fx.GraphModule, hooked: dict[str, Tensor]) -> None:
+    """Read shadows in their masters' place, but for `hooked`, whose hooks see the gradient of the master."""
+    _read_masters(module, hooked)
+    read_shadows(module, _shadow_alone)
+    gradient_hooks.insert_for_parameters(module, hooked)
 
 
 def _read_masters(module: fx.GraphModule, hooked: Mapping[str, Tensor]) -> None:
