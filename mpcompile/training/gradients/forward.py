@@ -159,9 +159,8 @@ def capture(
     """
     sizes = tuple({d: Dim.AUTO for t, d in dynamic if t == i} for i in range(len(batch.tensors))) if dynamic else None
     with traced_calls.recording() as calls, contextlib.ExitStack() as stack:
-        for reads in (checkpoints.seen, custom_functions.recorded, gradient_hooks.recorded):
-            stack.enter_context(reads())
-        stack.enter_context(whole_calls.taken_whole(model))
+        recorded = (checkpoints.seen(), custom_functions.recorded(), gradient_hooks.recorded())
+        list(map(stack.enter_context, (*recorded, whole_calls.taken_whole(model))))
         decisions = stack.enter_context(decided(batch.tensors))
         # Export marks on the tensors themselves which sizes move: on aliases, not on the caller's.
         tensors = tuple(t.detach().requires_grad_(t.requires_grad) for t in batch.tensors)
