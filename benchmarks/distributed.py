@@ -131,6 +131,7 @@ WAYS: dict[str, Callable[[nn.Module, str], Step]] = {
     "step": whole("bf16", lambda: dist.group.WORLD),
     "step-low": whole("bf16,reduce=low", lambda: dist.group.WORLD),
     "step-shard": whole("bf16,reduce=low", lambda: dist.group.WORLD, shard="update"),
+    "step-full": whole("bf16,reduce=low", lambda: dist.group.WORLD, shard="full"),
     "ddp-alone": peer_alone,
     "step-alone": whole("bf16", lambda: _alone()),
 }

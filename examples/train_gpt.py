@@ -67,7 +67,7 @@ def options() -> argparse.Namespace:
     parser.add_argument("--accumulate", type=int, default=1)
     parser.add_argument("--policy", default="bf16")
     parser.add_argument("--reduce", choices=["fp32", "low"], default="fp32", help="what gradients travel in")
-    parser.add_argument("--shard", choices=["none", "update"], default="none", help="what ranks hold in shares")
+    parser.add_argument("--shard", choices=["none", "update", "full"], default="none", help="what ranks hold in shares")
     parser.add_argument("--backend", choices=["inductor", "eager"], default="inductor")
     parser.add_argument("--save", type=Path)
     parser.add_argument("--resume", type=Path)

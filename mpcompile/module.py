@@ -36,7 +36,7 @@ from mpcompile.runtime.coverage import (
 )
 from mpcompile.runtime.dynamo import Compiler
 from mpcompile.runtime.fp8_linear import FP8_LINEAR
-from mpcompile.runtime.sharded import is_gathered, refuse_sharded
+from mpcompile.runtime.sharded import is_gathered, refuse_sharded, refuse_shared_out
 from mpcompile.shadows.table import SHADOWS
 from mpcompile.torch_internals.dynamo import BackendCompilerFailed, graphs_whole, hooks_guarded, is_watched
 from mpcompile.torch_internals.groups import module_replaced
@@ -110,6 +110,7 @@ class MixedPrecisionModule(nn.Module):
             # Dynamo would take the model for one that it cannot compile, and never try again.
             warn_of_watched_call()
             return self.model(*args, **kwargs)
+        refuse_shared_out(self.model)
         if self._inside is not None:
             with module_replaced(self.model, self._inside):
                 return self.model(*args, **kwargs)
@@ -200,6 +201,7 @@ class MixedPrecisionModule(nn.Module):
 
     def refresh(self) -> None:
         """Cast the shadows again now: needed on a GPU after edits through ``parameter.data`` outside training."""
+        refuse_shared_out(self.model)
         SHADOWS.refresh(self.parameters())
 
     def plan(self, *args: Any, **kwargs: Any) -> Plan:

@@ -13,6 +13,7 @@ from torch import fx
 from mpcompile.aten.capture import autocast_off
 from mpcompile.aten.recurrent import with_whole_layers
 from mpcompile.torch_internals.inductor import (
+    COMMUNICATION_AS_WRITTEN,
     KEEP_ROUNDINGS,
     OVERLAP_COMMUNICATION,
     backward_without_autocast,
@@ -55,6 +56,16 @@ def roundings_kept(wanted: bool) -> Iterator[None]:
 def overlapped(wanted: bool) -> Iterator[None]:
     """Inductor starts collectives as early, and waits for them as late, as what they read and give allows."""
     with inductor_set(OVERLAP_COMMUNICATION) if wanted else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def as_written(wanted: bool) -> Iterator[None]:
+    """Inductor starts collectives where the graph does, and waits for them as late as what they give allows.
+
+    Raised to the front of the graph, as `overlapped` has it, all weights would be gathered at once.
+    """
+    with inductor_set(COMMUNICATION_AS_WRITTEN) if wanted else contextlib.nullcontext():
         yield
 
 

@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import functools
 import logging
+import weakref
 from typing import Any
 
 import torch
 from torch import nn
 
-from mpcompile.errors import CaptureError
+from mpcompile.errors import CaptureError, TrainingError
 
 log = logging.getLogger("mpcompile")
+# Models whose weights a training step has shared out among the ranks: they hold none between its calls.
+SHARED_OUT: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _KNOWN = ("torch.distributed.", "torch.nested.", "torch._subclasses.")
 
 
@@ -29,6 +32,18 @@ def is_gathered(model: nn.Module) -> bool:
     from torch.distributed.fsdp import FSDPModule
 
     return any(isinstance(m, FSDPModule) for m in model.modules())
+
+
+def refuse_shared_out(model: nn.Module) -> None:
+    """Refuse to read weights that are not there.
+
+    Raises:
+      TrainingError: MP549.
+    """
+    if model in SHARED_OUT:
+        raise TrainingError("MP549", "the model's weights are shared out among the ranks", where=type(model).__name__,
+                            why="shard='full': a rank holds a share of each, and nothing whole, between the step's calls",
+                            try_="`with step.full_masters(): ...` on all ranks, around what reads weights")  # fmt: skip
 
 
 def refuse_sharded(model: nn.Module) -> None:

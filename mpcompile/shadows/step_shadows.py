@@ -19,6 +19,7 @@ class ShadowSet:
         self.masters: list[Tensor] = []
         self._places: dict[tuple[int, torch.dtype], int] = {}
         self._watched = Watched(SHADOWS, ())
+        self._rest: tuple[list[Tensor], Watched] | None = None
 
     def __len__(self) -> int:
         return len(self.masters)
@@ -39,19 +40,36 @@ class ShadowSet:
 
     def clear(self) -> None:
         """Let go of all masters: the graphs that read their shadows are void."""
-        self.masters, self._places, self._watched = [], {}, Watched(SHADOWS, ())
+        self.masters, self._places, self._watched, self._rest = [], {}, Watched(SHADOWS, ()), None
+
+    def lend(self, lent: set[int] | None) -> None:
+        """Masters of these ids, and their shadows, hold nothing until this is called with None: they are left alone."""
+        # What was compared was of other memory.
+        self._watched, self._rest = Watched(SHADOWS, self._watched.entries), None
+        SHADOWS.gone += 1
+        if lent is not None:
+            rest = [(master, entry) for master, entry in zip(self.masters, self._watched.entries, strict=True)
+                    if id(master) not in lent]  # fmt: skip
+            self._rest = [master for master, _ in rest], Watched(SHADOWS, [entry for _, entry in rest])
+
+    def _here(self) -> tuple[list[Tensor], Watched]:
+        return (self.masters, self._watched) if self._rest is None else self._rest
 
     def bring_up_to_date(self) -> None:
         """Cast again what was edited since the last update."""
-        if self.masters:
-            self._watched.bring_up_to_date(self.masters)
+        masters, watched = self._here()
+        if masters:
+            watched.bring_up_to_date(masters)
 
     def refresh(self) -> None:
         """Cast all of them again."""
+        masters, watched = self._here()
         with torch.no_grad():
-            foreach_copy(self.shadows, self.masters)
+            if masters:
+                foreach_copy(watched.shadows, masters)
         self.note_update()
 
     def note_update(self) -> None:
         """The shadows are those of the masters as they are now."""
-        self._watched.note_update(self.masters)
+        masters, watched = self._here()
+        watched.note_update(masters)

@@ -37,6 +37,12 @@ OVERLAP_COMMUNICATION: Mapping[str, Any] = {
     "reorder_for_compute_comm_overlap": True,
     "reorder_for_compute_comm_overlap_passes": ["raise_comms", "sink_waits"],
 }
+# The same, begun where the graph does.
+COMMUNICATION_AS_WRITTEN: Mapping[str, Any] = {
+    "reorder_for_compute_comm_overlap": True,
+    "reorder_for_compute_comm_overlap_passes": ["sink_waits"],
+    "reorder_for_peak_memory": False,
+}
 
 
 @contextlib.contextmanager
@@ -134,6 +140,7 @@ def with_equal_nodes_merged(graph: fx.Graph) -> fx.Graph:
 
 
 __all__ = [
+    "COMMUNICATION_AS_WRITTEN",
     "KEEP_ROUNDINGS",
     "OVERLAP_COMMUNICATION",
     "GradAOTOutput",

@@ -180,7 +180,12 @@ class Inspection:
         specialization = self.specializations.find(batch)
         with compiling():
             joint = specialization.plain_joint()
-        with torch.random.fork_rng(), torch.no_grad():
+        shares = self.context.shares
+        with (
+            torch.random.fork_rng(),
+            torch.no_grad(),
+            contextlib.nullcontext() if shares is None else shares.readable(),
+        ):
             self.context.shadows.bring_up_to_date()
             inputs = [t.clone() if isinstance(t, Tensor) else t for t in specialization.inputs(batch.tensors)]
             yield specialization, joint, inputs

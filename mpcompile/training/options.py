@@ -28,7 +28,7 @@ class StepOptions(TypedDict, total=False):
     recompute: Literal["auto"] | bool
     process_group: Any
     mesh: Any
-    shard: Literal["none", "update"]
+    shard: Literal["none", "update", "full"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Options:
     recompute: Literal["auto"] | bool = "auto"
     process_group: Any = None
     mesh: Any = None
-    shard: Literal["none", "update"] = "none"
+    shard: Literal["none", "update", "full"] = "none"
 
 
 _POSSIBLE: dict[str, tuple[Any, ...]] = {
@@ -56,7 +56,7 @@ _POSSIBLE: dict[str, tuple[Any, ...]] = {
     "cuda_graph": ("auto", True, False),
     "recompute": ("auto", True, False),
     "chunk_loss": (True, False),
-    "shard": ("none", "update"),
+    "shard": ("none", "update", "full"),
 }
 # An option's name before the first release -> its name.
 _RENAMED = {"remake": "recompute"}
@@ -82,10 +82,10 @@ def check_options(low: str, **given: Any) -> None:
         raise _impossible("max_grad_norm", norm, "a number above 0; None clips nothing")
     if given["loss_fn"] is not None and not callable(given["loss_fn"]):
         raise _impossible("loss_fn", given["loss_fn"], "loss_fn(model, *args, **kwargs) -> scalar")
-    if given["states"] != "fp32" and given["shard"] == "update":
+    if given["states"] != "fp32" and given["shard"] != "none":
         raise TrainingError(
             "MP541",
-            f"train_step(states={given['states']!r}, shard='update') is not possible",
+            f"train_step(states={given['states']!r}, shard={given['shard']!r}) is not possible",
             why="a rank's share of the moments is FP32",
             try_="states='fp32', or shard='none'",
         )

@@ -91,9 +91,11 @@ class Runner:
         return self._updated(updater, lambda: call(batch.tensors))
 
     def _in_window(self, specialization: Specialization, batch: Batch) -> StepResult:
+        if self._team.in_graph is not None:
+            self._share_out()
         if specialization.layout not in self._accumulator:
-            order = list(map(id, self._context.optimizers.params()))
-            self._accumulator.prepare(specialization.layout, self._context.named(), order)
+            order = list(map(id, self._context.updated.params()))
+            self._accumulator.prepare(specialization.layout, self._context.summed(), order)
 
         def run(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
             loss, grads = specialization(tensors, self._context.seed)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mpcompile.aten.capture import autocast_off
+from mpcompile.aten.facts import TORCH_DTYPES
 from mpcompile.errors import TrainingError
 from mpcompile.hardware import resolve_policy
 from mpcompile.shadows.step_shadows import ShadowSet
@@ -70,7 +71,8 @@ class TrainStep(SavedStep, Sharing, Recorded, Inspection):
       process_group, mesh: the ranks that train together, each with a share of the batch: a process group, or a mesh of one
         dimension. A DistributedDataParallel inside of the wrapper is known by itself.
       shard: "none": every rank updates all; "update": each updates a share (ZeRO 1), and holds masters and moments of it
-        alone, 12 bytes a parameter divided by the ranks. State dicts are then calls of all ranks.
+        alone, 12 bytes a parameter divided by the ranks. State dicts are then calls of all ranks. "full": each holds a
+        share of the weights as well (ZeRO 3); graphs gather what they read, and let it go.
 
     Raises:
       TrainingError: MP5xx.
@@ -95,7 +97,8 @@ class TrainStep(SavedStep, Sharing, Recorded, Inspection):
         check_options(self.policy.low, **{**vars(options), "backend": self.backend}, loss_fn=loss_fn)
         told = find_ranks(owner.model, options.process_group, options.mesh, self.device)
         refuse_shard(options.shard, told, options.masters)
-        self.team = Team(told, self.policy.reduce == "low", int(options.accumulate), options.shard == "update")
+        full = TORCH_DTYPES[self.policy.low] if options.shard == "full" else None
+        self.team = Team(told, self.policy.reduce == "low", int(options.accumulate), options.shard != "none", full)
         self.team.check()
         self.ranks, self.sums_reducer = self.team.ranks, self.team.of_sums
         self.identity = ModelIdentity([self.model, loss_fn], self.optimizers.params)
@@ -257,9 +260,9 @@ class TrainStep(SavedStep, Sharing, Recorded, Inspection):
 
     @contextlib.contextmanager
     def full_masters(self) -> Iterator[None]:
-        """Split masters, low states and shares (``shard="update"``) are FP32 and whole inside, for use apart from the step.
+        """Split masters, low states and shares are FP32 and whole inside, for use apart from the step.
 
-        With ``shard="update"`` it is a call of all ranks; MP548 where not all come.
+        With ``shard="update"`` or ``"full"`` it is a call of all ranks; MP548 where not all come.
         """
         shares, lows = self.context.shares, self.context.low_states
         with contextlib.ExitStack() as stack:

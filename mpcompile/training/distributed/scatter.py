@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from mpcompile.aten.graphs import outputs_of
 from mpcompile.errors import TrainingError
 from mpcompile.torch_internals.groups import collectives as _C10D
+from mpcompile.torch_internals.tensors import unset_fake_temporarily
 from mpcompile.training.distributed import reduce
 from mpcompile.training.distributed.layout import Member, ShareLayout, in_buckets, memory_order
 from mpcompile.training.distributed.ranks import Ranks
@@ -27,14 +28,20 @@ class Scatterer:
       low: gradients that are low travel so.
       named: the parameters, by the names that graphs use.
       whole: names of those whose FP32 master a graph reads.
+      full: the low type, where ranks hold a share of the weights themselves too (``shard="full"``); else None.
       layout: what the first graph settled; None before.
+      orders: of each parameter, the dimensions as its elements lie in memory.
+      chunks: with `full`, the rank's share of each bucket, as graphs read it: low, or FP32 where they read masters.
     """
 
     ranks: Ranks
     low: bool
     named: Callable[[], dict[str, Tensor]] = dict
     whole: set[str] = field(default_factory=set)
+    full: torch.dtype | None = None
     layout: ShareLayout | None = None
+    orders: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    chunks: list[Tensor] = field(default_factory=list)
 
     def note(self, whole: set[str]) -> None:
         """A graph reads the masters of these.
@@ -88,6 +95,7 @@ class Scatterer:
             kinds = [(name, count, dtype, name in self.whole) for name, count, dtype in ready]
             found = in_buckets(kinds, self.ranks.size, reduce.FIRST, reduce.BUCKET)
             self.layout = ShareLayout(tuple(bucket for _, bucket in found), self.ranks.size, self.ranks.rank)
+            self._settle()
         known, now = dict(self.layout.sent), {name: dtype for name, _, dtype in ready}
         if known != now:
             name = next(name for name in (*now, *known) if now.get(name) != known.get(name))
@@ -95,6 +103,25 @@ class Scatterer:
                                 why="the shares of masters and moments are of those",
                                 try_="let every batch reach the same parameters; or shard='none'")  # fmt: skip
         return self.layout
+
+    def forget(self) -> None:
+        """The graphs are void: the next one settles who holds what."""
+        self.layout = None
+        self.whole.clear()
+        self.chunks = []
+
+    def _settle(self) -> None:
+        assert self.layout is not None
+        named = self.named()
+        self.orders = {name: memory_order(named[name]) for name, _ in self.layout.sent}
+        if self.full is not None:
+            # Fakes may be around: a graph is being made.
+            with unset_fake_temporarily():
+                self.chunks = [
+                    torch.zeros(one.chunk, dtype=torch.float32 if one.whole else self.full,
+                                device=named[one.members[0].name].device)
+                    for one in self.layout.buckets
+                ]  # fmt: skip
 
     def _scatter(self, inserter: Inserter, parts: Sequence[Sequence[fx.Node]], names: Sequence[str]) -> list[fx.Node]:
         number, order = {name: i for i, name in enumerate(names)}, inserter.order
@@ -123,7 +150,7 @@ class Scatterer:
 
     def _flat(self, inserter: Inserter, grad: fx.Node, member: Member, room: int) -> fx.Node:
         """A gradient's elements in the order in which its master's lie in memory, with zeros behind up to `room`."""
-        order = memory_order(self.named()[member.name])
+        order = self.orders[member.name]
         grad = inserter.call(_ATEN.permute.default, grad, list(order)) if order else grad
         row = inserter.call(_ATEN.reshape.default, grad, [-1])
         gap = room - member.count

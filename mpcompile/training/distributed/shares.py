@@ -18,7 +18,7 @@ from torch import Tensor
 from mpcompile.errors import TrainingError
 from mpcompile.shadows.step_shadows import ShadowSet
 from mpcompile.torch_internals.tensors import foreach_copy, pytree, version
-from mpcompile.training.distributed.layout import Piece, ShareLayout, memory_order
+from mpcompile.training.distributed.layout import Bucket, Piece, ShareLayout, memory_order
 from mpcompile.training.distributed.meeting import Meeting
 from mpcompile.training.distributed.one_decision import of_all
 from mpcompile.training.distributed.ranks import Ranks
@@ -50,7 +50,7 @@ def flat(tensor: Tensor) -> Tensor:
 
 
 class Shares:
-    """One rank's shares, from `take` to `release`.
+    """One rank's shares, from when they are made to `release`.
 
     Args:
       layout: who holds what.
@@ -59,6 +59,9 @@ class Shares:
       users: the user's optimizers.
     """
 
+    # A window's sums are of whole parameters, and shared out at its end.
+    of_sums = True
+
     def __init__(
         self, ranks: Ranks, meeting: Meeting, layout: ShareLayout, named: dict[str, Tensor], shadows: ShadowSet,
         users: Optimizers,
@@ -66,9 +69,10 @@ class Shares:
         self.ranks, self.layout, self._meeting, self._users = ranks, layout, meeting, users
         members = [one.name for bucket in layout.buckets for one in bucket.members]
         self.parameters = {name: named[name] for name in members}
+        self._shadow_set = shadows
         self._shadows = {id(m): s for m, s in zip(shadows.masters, shadows.shadows, strict=True)}
         self._low_only = [
-            self.parameters[one.name] for bucket in layout.buckets if not bucket.whole for one in bucket.members
+            self.parameters[one.name] for bucket in layout.buckets if self._is_lent(bucket) for one in bucket.members
         ]
         self._refuse_gaps()
         self._make_buffers()
@@ -76,10 +80,18 @@ class Shares:
         self.optimizers = ShareOptimizers(users, list(self.parameters.values()), pieces)
         self._narrow()
 
+    def _is_lent(self, bucket: Bucket) -> bool:
+        """Whether its parameters hold something else than FP32 while they are shared out."""
+        return not bucket.whole
+
+    def _like(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A new tensor that lies as the parameter does when it is whole."""
+        return torch.empty_like(self.parameters[name], dtype=dtype, requires_grad=False)
+
     def _refuse_gaps(self) -> None:
         for name, held in self.parameters.items():
             if not torch.ops.aten.is_non_overlapping_and_dense.default(held):
-                raise TrainingError("MP549", "shard='update' cannot divide a weight that lies with gaps in memory",
+                raise TrainingError("MP549", "a weight that lies with gaps in memory cannot be divided",
                                     where=name, try_=f"{name}.data = {name}.data.contiguous()")  # fmt: skip
 
     def _make_buffers(self) -> None:
@@ -100,8 +112,8 @@ class Shares:
             self._masters.append(torch.zeros(bucket.chunk, device=device))
             self._low.append(torch.zeros(bucket.chunk, dtype=dtype, device=device))
             for piece in self.layout.of_bucket(number):
-                self.named[piece.name] = _at(self._masters[-1], piece)
-                self.low_of[piece.name] = _at(self._low[-1], piece)
+                self.named[piece.name] = at(self._masters[-1], piece)
+                self.low_of[piece.name] = at(self._low[-1], piece)
         if not self.named:
             self.named[""] = torch.zeros(self.layout.pieces[0].length, device=device)
         self._spread = self._to_gather(device)
@@ -119,7 +131,7 @@ class Shares:
             pieces = list(self.layout.of_bucket(number)) if bucket.whole else []
             share = torch.zeros(bucket.chunk, device=device) if low is None else low
             found.shares.append(share)
-            found.places.append([_at(share, piece) for piece in pieces])
+            found.places.append([at(share, piece) for piece in pieces])
             found.pieces.append([self.named[piece.name] for piece in pieces])
             read = [self.parameters[m.name] if bucket.whole else self._shadow_of(m.name) for m in bucket.members]
             found.targets.append([flat(one) for one in read])
@@ -152,9 +164,12 @@ class Shares:
         self.optimizers.link()
 
     def _cut_state(self, whole: Tensor, piece: Piece, whose: Tensor) -> Tensor:
-        order = memory_order(whose)
+        order = self._order_of(whose)
         laid = whole.permute(order) if order else whole
         return laid.reshape(-1)[piece.begin : piece.begin + piece.length].clone()
+
+    def _order_of(self, whose: Tensor) -> tuple[int, ...]:
+        return memory_order(whose)
 
     def spread(self) -> None:
         """Gather what the update wrote, into what the graphs read."""
@@ -233,6 +248,10 @@ class Shares:
                 parameter.data = self._shadows[id(parameter)]
             self.note()
 
+    def readable(self) -> contextlib.AbstractContextManager[None]:
+        """What graphs read is there inside: always, where ranks hold it whole."""
+        return contextlib.nullcontext()
+
     @contextlib.contextmanager
     def stretched(self) -> Iterator[None]:
         """The parameters are FP32 inside, of no numbers: for what looks at their dtype and shape alone."""
@@ -273,7 +292,7 @@ class Shares:
             whole = of_all(self.ranks, share)
             for one in bucket.members:
                 parameter = self.parameters[one.name]
-                full = torch.empty_like(parameter, dtype=torch.float32, requires_grad=False)
+                full = self._like(one.name, torch.float32)
                 flat(full).copy_(whole[one.start : one.start + one.count])
                 parameter.data = full
         self._open = True
@@ -320,7 +339,7 @@ class Shares:
                 gathered = self._gathered(bucket_number, key, dtype, here)
                 for one in members:
                     if key in words[one.name]:
-                        like = torch.empty_like(self.parameters[one.name], dtype=dtype, requires_grad=False)
+                        like = self._like(one.name, dtype)
                         flat(like).copy_(gathered[one.start : one.start + one.count])
                         whole[one.name][key] = like
         return {self.parameters[n]: self._in_order(words[n], whole[n]) for n in self.parameters if n in words}
@@ -338,7 +357,7 @@ class Shares:
         for piece in self.layout.of_bucket(number):
             held = (here.get(piece.name) or {}).get(key)
             if held is not None:
-                _at(share, piece).copy_(held)
+                at(share, piece).copy_(held)
         return of_all(self.ranks, share)
 
     def _in_order(self, words: dict[str, tuple[str, Any]], elements: dict[str, Tensor]) -> dict[str, Any]:
@@ -349,7 +368,8 @@ class Shares:
         }
 
 
-def _at(share: Any, piece: Piece) -> Tensor:
+def at(share: Any, piece: Piece) -> Tensor:
+    """Where a piece lies in the rank's share of its bucket."""
     found: Tensor = share[piece.at : piece.at + piece.length]
     return found
 
@@ -372,4 +392,4 @@ def _gather(given: Spread, layout: ShareLayout, ranks: Ranks) -> None:
         foreach_copy(given.shadows, given.masters)
 
 
-__all__ = ["Shares", "Spread", "flat"]
+__all__ = ["Shares", "Spread", "at", "flat"]

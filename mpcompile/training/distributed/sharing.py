@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mpcompile.errors import TrainingError
+from mpcompile.training.distributed.full_shares import FullShares
 from mpcompile.training.distributed.meeting import Meeting
 from mpcompile.training.distributed.share_hooks import ShareHooks
 from mpcompile.training.distributed.share_optimizers import refuse_undivided
@@ -22,7 +23,7 @@ from mpcompile.training.optimizer.step_counters import counters_of
 
 
 class Sharing:
-    """Shares of a `TrainStep` with ``shard="update"`` (docs/decisions/0034-sharded-update.md); else nothing."""
+    """Shares of a `TrainStep` with ``shard="update"`` or ``"full"`` (decisions 0034, 0038); else nothing."""
 
     specializations: SpecializationCache
     device: torch.device
@@ -55,13 +56,12 @@ class Sharing:
         if scatterer is None or scatterer.layout is None or self.context.shares is not None:
             return
         assert self._meeting is not None
-        self.context.shares = made = Shares(
-            scatterer.ranks,
-            self._meeting,
-            scatterer.layout,
-            self.specializations.named,
-            self.context.shadows,
-            self.optimizers,
+        given = (scatterer.ranks, self._meeting, scatterer.layout, self.specializations.named, self.context.shadows,
+                 self.optimizers)  # fmt: skip
+        self.context.shares = made = (
+            Shares(*given)
+            if scatterer.full is None
+            else FullShares(*given, model=self.model, chunks=scatterer.chunks, orders=scatterer.orders)
         )
         self.context.shares_epoch += 1
         self.monitor.counters = [counters_of(one) for one in made.optimizers]

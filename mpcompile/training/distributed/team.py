@@ -32,19 +32,22 @@ class Team:
       low: gradients that are low travel so.
       accumulate: microbatches of a window; in one of several the sums are averaged, at its end.
       shared: each rank updates a share, and the averages are handed out in shares.
+      full: the low type, where each rank holds a share of the weights too; shares are then handed out of each microbatch.
 
     Fields:
       in_graph, of_sums: what averages the gradients of a batch, and the sums of a window; one of the two at most.
       scatterer: the one of the two that hands out shares.
     """
 
-    def __init__(self, ranks: Ranks | None, low: bool, accumulate: int, shared: bool) -> None:
+    def __init__(
+        self, ranks: Ranks | None, low: bool, accumulate: int, shared: bool, full: torch.dtype | None = None
+    ) -> None:
         self._told, self.size = ranks, ranks.size if ranks is not None else 1
         self.ranks = ranks = ranks if self.size > 1 else None
-        self.scatterer = Scatterer(ranks, low) if ranks is not None and shared else None
+        self.scatterer = Scatterer(ranks, low, full=full) if ranks is not None and shared else None
         reducer = self.scatterer or (Reducer(ranks, low) if ranks is not None else None)
-        self.in_graph = reducer if accumulate == 1 else None
-        self.of_sums = reducer if accumulate > 1 else None
+        self.in_graph = reducer if accumulate == 1 or full is not None else None
+        self.of_sums = reducer if self.in_graph is None else None
         self._agreed: Sent | None = None
         self._averages: tuple[Sent, Callable[[Sequence[Tensor]], Sequence[Tensor]]] | None = None
 
@@ -98,8 +101,7 @@ class Team:
         """Compare all again before gradients are sent next: the plan is another."""
         self._agreed = self._averages = None
         if self.scatterer is not None:
-            self.scatterer.layout = None
-            self.scatterer.whole.clear()
+            self.scatterer.forget()
 
     def prepare(self, layout: Sent, sums: Sequence[Tensor]) -> None:
         """Make what averages a window's sums: who holds what of an update is known then."""

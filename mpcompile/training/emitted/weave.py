@@ -129,18 +129,13 @@ def emit(
       reducer: averages these sums over the ranks.
     """
     joint, weaver = specialization.emitted_joint(), GraphStitcher()
-    inputs, seed = inputs_of(joint.module), len(specialization.fixed)
     module, needs = update.emit()
-    given = []
-    for place, (node, one) in enumerate(zip(inputs, [*joint.forward.inputs, None], strict=True)):
-        held = update.seed if place == seed else specialization.fixed[place]
-        kind, name = (one.kind, one.name) if one else ("buffer", "seed")
-        name = f"{name}.shadow" if kind == "shadow" else name
-        given.append(weaver.input(name, held, node.meta["val"], _ROLES[kind], one.index if one else -1))
+    given = _inputs(weaver, specialization, joint, update.seed)
     results = weaver.body(joint.module, given, None)
     count = len(joint.mutated)
+    at = {place: number for number, place in enumerate(joint.places)}
     for place, value in zip(joint.mutated, results[:count], strict=True):
-        weaver.write(given[place], value)
+        weaver.write(given[at[place]], value)
     loss, grads = results[count], results[count + 1 :]
     if window is not None:
         grads = _summed(weaver, specialization, window, grads)
@@ -154,6 +149,21 @@ def emit(
             name, role = names.get(id(need), str(node.target)), "parameter" if id(need) in masters else "buffer"
             operands.append(weaver.input(name, need, node.meta["val"], role))
     return weaver.finish([loss, *weaver.body(module, operands, "optimizer")]), joint
+
+
+def _inputs(weaver: GraphStitcher, specialization: Specialization, joint: Joint, seed: Tensor) -> list[fx.Node]:
+    """The inputs of forward and backward: the forward's, the rank's shares of weights, the seed."""
+    described = []
+    for place in joint.places:
+        one = joint.forward.inputs[place]
+        name = f"{one.name}.shadow" if one.kind == "shadow" else one.name
+        described.append((name, specialization.fixed[place], _ROLES[one.kind], one.index))
+    described += [(f"share_{i}", held, "parameter", -1) for i, held in enumerate(specialization.shares)]
+    described.append(("seed", seed, "buffer", -1))
+    return [
+        weaver.input(name, held, node.meta["val"], role, index)
+        for node, (name, held, role, index) in zip(inputs_of(joint.module), described, strict=True)
+    ]
 
 
 def _summed(

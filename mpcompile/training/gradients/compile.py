@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from mpcompile.aten.facts import hint
 from mpcompile.aten.graphs import inputs_of, outputs_of, values_of
-from mpcompile.runtime.inductor import overlapped
+from mpcompile.runtime.inductor import as_written, overlapped
 from mpcompile.torch_internals.inductor import (
     compile_half,
     fakes_of,
@@ -22,6 +22,7 @@ from mpcompile.torch_internals.inductor import (
     partition,
     simplified,
 )
+from mpcompile.training.distributed.gathered_weights import prefetch
 from mpcompile.training.gradients.joint import Joint, fresh_tracing
 from mpcompile.training.optimizer.traced_update import InPlace
 
@@ -39,7 +40,9 @@ def decompositions(backend: str) -> dict[Any, Callable[..., Any]] | None:
     return inductor_decompositions()
 
 
-def compile_joint(joint: Joint, backend: str, *, recompute: bool, sends: bool = False) -> tuple[Run, list[Tensor]]:
+def compile_joint(
+    joint: Joint, backend: str, *, recompute: bool, sends: bool = False, gathers: bool = False
+) -> tuple[Run, list[Tensor]]:
     """A function of (*inputs, seed) that gives (*mutated, loss, *grads), and fakes of what it keeps for the backward.
 
     Run op by op, a joint graph keeps what its next nodes read: no list of it exists.
@@ -47,11 +50,12 @@ def compile_joint(joint: Joint, backend: str, *, recompute: bool, sends: bool = 
     Args:
       recompute: keep no pointwise chain (a GELU, a normalization's output) that a matmul of the backward reads.
       sends: gradients are sent to other ranks, as early as they are there, and awaited as late as they can be.
+      gathers: weights are gathered from other ranks, forward and backward, and let go after use.
     """
     if backend == "eager":
         _view_as_it_lies(joint.module)
         return _eager(joint.module), []
-    return _in_two(joint, recompute, sends)
+    return _in_two(joint, recompute, sends, gathers)
 
 
 def _view_as_it_lies(module: fx.GraphModule) -> None:
@@ -77,21 +81,23 @@ def _eager(module: fx.GraphModule) -> Run:
     return run
 
 
-def _in_two(joint: Joint, recompute: bool, sends: bool) -> tuple[Run, list[Tensor]]:
+def _in_two(joint: Joint, recompute: bool, sends: bool, gathers: bool) -> tuple[Run, list[Tensor]]:
     mode = joint.forward.fakes[0].fake_mode  # type: ignore[attr-defined]
-    fixed = [i for i, one in enumerate(joint.forward.inputs) if one.kind != "arg"]
-    # Copies of weights stand between the inputs and the seed.
-    fixed += range(len(joint.forward.inputs), len(joint.fakes) - 1)
+    fixed = [i for i, place in enumerate(joint.places) if joint.forward.inputs[place].kind != "arg"]
+    # Copies and shares of weights stand between the inputs and the seed.
+    fixed += range(len(joint.places), len(joint.fakes) - 1)
     with fresh_tracing(mode), fakes_of(mode):
         first, second = partition(joint.module, joint.fakes, joint.outputs_of_forward, recompute=recompute)
         # Compiling rewrites a graph in place: what is saved has the backward's names before it only.
         kept = joint.outputs_of_forward
+        for half in (first, second) if gathers else ():
+            prefetch(half)
         made, names = _made(outputs_of(first)[kept:]), [getattr(node, "name", "") for node in outputs_of(first)]
-        with output_strides() as strides:
+        with output_strides() as strides, as_written(gathers):
             forward: Any = compile_half(first, values_of(inputs_of(first)), static_input_idxs=fixed)
         _lay_out_saved(dict(zip(names, strides or [], strict=False)), second)
         order = _order_saved(names[kept:], second)
-        with overlapped(sends):
+        with as_written(True) if gathers else overlapped(sends):
             backward: Any = compile_half(second, values_of(inputs_of(second)), is_backward=True)
 
     def run(inputs: list[Any]) -> Sequence[Any]:

@@ -11,7 +11,7 @@ import contextlib
 import operator
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -45,6 +45,7 @@ class Joint:
     Fields:
       mutated: the input whose new value each leading output is.
       grads: the input that each trailing output is the gradient of.
+      places: which of the forward's inputs the graph's first ones are; all, unless something else is read in their stead.
     """
 
     module: fx.GraphModule
@@ -52,6 +53,10 @@ class Joint:
     fakes: list[Any]
     mutated: list[int]
     grads: list[int]
+    places: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.places = self.places or list(range(len(self.forward.inputs)))
 
     @property
     def outputs_of_forward(self) -> int:

@@ -28,6 +28,7 @@ from mpcompile.shadows.step_shadows import ShadowSet
 from mpcompile.torch_internals.patches import COMPILING
 from mpcompile.torch_internals.tensors import foreach_copy
 from mpcompile.training.accumulation import Layout
+from mpcompile.training.distributed.gathered_weights import gather_weights
 from mpcompile.training.distributed.in_joint import reduce_joint
 from mpcompile.training.distributed.reduce import Reducer
 from mpcompile.training.distributed.scatter import Scatterer
@@ -67,7 +68,7 @@ class Specialization:
       strides: how each gradient lies in memory; None until the first run.
       sent: as `layout`, of the gradients that travel, where a rank is given its share of them alone.
       saved: fakes of what the forward makes and keeps for the backward (none where it runs op by op).
-      copies: FP8 copies of weights, which the graph that is run reads before the seed.
+      copies: FP8 copies of weights, or the rank's shares of them, which the graph that is run reads before the seed.
     """
 
     joint: Joint
@@ -105,11 +106,23 @@ class Specialization:
         joint = self.plain_joint()
         if self.reducer is not None:
             reduce_joint(joint, self.reducer)
+            if self._gathers:
+                gather_weights(joint, self.reducer)  # type: ignore[arg-type]
         return joint
+
+    @property
+    def shares(self) -> Sequence[Tensor]:
+        """The rank's shares of weights, which the emitted graph reads between the forward's inputs and the seed."""
+        return self.copies if self._gathers else ()
+
+    @property
+    def _gathers(self) -> bool:
+        return isinstance(self.reducer, Scatterer) and self.reducer.full is not None
 
     def __call__(self, tensors: Sequence[Tensor], seed: Tensor) -> tuple[Tensor, Sequence[Tensor]]:
         """(loss, gradients) of a batch, times the seed; buffers are brought up to date."""
-        outputs = self.run([*self.inputs(tensors), *self.copies, seed])
+        inputs = self.inputs(tensors)
+        outputs = self.run([*map(inputs.__getitem__, self.joint.places), *self.copies, seed])
         count = self._count
         if self._held:
             with torch.no_grad():
@@ -135,7 +148,8 @@ class Specialization:
 
     def tensors(self) -> list[Tensor]:
         """The model's tensors, shadows and their copies that the specialization reads, at their addresses."""
-        return [*(one for one in self.fixed if isinstance(one, Tensor)), *self.copies]
+        fixed = map(self.fixed.__getitem__, self.joint.places)
+        return [*(one for one in fixed if isinstance(one, Tensor)), *self.copies]
 
     def inputs(self, tensors: Sequence[Tensor]) -> list[Any]:
         """What the joint graph reads, without the seed."""
@@ -338,8 +352,12 @@ class SpecializationCache:
         layout = sent = tuple((forward.inputs[i].name, v.dtype) for i, v in zip(joint.grads, values, strict=True))
         if self.reducer is not None:
             layout, sent = reduce_joint(joint, self.reducer)
+        full = isinstance(self.reducer, Scatterer) and self.reducer.full is not None
+        copies += gather_weights(joint, self.reducer) if full else []  # type: ignore[arg-type]
         with roundings_kept(has_user_low_cast(forward.plan.graph)):
-            run, saved = compile_joint(joint, self.backend, recompute=self.recompute, sends=self.reducer is not None)
+            run, saved = compile_joint(
+                joint, self.backend, recompute=self.recompute, sends=self.reducer is not None, gathers=full
+            )
         return Specialization(joint=joint, run=run, fixed=fixed, args=places, layout=layout, buffers=buffers_, writes=writes,
                         named=self.named, saved=saved, sent=sent, reducer=self.reducer, copies=copies)  # fmt: skip
 

@@ -139,9 +139,13 @@ class UpdateContext:
         """The optimizers of what is updated here: the user's, or those of the rank's share."""
         return self.optimizers if self.shares is None else self.shares.optimizers
 
+    def summed(self) -> dict[str, Tensor]:
+        """What a window's sums are of, by name: parameters, or the rank's pieces of them."""
+        return self.named() if self.shares is None or self.shares.of_sums else self.shares.named
+
     def of_rank(self, layout: Layout, strides: Any, like: Like) -> tuple[Layout, Any, Like]:
         """What reaches this rank's update of a window's sums: their layout, strides, and what gives examples."""
-        if self.shares is None or self.accumulate == 1:
+        if self.shares is None or self.accumulate == 1 or not self.shares.of_sums:
             return layout, strides, like
         return self.shares.layout.mine, None, self.shares.examples
 
