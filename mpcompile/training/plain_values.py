@@ -155,7 +155,16 @@ class Walk:
                 # What a function calls by name is read with it; here that the name still stands for it.
                 whole = callable(value) and not isinstance(value, functools.partial)
                 named.append(self.of_table(known, key, key, above, whole=whole, only=only))
+                named += self._of_class(value, key, above, only)
         return tuple(named)
+
+    def _of_class(self, cls: Any, name: str, above: tuple[int, ...], only: frozenset[str]) -> list[Any]:
+        """What is read of a class that a function names: its static methods, and its values."""
+        if not isinstance(cls, type) or is_stranger(cls) or issubclass(cls, (nn.Module, enum.Enum)):
+            return []
+        held = {key: value for one in reversed(cls.__mro__) if not is_stranger(one) for key, value in vars(one).items()}
+        read = (key for key in sorted(only & held.keys()) if key not in _OWN and _is_plain(held[key]))
+        return [self.of_attribute(cls, key, f"{name}.{key}", above, only=only) for key in read]
 
     def _of_module(
         self, module: types.ModuleType, name: str, above: tuple[int, ...], only: frozenset[str]
@@ -337,6 +346,11 @@ def is_stranger(value: Any) -> bool:
         return False
     place = getattr(value, "__module__", None) if callable(value) else type(value).__module__
     return isinstance(value, (Tensor, nn.Module)) or str(place or "torch").partition(".")[0] in _STRANGERS
+
+
+def _is_plain(held: Any) -> bool:
+    """What a class holds, where reading it gives the same object each time."""
+    return isinstance(held, (staticmethod, types.FunctionType)) or not hasattr(type(held), "__get__")
 
 
 def names_of(code: types.CodeType) -> set[str]:

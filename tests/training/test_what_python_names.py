@@ -139,6 +139,52 @@ def test_functions_of_a_class_and_of_a_module_may_be_replaced(monkeypatch: pytes
     race.turn()
 
 
+class Table:
+    """Names in a class that is no module and has no instance."""
+
+    gain = 0.5
+    weight = torch.tensor(1.5)
+    config = types.SimpleNamespace(shift=0.25)
+
+    @staticmethod
+    def bend(h: Tensor) -> Tensor:
+        return torch.tanh(h)
+
+
+class Derived(Table):
+    """Inherits them."""
+
+
+class ByClass(nn.Module):
+    """Reads what it computes with of classes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.l = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = Table.bend(self.l(x) * Derived.gain) * Derived.weight + Table.config.shift
+        return Derived.bend(h).square().mean()
+
+
+def test_what_a_class_holds_may_be_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    race = Race(ByClass())
+    race.turn()
+    for owner, name, new in (
+        (Table, "bend", staticmethod(torch.sigmoid)),
+        (Table, "gain", 0.75),
+        (Table, "weight", torch.tensor(2.5)),
+        (Table.config, "shift", 0.5),
+        (Derived, "bend", staticmethod(lambda h: Table.bend(h) * 2)),
+        (Table, "bend", staticmethod(lambda h: h * 0.3)),
+    ):
+        monkeypatch.setattr(owner, name, new, raising=False)
+        race.turn()
+    before = race.step.specializations.epoch
+    race.turn()
+    assert race.step.specializations.epoch == before
+
+
 class Named(nn.Module):
     """Calls a function of another module by its name."""
 
