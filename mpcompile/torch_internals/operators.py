@@ -36,12 +36,16 @@ def overload_of(op: OpOverload) -> str:
     return str(op._overloadname)
 
 
+# Before torch 2.13 a custom op had no table, but an attribute for each of two devices.
+_BEFORE = {"cuda": "_autocast_cuda_dtype", "cpu": "_autocast_cpu_dtype"}
+
+
 def registered_dtype(op: OpOverload, device: str) -> torch.dtype | None:
     """The dtype that `torch.library.register_autocast` was given for the op on a device; None: it was not called."""
     definition = found("torch._library.custom_ops", "OPDEFS").get(name_of(op).partition(".")[0])
     if definition is not None:
-        given: torch.dtype | None = definition._autocast_dtype.get(device)
-        return given
+        table: dict[str, torch.dtype] | None = getattr(definition, "_autocast_dtype", None)
+        return table.get(device) if table is not None else getattr(definition, _BEFORE[device], None)
     if not torch._C._is_autocast_available(device):
         return None
     key = getattr(torch._C.DispatchKey, "Autocast" + torch._C._dispatch_key_for_device(device))

@@ -128,6 +128,7 @@ def test_rows_say_what_they_are_for() -> None:
     assert {one.seen for one in names.names().values()} <= {
         "2.11",
         "2.11 to 2.13",
+        "2.13 to 2.14",
         f"{names.TESTED[0]} to {names.TESTED[1]}",
     }
 

@@ -37,9 +37,9 @@ def op_by_op(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What a compiler would be given, run op by op; the joint graphs."""
     joints: list[Any] = []
 
-    def run(joint: Any, _backend: str, *, recompute: bool, sends: bool) -> Any:
+    def run(joint: Any, _backend: str, **how: bool) -> Any:
         joints.append(joint)
-        return compiling.compile_joint(joint, "eager", recompute=recompute, sends=sends)
+        return compiling.compile_joint(joint, "eager", **how)
 
     monkeypatch.setattr(loss_region, "WORTH_BYTES", 1)
     monkeypatch.setattr(specialization, "compile_joint", run)

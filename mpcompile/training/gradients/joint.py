@@ -146,7 +146,7 @@ def _without_extras(graph: fx.Graph) -> None:
         if isinstance(description, TangentAOTInput) and isinstance(description.output, InputMutationAOTOutput):
             value = node.meta["val"]
             with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
-                none = graph.call_function(torch.ops.aten.zeros.default, (list(value.shape),),
+                none = graph.call_function(torch.ops.aten.full.default, (list(value.shape), 0),
                                            {"dtype": value.dtype, "device": value.device})  # fmt: skip
             none.meta["val"] = value
             node.replace_all_uses_with(none)
