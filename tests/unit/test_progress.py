@@ -78,7 +78,8 @@ def test_configured_logging_gets_it_instead(
 
 
 def test_a_program_sees_one_line_a_graph_and_tlparse_its_report(tmp_path: Path) -> None:
-    environment = {**os.environ, "TORCH_TRACE": str(tmp_path)}
+    kept = {name: value for name, value in os.environ.items() if name != "MPCOMPILE_PROGRESS"}
+    environment = {**kept, "TORCH_TRACE": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", SCRIPT], cwd=ROOT, env=environment, capture_output=True, text=True,
                           check=True)  # fmt: skip
     lines = [one for one in done.stderr.splitlines() if one.startswith("mpcompile: ")]
